@@ -1,0 +1,40 @@
+"""Tiny base models and photographs, made once per test session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import make_tiny_models
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD1.5 base model in diffusers layout."""
+    return make_tiny_models.make_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL base model in diffusers layout."""
+    return make_tiny_models.make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five crops of a real photograph, of several shapes, the first with a caption of its own."""
+    folder = tmp_path_factory.mktemp("photos")
+    astronaut = Image.fromarray(photographs.astronaut())
+    boxes = [(0, 0, 512, 512), (100, 0, 400, 300), (150, 0, 330, 240), (60, 0, 500, 320), (0, 0, 300, 512)]
+    for number, box in enumerate(boxes):
+        astronaut.crop(box).save(folder / f"photo_{number}.jpg", quality=92)
+    (folder / "photo_0.txt").write_text("a portrait of TOK in a space suit\n")
+    return folder

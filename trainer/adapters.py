@@ -1,0 +1,185 @@
+"""Adapters on the layers of a model: LoRA, DoRA, LoKr, LoHa through PEFT, or all weights.
+
+Takes modules and the adapter's own settings; knows no family. Trained weights are always
+32-bit floats, whatever the base model is kept in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from trainer import randomness
+from trainer.config import AdapterConfig, Note
+from trainer.errors import InputError, Problem
+
+ADAPTER = "default"
+
+
+def _lora(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
+    # Gaussian: A is normal with deviation 1/rank, B is zero (PEFT, `reset_lora_parameters`).
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.scale * adapter.rank,
+        target_modules=layers,
+        init_lora_weights="gaussian",
+        use_dora=adapter.use_dora,
+    )
+
+
+def _lokr(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
+    return LoKrConfig(
+        r=adapter.rank,
+        alpha=adapter.scale * adapter.rank,
+        target_modules=layers,
+        decompose_factor=adapter.lokr_factor,
+    )
+
+
+def _loha(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
+    return LoHaConfig(
+        r=adapter.rank, alpha=adapter.scale * adapter.rank, target_modules=layers
+    )
+
+
+FORMS: Mapping[str, Callable[[AdapterConfig, list[str]], PeftConfig]] = {
+    "lora": _lora,
+    "lokr": _lokr,
+    "loha": _loha,
+}
+
+
+def target_layers(
+    module: torch.nn.Module, targets: tuple[str, ...], *, field: str, must_match: bool
+) -> tuple[list[str], list[Note]]:
+    """The linear and convolution layers whose names end in a target.
+
+    Args:
+        module: the model to be adapted.
+        targets: ends of layer names, whole path steps: `to_out.0` matches `attn1.to_out.0`.
+        field: the option the targets come from.
+        must_match: a target without a layer is an error rather than dropped with a note.
+
+    Raises:
+        InputError: a target matches nothing and `must_match` is set, or none matches.
+    """
+    layers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    found = {target: [name for name in layers if _ends_in(name, target)] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing and (must_match or len(missing) == len(targets)):
+        endings = sorted({name.rsplit(".", 1)[-1] for name in layers if not name[-1].isdigit()})
+        raise InputError(
+            [
+                Problem(
+                    field,
+                    f"`{target}` is the end of no layer of {type(module).__name__}",
+                    f"known endings are: {', '.join(endings)}",
+                )
+                for target in missing
+            ]
+        )
+    notes = [
+        Note(kind="yielded", field=field, message=f"the default `{target}` matches no layer here")
+        for target in missing
+    ]
+    chosen = {name for names in found.values() for name in names}
+    return [name for name in layers if name in chosen], notes
+
+
+def add_adapter(
+    module: torch.nn.Module, adapter: AdapterConfig, layers: list[str], *, seed: int
+) -> None:
+    """Puts an adapter that changes nothing yet on the named layers, the only part that learns.
+
+    Args:
+        module: the model, changed in place.
+        adapter: form, rank and strength.
+        layers: full layer names.
+        seed: the run's seed; the same seed gives the same first weights.
+    """
+    # PEFT initialises from torch's global generator: give it one state, and give ours back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.key(seed, "adapter"))
+        inject_adapter_in_model(FORMS[adapter.lora_type](adapter, layers), module, ADAPTER)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapter_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights under PEFT's names without prefix: `….to_q.lora_A.weight`."""
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    return {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor.detach()
+        for name, tensor in state.items()
+    }
+
+
+def load_adapter_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts weights from `adapter_tensors` back."""
+    state = {
+        name.removesuffix(".weight") if "lora_magnitude_vector" in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+    answer = set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+    assert not answer.unexpected_keys, answer.unexpected_keys
+
+
+class EffectiveWeights(Mapping[str, torch.Tensor]):
+    """Layer name to its weight with the adapter merged in, computed in 32 bits when asked for.
+
+    Args:
+        module: a model with an adapter; left as it is.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._layers = {
+            name: layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, BaseTunerLayer)
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The merged weight, on the processor."""
+        layer = self._layers[name]
+        base = layer.get_base_layer().weight
+        stored = base.data
+        base.data = stored.float()
+        try:
+            layer.merge(safe_merge=True)
+            return layer.get_base_layer().weight.detach().float().cpu().clone()
+        finally:
+            layer.merged_adapters.clear()
+            layer.get_base_layer().weight.data = stored
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names in the model's order."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """Number of adapted layers."""
+        return len(self._layers)
+
+    def base(self, name: str) -> torch.Tensor:
+        """The layer's weight without the adapter, 32 bits, on the processor."""
+        weight: torch.Tensor = self._layers[name].get_base_layer().weight
+        return weight.detach().float().cpu()
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,115 @@
+"""Writing files so that a crash, a full disk or a power cut leaves the old state or the new one.
+
+Every file of a run folder is written here. A failed write becomes a `DiskError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from trainer.errors import DiskError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "the folder may not be written to",
+    errno.EPERM: "the folder may not be written to",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a failed file operation into a `DiskError` that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise DiskError(
+            f"`{path}` could not be written: {reason}",
+            "make room or give another --output, then run the same command again",
+        ) from error
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file beside its place, makes it durable, then moves it there in one step.
+
+    The file's mode follows the umask; its folder is made when missing.
+    """
+
+    def write(file: BinaryIO) -> None:
+        for chunk in chunks:
+            file.write(chunk)
+
+    _replace(path, write)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_chunks` for content that is at hand as a whole."""
+    write_chunks(path, [content])
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_chunks` for UTF-8 text."""
+    write_chunks(path, [content.encode()])
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Gives a finished folder its name: its files made durable, then the name, then the parent."""
+    with disk_errors(final):
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                _sync(path)
+        for folder in [path for path in sorted(temporary.rglob("*")) if path.is_dir()]:
+            _sync(folder)
+        _sync(temporary)
+        os.rename(temporary, final)
+        _sync(final.parent)
+
+
+def fresh_folder(path: Path) -> Path:
+    """An empty folder at this path, whatever stood there before."""
+    with disk_errors(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    return path
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a crash leaves it whole or under a `.tmp-` name, never in part."""
+    hidden = path.with_name(f".tmp-old-{path.name}")
+    with disk_errors(path):
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

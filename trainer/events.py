@@ -1,0 +1,119 @@
+"""What a training says while it runs: one stream that every display and log reads.
+
+The engine yields these; `events.jsonl`, the progress bar, TensorBoard and W&B each take the
+same stream. Plain data, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `kind` is its name in `events.jsonl`."""
+
+    kind: ClassVar[str] = "event"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The event as JSON can hold it."""
+        return {"event": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RunEvent(Event):
+    """A run begins or goes on.
+
+    Args:
+        start_step: steps already done (0 for a new run).
+        total_steps: steps the run will have in all.
+        steps_per_epoch: optimizer steps in one pass over the pictures.
+        num_examples: training pictures.
+        details: what is trained on what, as names and plain values.
+    """
+
+    kind = "run"
+    start_step: int
+    total_steps: int
+    steps_per_epoch: int
+    num_examples: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageEvent(Event):
+    """Progress of a stage such as `read`, `encode` or `verify`: done of total."""
+
+    kind = "stage"
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepEvent(Event):
+    """One optimizer step is done.
+
+    Args:
+        step: number of the finished step, from 1.
+        epoch: pass over the pictures it belongs to, from 0.
+        loss: mean loss over the step's examples.
+        learning_rate: of the denoiser's group, as used in this step.
+        grad_norm: norm of all gradients before clipping.
+        seconds: time the step took; the only field that differs between equal runs.
+    """
+
+    kind = "step"
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class NoteEvent(Event):
+    """Something the user should know: kind as in `config.Note`, field and message."""
+
+    kind = "note"
+    note: str
+    field: str
+    message: str
+
+
+@dataclass(frozen=True)
+class CheckpointEvent(Event):
+    """A checkpoint of this step is durable on disk."""
+
+    kind = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class FileEvent(Event):
+    """A result file is written; `role` says what it is, `path` is relative to the run folder."""
+
+    kind = "file"
+    role: str
+    path: str
+
+
+@dataclass(frozen=True)
+class VerifyEvent(Event):
+    """A result file was read back by one reader.
+
+    Args:
+        path: the file, relative to the run folder.
+        reader: who read it, such as `diffusers` or `lycoris`.
+        status: `passed`, `failed` or `not checked`.
+        largest_difference: largest relative difference of effective weights, if checked.
+    """
+
+    kind = "verify"
+    path: str
+    reader: str
+    status: str
+    largest_difference: float | None

@@ -1,0 +1,112 @@
+"""What a model family must say: its facts, and three functions from captions and pixels to a
+prediction. A family has no loop, no loss and no hooks; the diffusers pipeline is its bag of
+components.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from trainer.names import KohyaNames
+from trainer.objectives import Ddpm
+
+# What a family makes of captions: named tensors of shape (B, …) that only it can read.
+Conditioning = Mapping[str, torch.Tensor]
+
+# Sizes and crop of each example, int64 tensors (B, 2): `original_size` (height, width),
+# `crop_top_left` (top, left) in the resized picture, `target_size` (height, width).
+Geometry = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """The normal distribution of a picture's latents, in the denoiser's scale.
+
+    Args:
+        mean: (B, C, h, w).
+        std: (B, C, h, w); one standard deviation.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How a family's one-file checkpoints are known and completed.
+
+    Args:
+        key: a tensor that only this family's checkpoints hold.
+        config: hub repository with the configurations and tokenizers that such a file lacks.
+    """
+
+    key: str
+    config: str
+
+
+class Family(ABC):
+    """A model family at work on one loaded pipeline.
+
+    Args:
+        pipeline: an instance of `pipeline_class`.
+    """
+
+    pipeline_class: ClassVar[type[Any]]
+    objective_class: ClassVar[type[Ddpm]] = Ddpm
+    denoiser_name: ClassVar[str]
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    unused_components: ClassVar[tuple[str, ...]] = ()
+    single_file: ClassVar[SingleFile]
+    kohya: ClassVar[KohyaNames]
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.denoiser: torch.nn.Module = pipeline.components[self.denoiser_name]
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Captions as the pipeline tokenises and encodes them, one row each."""
+
+    @abstractmethod
+    def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
+        """Pixels (B, 3, H, W) in [-1, 1] as a distribution of latents."""
+
+    @abstractmethod
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Conditioning,
+        geometry: Geometry,
+    ) -> torch.Tensor:
+        """The denoiser's prediction (B, C, h, w).
+
+        Args:
+            noisy_latents: (B, C, h, w).
+            timesteps: (B,), in 0 … 1000.
+            text: what `encode_text` gave for the captions.
+            geometry: each example's sizes and crop.
+        """
+
+
+def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:
+    """What an AutoencoderKL says of pixels, shifted and scaled as its configuration asks.
+
+    The scale is `scaling_factor`, after centring by `latents_mean` / `latents_std` or
+    `shift_factor` where the configuration has them, as diffusers' pipelines undo it.
+    """
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    shift, divisor = 0.0, 1.0
+    if vae.config.get("latents_mean") is not None:
+        shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1).to(mean)
+        divisor = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1).to(mean)
+    elif vae.config.get("shift_factor") is not None:
+        shift = vae.config.shift_factor
+    scale = vae.config.scaling_factor / divisor
+    return LatentDistribution(mean=(mean - shift) * scale, std=std * scale)

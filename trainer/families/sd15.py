@@ -1,0 +1,68 @@
+"""Stable Diffusion 1.x: one CLIP encoder, no conditioning on sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from trainer.families.base import (
+    Conditioning,
+    Family,
+    Geometry,
+    LatentDistribution,
+    SingleFile,
+    latents_of,
+)
+from trainer.names import KohyaNames
+
+
+class StableDiffusion15(Family):
+    """Stable Diffusion 1.x and its fine-tunes."""
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    text_encoder_names = ("text_encoder",)
+    unused_components = ("safety_checker", "feature_extractor", "image_encoder")
+    single_file = SingleFile(
+        key="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        config="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    )
+    kohya = KohyaNames(
+        denoiser_prefix="lora_unet",
+        text_encoder_prefixes={"text_encoder": "lora_te"},
+        base_model_version="sd_v1",
+        architecture="stable-diffusion-v1",
+        implementation="diffusers",
+    )
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """The encoder's last hidden states (B, 77, width)."""
+        states, _ = self.pipeline.encode_prompt(
+            list(captions),
+            device=self.pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return {"hidden_states": states}
+
+    def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
+        """The pipeline's VAE on pixels."""
+        return latents_of(self.pipeline.vae, pixels)
+
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Conditioning,
+        geometry: Geometry,
+    ) -> torch.Tensor:
+        """The UNet's prediction; sizes play no part."""
+        prediction: torch.Tensor = self.denoiser(
+            noisy_latents, timesteps, text["hidden_states"], return_dict=False
+        )[0]
+        return prediction
+
+
+FAMILY = StableDiffusion15

@@ -1,0 +1,214 @@
+"""The run folder: the only contract between trainer, server, container and resumed run.
+
+```
+config.yaml      the resolved configuration
+events.jsonl     everything the run said, one JSON object a line
+prepared/        the pictures as they are trained, to be looked at
+checkpoints/     step-N folders, each with a manifest
+logs/            TensorBoard
+outputs/         the result files
+verify.json      is among the outputs: what each reader read back
+result.json      status, exit code and files; written last
+```
+
+Knows paths and file shapes, nothing of how a training works.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mimetypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.durable import disk_errors, write_text
+from trainer.errors import InputError, Problem, TrainerError
+
+Status = Literal["done", "failed", "interrupted"]
+
+# The roles that result files play; dialects map them to the fields of their services.
+Role = Literal[
+    "diffusers_lora",
+    "kohya_lora",
+    "kohya_lora_comfyui",
+    "peft_folder",
+    "denoiser_weights",
+    "text_encoder_weights",
+    "text_encoder_2_weights",
+    "embeddings",
+    "config",
+    "model_card",
+    "loss_plot",
+    "verification",
+    "debug_dataset",
+    "debug_masks",
+]
+
+
+class ResultFile(BaseModel):
+    """One file of the result.
+
+    Args:
+        role: what the file is.
+        path: relative to the run folder, with forward slashes.
+        size: in bytes.
+        sha256: of the content.
+        content_type: MIME type.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    role: Role
+    path: str
+    size: int
+    sha256: str
+    content_type: str
+
+
+class Result(BaseModel):
+    """How a run ended: the neutral form from which dialects make their services' own shapes."""
+
+    model_config = ConfigDict(frozen=True)
+    status: Status
+    exit_code: int
+    step: int = 0
+    total_steps: int = 0
+    error_kind: str | None = None
+    error: str | None = None
+    hint: str | None = None
+    ignored_options: dict[str, str] = {}
+    files: tuple[ResultFile, ...] = ()
+
+    @classmethod
+    def of_error(cls, error: TrainerError, *, step: int = 0, total_steps: int = 0) -> Result:
+        """The result of a run that ended in this error."""
+        status: Status = "interrupted" if error.kind == "interrupted" else "failed"
+        return cls(
+            status=status,
+            exit_code=error.exit_code,
+            step=step,
+            total_steps=total_steps,
+            error_kind=error.kind,
+            error=error.message,
+            hint=error.hint or None,
+        )
+
+    def file(self, role: Role) -> ResultFile | None:
+        """The first file that plays this role."""
+        return next((file for file in self.files if file.role == role), None)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places inside one run folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        """The event log."""
+        return self.root / "events.jsonl"
+
+    @property
+    def prepared(self) -> Path:
+        """The pictures as they are trained."""
+        return self.root / "prepared"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoint folders."""
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """TensorBoard's files."""
+        return self.root / "logs"
+
+    @property
+    def outputs(self) -> Path:
+        """The result files."""
+        return self.root / "outputs"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended."""
+        return self.root / "result.json"
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            DiskError: it cannot be made.
+        """
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for one training at a time; the system frees it when a process dies.
+
+        Raises:
+            InputError: another training is running in this folder.
+        """
+        with disk_errors(self.root):
+            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - held until the block ends
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    [
+                        Problem(
+                            "output",
+                            f"another training is running in `{self.root}`",
+                            "wait for it, stop it, or give another --output",
+                        )
+                    ]
+                ) from error
+            yield
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """The events so far; a last line cut short by a crash is left out."""
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def keep_events_through(self, step: int) -> None:
+        """Drops what was logged after a step, so that a run resumed there logs each step once."""
+        kept = [event for event in self.read_events() if event.get("step", 0) <= step]
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def describe(self, role: Role, path: Path) -> ResultFile:
+        """The result entry of a file in this folder."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return ResultFile(
+            role=role,
+            path=path.relative_to(self.root).as_posix(),
+            size=path.stat().st_size,
+            sha256=digest,
+            content_type=kind,
+        )
+
+    def read_result(self) -> Result | None:
+        """How the last run in this folder ended, if it said so."""
+        if not self.result.exists():
+            return None
+        return Result.model_validate_json(self.result.read_bytes())
+
+    def write_result(self, result: Result) -> None:
+        """Says how the run ended: a run's last act."""
+        write_text(self.result, result.model_dump_json(indent=2) + "\n")

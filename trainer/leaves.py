@@ -1,0 +1,155 @@
+"""What each hyperparameter may hold: as JSON Schema, in words, and from a command line.
+
+Everything here is read off the declarations in `trainer.sections`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from trainer.config import LEAVES, SECTIONS, TrainingConfig
+
+# Keys of a configuration file beside the sections and leaves: what a preset says of itself,
+# and what a written configuration says of how it came about.
+FILE_KEYS = ("description", "resolved", "ignored_options")
+
+_LONGEST_SHOWN = 80
+_TYPE_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
+_BOUND_WORDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "multipleOf": "a multiple of {}",
+    "minLength": "not empty",
+    "pattern": "matching {}",
+}
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_NOTHING = ("none", "null")
+
+
+@cache
+def leaf_schema(name: str) -> Mapping[str, Any]:
+    """The JSON Schema of one leaf.
+
+    Raises:
+        KeyError: there is no such leaf.
+    """
+    declared = _section_schema(LEAVES[name].section)["properties"][name]
+    return {key: value for key, value in declared.items() if key != "title"}
+
+
+def allowed(name: str) -> str:
+    """What a leaf may hold, in words: `a number, above 0, or null`."""
+    return _in_words(leaf_schema(name))
+
+
+def shown(value: object) -> str:
+    """A given value as a message quotes it: JSON, cut when long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
+
+
+def nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """A hint at the known name most like this one; empty when none is near."""
+    matches = get_close_matches(name.replace("-", "_"), list(known), n=1)
+    return f"did you mean `{matches[0]}`?" if matches else ""
+
+
+def flag_value(name: str, text: str) -> Any:
+    """The raw value of a leaf as typed on a command line.
+
+    A text that the leaf's type cannot read stays text, so that `resolve` names it together
+    with everything else that is wrong.
+
+    Raises:
+        KeyError: there is no such leaf.
+    """
+    types = _types(leaf_schema(name))
+    if "null" in types and text.lower() in _NOTHING:
+        return None
+    for kind, read in _READERS.items():
+        if kind in types:
+            try:
+                return read(text)
+            except (KeyError, ValueError):
+                continue
+    return text
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a configuration file: leaves in their sections or flat."""
+    sections = {
+        name: {
+            "type": "object",
+            "description": _section_schema(name)["description"],
+            "additionalProperties": False,
+            "properties": {
+                leaf: dict(leaf_schema(leaf)) for leaf in LEAVES if LEAVES[leaf].section == name
+            },
+        }
+        for name in SECTIONS
+    }
+    flat = {
+        name: {"$ref": f"#/properties/{leaf.section}/properties/{name}"}
+        for name, leaf in LEAVES.items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Training configuration",
+        "description": "Options in their sections or flat at the top; each name exists once.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**sections, **flat, **{key: {} for key in FILE_KEYS}},
+    }
+
+
+def _read_boolean(text: str) -> bool:
+    return _BOOLEANS[text.lower()]
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "boolean": _read_boolean,
+    "integer": int,
+    "number": float,
+}
+
+
+@cache
+def _section_schema(section: str) -> dict[str, Any]:
+    annotation = TrainingConfig.model_fields[section].annotation
+    assert annotation is not None
+    schema: dict[str, Any] = annotation.model_json_schema()
+    return schema
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(schema.get("anyOf", [schema]))
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    return {str(choice["type"]) for choice in _choices(schema)}
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        words = [_in_words(choice) for choice in _choices(schema)]
+        return ", or ".join(words)
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return str(schema["const"])
+    if "items" in schema:
+        return "names, as a list or separated by commas, none empty"
+    bounds = [words.format(schema[key]) for key, words in _BOUND_WORDS.items() if key in schema]
+    return ", ".join([_TYPE_WORDS[schema["type"]], *bounds])
