@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import logging as transformers_logging
 
 from trainer.config import ModelConfig, Note
 from trainer.errors import InputError
@@ -103,6 +105,8 @@ def load(base: BaseModel, precision: Precision) -> Family:
         InputError: files are missing or unreadable.
     """
     settings = base.settings
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     skipped: dict[str, None] = dict.fromkeys(base.family.unused_components)
     with _hub_errors("model_url", settings.model_url):
         if _is_single_file(settings):

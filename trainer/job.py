@@ -182,8 +182,8 @@ class RunFolder:
         """The events so far; a last line cut short by a crash is left out."""
         if not self.events.exists():
             return []
-        lines = self.events.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        whole_lines = self.events.read_bytes().rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole_lines.splitlines()]
 
     def keep_events_through(self, step: int) -> None:
         """Drops what was logged after a step, so that a run resumed there logs each step once."""

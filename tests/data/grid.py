@@ -1,0 +1,109 @@
+"""Pictures whose pixels say where they are, and archives of pictures, for the data tests."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trainer.data.plan import Plan
+from trainer.data.prepare import Example
+
+
+def grid_image(height: int, width: int, blue: int = 0) -> Image.Image:
+    """Red is the column, green the row, blue whatever the test wants to tell pictures apart by."""
+    assert max(height, width) <= 256
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(width)
+    pixels[..., 1] = np.arange(height)[:, None]
+    pixels[..., 2] = blue
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """A picture as the content of a file."""
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def grid_bytes(height: int = 40, width: int = 40, blue: int = 0) -> bytes:
+    """A grid image as PNG."""
+    return encoded(grid_image(height, width, blue))
+
+
+def zip_bytes(files: Mapping[str, bytes]) -> bytes:
+    """A zip archive of files in the given order."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def write_folder(root: Path, files: Mapping[str, bytes | str]) -> Path:
+    """A folder of files, nested as their names say."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def grid_examples(
+    folder: Path, count: int, *, height: int, width: int, original: int = 500
+) -> tuple[Example, ...]:
+    """Prepared grid pictures; blue is the picture's number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for number in range(count):
+        path = folder / f"{number:03d}.png"
+        grid_image(height, width, blue=number).save(path)
+        examples.append(
+            Example(
+                number=number,
+                name=f"{number}.jpg",
+                caption=f"caption {number}",
+                caption_origin="txt",
+                path=path,
+                sha256=str(number),
+                original_size=(original, original + 1),
+                size=(height, width),
+            )
+        )
+    return tuple(examples)
+
+
+def plan_of(count: int, **changes: int) -> Plan:
+    """One process, one picture a step, unless told otherwise."""
+    values = {
+        "num_examples": count,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_processes": 1,
+        "process_index": 0,
+        "seed": 7,
+        **changes,
+    }
+    return Plan(**values)
+
+
+def bytes_of(pixels: torch.Tensor) -> np.ndarray:
+    """Pixels (3, H, W) in [-1, 1] as the bytes (H, W, 3) they came from."""
+    values = (pixels.double() + 1) * 127.5
+    return values.round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def seen(pixels: torch.Tensor) -> tuple[int, int, bool, int]:
+    """What pixels of a grid picture show: top, left, whether mirrored, and the blue value.
+
+    Left is the smallest column of the resized picture that is seen.
+    """
+    grid = bytes_of(pixels)
+    first, last = int(grid[0, 0, 0]), int(grid[0, -1, 0])
+    return int(grid[0, 0, 1]), min(first, last), first > last, int(grid[0, 0, 2])

@@ -1,0 +1,197 @@
+"""Verification passes every right file and fails every broken one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checking import run_verification
+from trained_adapters import TrainedAdapter
+
+from trainer.events import StageEvent, VerifyEvent
+from trainer.export import verify as verification
+from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_folders
+from trainer.export.facts import TrainingFacts
+from trainer.export.full import write_denoiser
+from trainer.export.kohya import write_kohya
+
+ADAPTERS = {
+    "lora": ("lora", {}),
+    "lora with another alpha": ("lora", {"alpha": 2}),
+    "lora with mixed ranks": ("lora", {"rank": 8, "alpha": 8, "second_rank": 2}),
+    "dora": ("lora", {"use_dora": True, "alpha": 2}),
+    "lokr": ("lokr", {"alpha": 2}),
+    "lokr in factors of 4": ("lokr", {"alpha": 2, "decompose_factor": 4, "decompose_both": True}),
+    "lokr with Tucker cores": ("lokr", {"alpha": 2, "use_effective_conv2d": True}),
+    "loha": ("loha", {"alpha": 2}),
+    "loha with Tucker cores": ("loha", {"alpha": 2, "use_effective_conv2d": True}),
+}
+
+
+def write_all(
+    root: Path, adapter: TrainedAdapter, facts: TrainingFacts, dtype: torch.dtype
+) -> list[tuple[str, Path]]:
+    """Every file that there is for an adapter, with its role."""
+    diffusers, kohya = root / FILE_NAME, root / "astronaut.safetensors"
+    write_diffusers(diffusers, adapter.state, dtype)
+    write_kohya(kohya, adapter.state, adapter.names, facts, dtype)
+    files = [("diffusers_lora", diffusers), ("kohya_lora", kohya)]
+    if adapter.state.use_dora:
+        marked = root / "astronaut_comfyui.safetensors"
+        write_kohya(
+            marked,
+            adapter.state,
+            adapter.names,
+            facts,
+            dtype,
+            convention="comfyui",
+            base_weight=adapter.base_weight,
+        )
+        files.append(("kohya_lora_comfyui", marked))
+    folders = write_peft_folders(root / "peft", adapter.state, dtype)
+    return [*files, *(("peft_folder", path) for path in folders)]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_reader_gets_the_trained_weights_from_every_file(
+    kind: str,
+    family: str,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+    tmp_path: Path,
+) -> None:
+    algorithm, options = ADAPTERS[kind]
+    adapter = trained(family, algorithm, **options)
+    files = write_all(tmp_path, adapter, facts, torch.float32)
+
+    checks, _ = run_verification(tmp_path, files, adapter)
+
+    assert {c.status for c in checks if c.reader != "diffusers"} <= {"passed", "not checked"}
+    assert not [check for check in checks if check.status == "failed"]
+    weight_files = {path.name for _, path in files if path.suffix == ".safetensors"}
+    assert {Path(c.path).name for c in checks if c.status == "passed"} == weight_files
+    for check in checks:
+        if check.status == "passed":
+            assert check.keys_matched == check.keys_total > 0
+            assert check.largest_change_difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)], ids=["fp16", "bf16"]
+)
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha"])
+def test_short_number_formats_pass_within_their_tolerance(
+    kind: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+    tmp_path: Path,
+) -> None:
+    algorithm, options = ADAPTERS[kind]
+    adapter = trained("sd15", algorithm, **options)
+    files = write_all(tmp_path, adapter, facts, dtype)
+
+    checks, _ = run_verification(tmp_path, files, adapter)
+
+    assert not [check for check in checks if check.status == "failed"]
+    assert {check.tolerance for check in checks if check.status == "passed"} == {tolerance}
+    assert max(check.largest_change_difference or 0 for check in checks) > 1e-5
+
+
+def test_a_reader_that_does_not_apply_is_never_called_passed(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    adapter = trained("sdxl", "lora", use_dora=True, alpha=2)
+    files = write_all(tmp_path, adapter, facts, torch.float32)
+
+    checks, _ = run_verification(tmp_path, files, adapter)
+
+    unchecked = {(c.path, c.reader) for c in checks if c.status == "not checked"}
+    assert unchecked == {
+        ("astronaut.safetensors", "diffusers"),
+        ("astronaut_comfyui.safetensors", "diffusers"),
+        ("astronaut_comfyui.safetensors", "lycoris"),
+    }
+    assert all(check.reason for check in checks if check.status == "not checked")
+
+
+def test_verification_says_where_it_is_and_what_it_found(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    adapter = trained("sd15")
+    files = write_all(tmp_path, adapter, facts, torch.float32)
+
+    checks, events = run_verification(tmp_path, files, adapter)
+
+    found = [event for event in events if isinstance(event, VerifyEvent)]
+    stages = [event for event in events if isinstance(event, StageEvent)]
+    assert len(found) == len(checks) == 7
+    assert (stages[0].done, stages[-1].done, stages[-1].total) == (0, 7, 7)
+    assert {event.path for event in found} == {check.path for check in checks}
+
+
+def test_the_report_is_the_same_bytes_for_the_same_files(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    adapter = trained("sd15", "lora", use_dora=True, alpha=2)
+    files = write_all(tmp_path, adapter, facts, torch.float32)
+    reports = [tmp_path / "first.json", tmp_path / "second.json"]
+
+    for report in reports:
+        checks, _ = run_verification(tmp_path, files, adapter)
+        verification.write_report(report, checks)
+
+    assert reports[0].read_bytes() == reports[1].read_bytes()
+    content = json.loads(reports[0].read_text())
+    assert content["passed"] is True
+    assert str(tmp_path) not in reports[0].read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_fully_trained_denoiser_comes_back_exactly(
+    dtype: torch.dtype, trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    adapter, files = _fully_trained(trained, tmp_path, dtype)
+
+    checks, _ = run_verification(tmp_path, files, adapter)
+
+    assert [(check.reader, check.status) for check in checks] == [("diffusers", "passed")]
+    assert checks[0].keys_matched == checks[0].keys_total == len(adapter.weights["unet"])
+
+
+@pytest.mark.parametrize("fault", ["nan", "changed", "missing"])
+def test_a_fully_trained_denoiser_with_a_fault_fails(
+    fault: str, trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    adapter, files = _fully_trained(trained, tmp_path, torch.float32, fault)
+
+    checks, _ = run_verification(tmp_path, files, adapter)
+
+    assert [check.status for check in checks] == ["failed"]
+
+
+def _fully_trained(
+    trained: Callable[..., TrainedAdapter], root: Path, dtype: torch.dtype, fault: str = ""
+) -> tuple[TrainedAdapter, list[tuple[str, Path]]]:
+    base = trained("sd15")
+    unet = base.fresh().unet
+    torch.manual_seed(3)
+    weights = {
+        name: parameter.detach() + 1e-3 * torch.randn_like(parameter)
+        for name, parameter in unet.named_parameters()
+    }
+    stored = dict(weights)
+    if fault == "nan":
+        stored["conv_in.weight"] = stored["conv_in.weight"] * float("nan")
+    if fault == "changed":
+        stored["conv_in.bias"] = stored["conv_in.bias"] * 1.001
+    if fault == "missing":
+        del stored["mid_block.resnets.0.conv1.weight"]
+    written = write_denoiser(root / "unet", stored, unet.config, dtype)
+    adapter = TrainedAdapter(base.state, {"unet": weights}, base.fresh, base.names)
+    return adapter, [("denoiser_weights", path) for path in written]

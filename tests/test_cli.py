@@ -1,0 +1,343 @@
+"""The command line: every option a flag, data on stdout, failures as one line and a code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from trainer import cli as commands
+from trainer.config import LEAVES
+from trainer.flags import flag_of
+from trainer.resolve import Layer, resolve
+
+Output = pytest.CaptureFixture[str]
+
+
+def data_of(capsys: Output) -> Any:
+    """What the command wrote to stdout, which must be JSON."""
+    return json.loads(capsys.readouterr().out)
+
+
+def small_run(model: Path, photos: Path) -> list[str]:
+    """Flags of a training of two steps on a tiny model."""
+    given = {"model-url": model, "images-data-url": photos, "rank": 2, "max-train-steps": 2}
+    size = {"resolution-width": 64, "resolution-height": 64}
+    return [word for name, value in (given | size).items() for word in (f"--{name}", str(value))]
+
+
+# Help and options
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["schema"], ["presets", "list"], ["version"]],
+    ids=" ".join,
+)
+def test_a_command_that_computes_nothing_imports_no_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys; from trainer.cli import run; code = run(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "validate", "estimate"])
+def test_every_option_is_a_flag_with_its_meaning_in_the_help(command: str) -> None:
+    text = CliRunner().invoke(commands.cli, [command, "--help"], terminal_width=500).output
+
+    assert len(LEAVES) > 60
+    for name, leaf in LEAVES.items():
+        assert f"{flag_of(name)} " in text
+        assert str(leaf.info.description) in text
+
+
+def test_no_flag_of_a_command_hides_an_option() -> None:
+    for command in (commands.train, commands.validate, commands.estimate):
+        names = [name for parameter in command.params for name in parameter.opts]
+        assert len(set(names)) == len(names)
+
+
+def test_the_module_runs_the_same_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "version"], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == f"{commands.__version__}\n"
+
+
+# Sources of options
+
+
+def validated(capsys: Output, *arguments: str) -> dict[str, Any]:
+    """The leaves that `validate` resolved."""
+    code = commands.run(["validate", "--json", *arguments])
+    data = data_of(capsys)
+    assert code == 0, data
+    config: dict[str, Any] = data["config"]
+    return config
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(
+    tmp_path: Path, photo_folder: Path, capsys: Output
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"images_data_url: {photo_folder}\nrank: 5\nmax_train_steps: 7\n")
+
+    config = validated(capsys, str(file), "--preset", "person", "--rank", "3")
+
+    # The preset `person` says rank 16, 1500 steps and DoRA.
+    assert (config["rank"], config["max_train_steps"], config["use_dora"]) == (3, 7, True)
+
+
+def test_a_request_keeps_its_services_defaults_and_yields_to_flags(
+    tmp_path: Path, photo_folder: Path, capsys: Output
+) -> None:
+    payload = json.loads(Path("configs/payloads/fal_personalization.json").read_text())
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(payload | {"images_data_url": str(photo_folder)}))
+
+    config = validated(capsys, str(request), "--dialect", "fal", "--rank", "3")
+
+    # The service's own default of snr_gamma is 0.5, ours is 5.
+    assert (config["rank"], config["snr_gamma"]) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--use-dora"], True),
+        (["--use-dora", "false"], False),
+        (["--use_dora", "true"], True),
+        (["--use-dora=no"], False),
+    ],
+    ids=str,
+)
+def test_a_switch_takes_a_value_or_stands_alone(
+    flags: list[str], value: bool, photo_folder: Path, capsys: Output
+) -> None:
+    config = validated(capsys, "--images-data-url", str(photo_folder), *flags)
+
+    assert config["use_dora"] is value
+
+
+def test_none_switches_an_optional_number_off(photo_folder: Path, capsys: Output) -> None:
+    config = validated(capsys, "--images-data-url", str(photo_folder), "--snr-gamma", "none")
+
+    assert config["snr_gamma"] is None
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--snr-gama", "5"], ["`--snr-gama`", "did you mean `--snr-gamma`?"]),
+        (["trian"], ["`trian`", "did you mean `train`?"]),
+        (["train", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["train", "--images-data-url", "x", "--preset", "persn"], ["did you mean `person`?"]),
+        (["train", "--dialect", "fal"], ["--dialect", "request"]),
+        (["inspect", "nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["inspect"], ["command line", "FILE"]),
+        (["convert", "a.safetensors", "b.safetensors", "--to", "x"], ["--to", "kohya"]),
+        (["convert", "a.safetensors", "a.safetensors", "--to", "kohya"], ["the source itself"]),
+        (["presets", "show", "persn"], ["did you mean `person`?"]),
+        (["estimate", "--hourly", "much"], ["--hourly"]),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], expected: list[str], capsys: Output
+) -> None:
+    code = commands.run(arguments)
+
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert output.err.startswith("error[input]: ")
+    for words in expected:
+        assert words in output.err
+
+
+def test_everything_wrong_is_told_at_once_and_nothing_is_written(
+    tmp_path: Path, capsys: Output
+) -> None:
+    output = tmp_path / "run"
+
+    code = commands.run(["train", "--output", str(output), "--rank", "0", "--snr-gamma", "nan"])
+
+    lines = capsys.readouterr().err.splitlines()
+    named = [line.split("`")[1] for line in lines if line.startswith("error[input]: ")]
+    assert code == 2
+    assert set(named) == {"rank", "snr_gamma", "images_data_url"}
+    assert not output.exists()
+
+
+def test_a_failure_is_json_too_when_json_is_asked_for(capsys: Output) -> None:
+    code = commands.run(["train", "--rank", "0", "--json"])
+
+    data = data_of(capsys)
+    assert (code, data["exit_code"], data["error_kind"]) == (2, 2, "input")
+    assert {problem["field"] for problem in data["problems"]} == {"rank", "images_data_url"}
+
+
+def test_a_missing_wandb_is_bad_input_and_nothing_is_written(
+    tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    output = tmp_path / "run"
+
+    code = commands.run(
+        ["train", "--images-data-url", str(photo_folder), "--wandb", "--output", str(output)]
+    )
+
+    assert code == 2
+    assert "tok-trainer[wandb]" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_bug_shows_its_traceback_and_says_that_it_is_one() -> None:
+    program = "from trainer import cli; cli.run = lambda _: 1 / 0; cli.main()"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error[internal]: this is a bug")
+
+
+# Small commands
+
+
+def test_the_schema_knows_every_option(capsys: Output) -> None:
+    assert commands.run(["schema"]) == 0
+
+    assert set(data_of(capsys)["properties"]) >= set(LEAVES)
+
+
+def test_a_copied_preset_is_a_configuration_file_and_never_overwrites(
+    tmp_path: Path, capsys: Output
+) -> None:
+    copy = tmp_path / "mine.yaml"
+
+    first = commands.run(["presets", "copy", "person", str(copy)])
+    text = copy.read_text()
+    second = commands.run(["presets", "copy", "style", str(copy)])
+
+    assert (first, second) == (0, 2)
+    assert copy.read_text() == text
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_doctor_answers_in_json(capsys: Output) -> None:
+    code = commands.run(["doctor", "--json"])
+
+    data = data_of(capsys)
+    assert data["healthy"] is (code == 0)
+    assert {"ok", "warn", "fail"} >= {finding["status"] for finding in data["findings"]}
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def finished(
+    sd15_folder: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A run folder of two steps, and what the command wrote to stdout."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    command = ["train", *small_run(sd15_folder, photo_folder), "--output", str(folder), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_a_training_prints_its_result_as_json(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, data = finished
+
+    assert (data["status"], data["step"], data["total_steps"]) == ("done", 2, 2)
+    assert data["folder"] == str(folder.resolve())
+    assert {file["role"] for file in data["files"]} >= {"diffusers_lora", "kohya_lora", "config"}
+    assert all((folder / file["path"]).stat().st_size == file["size"] for file in data["files"])
+
+
+def test_a_finished_training_gives_its_service_the_answer_it_expects(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Output
+) -> None:
+    folder, _ = finished
+    from trainer.job import Result, RunFolder
+    from trainer.listeners import Summary
+
+    result = RunFolder(folder).read_result()
+    assert isinstance(result, Result)
+    commands._report(result, RunFolder(folder), Summary(), dialect="fal", as_json=True)
+
+    answer = data_of(capsys)
+    lora = answer["diffusers_lora_file"]
+    assert lora["url"].startswith("file://")
+    assert Path(lora["url"].removeprefix("file://")).stat().st_size == lora["file_size"]
+
+
+def test_the_written_configuration_means_the_same_again(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    from trainer.config_files import read_config_file
+
+    folder, _ = finished
+    layers = read_config_file(folder / "config.yaml")
+    again = resolve([*layers, Layer("command line", {}, explicit=True)])
+
+    assert (again.adapter.rank, again.run.max_train_steps) == (2, 2)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_result_can_be_inspected_and_converted(
+    finished: tuple[Path, dict[str, Any]], form: str, tmp_path: Path, capsys: Output
+) -> None:
+    folder, data = finished
+    source = next(file for file in data["files"] if file["role"] == "diffusers_lora")["path"]
+    target = tmp_path / "converted.safetensors"
+
+    converted = commands.run(["convert", str(folder / source), str(target), "--to", form])
+    capsys.readouterr()
+    inspected = commands.run(["inspect", str(target), "--json"])
+
+    assert (converted, inspected) == (0, 0)
+    assert data_of(capsys)["format"] == form
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    flags = [*small_run(sd15_folder, photo_folder), "--max-train-steps", "100000"]
+    command = [sys.executable, "-m", "trainer", "train", *flags, "--output", str(tmp_path)]
+    events = tmp_path / "events.jsonl"
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as training:
+        deadline = time.monotonic() + 60
+        while not (events.exists() and '"event": "step"' in events.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(training.pid, signal.SIGINT)
+        _, talk = training.communicate(timeout=30)
+
+    assert training.returncode == 75
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "interrupted"
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+    assert "run the same command again" in talk
+    assert f"python -m trainer train {' '.join(flags)} --output {tmp_path}" in talk

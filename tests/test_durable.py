@@ -1,0 +1,148 @@
+"""Writing leaves the old state or the new one, and says what is wrong with the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer import durable
+from trainer.errors import DiskError
+
+# Writes more than the size limit allows: a real error of the operating system.
+FILL = """
+import resource, sys
+from pathlib import Path
+from trainer import durable
+from trainer.errors import DiskError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    durable.write_bytes(Path(sys.argv[1]), b"x" * 5000)
+except DiskError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    durable.write_text(tmp_path / "a.txt", "old and long")
+    durable.write_text(tmp_path / "a.txt", "new ü")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "new ü"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    durable.write_chunks(tmp_path / "b" / "c" / "a.bin", [b"one", b"two"])
+    assert (tmp_path / "b" / "c" / "a.bin").read_bytes() == b"onetwo"
+
+
+def test_content_that_fails_halfway_leaves_the_old_file(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"new"
+        raise ZeroDivisionError
+
+    durable.write_bytes(tmp_path / "a", b"old")
+    with pytest.raises(ZeroDivisionError):
+        durable.write_chunks(tmp_path / "a", chunks())
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_is_a_disk_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    command = [sys.executable, "-c", FILL, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert str(tmp_path / "a") in done.stdout
+    assert "file size limit" in done.stdout
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "the folder may not be written to"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_the_reason_is_said_in_words(number: int, reason: str) -> None:
+    with (
+        pytest.raises(DiskError, match=f"`/out/x` could not be written: {reason}"),
+        durable.disk_errors(Path("/out/x")),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_path_below_a_file_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DiskError, match="Not a directory|File exists"):
+        durable.write_text(tmp_path / "file" / "x", "")
+
+
+def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        durable.write_text(tmp_path / "a", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_a_folder_gets_its_name_with_everything_in_it(tmp_path: Path) -> None:
+    temporary = durable.fresh_folder(tmp_path / ".tmp-1")
+    durable.write_text(temporary / "inner" / "a", "1")
+    durable.publish_folder(temporary, tmp_path / "step-1")
+    assert (tmp_path / "step-1" / "inner" / "a").read_text() == "1"
+    assert not temporary.exists()
+
+
+def test_a_name_that_is_taken_is_a_disk_error_and_both_stay(tmp_path: Path) -> None:
+    temporary = durable.fresh_folder(tmp_path / ".tmp-1")
+    durable.write_text(tmp_path / "step-1" / "a", "old")
+    with pytest.raises(DiskError):
+        durable.publish_folder(temporary, tmp_path / "step-1")
+    assert (tmp_path / "step-1" / "a").read_text() == "old"
+
+
+def test_a_fresh_folder_is_empty_whatever_stood_there(tmp_path: Path) -> None:
+    durable.write_text(tmp_path / "x" / "old", "")
+    assert list(durable.fresh_folder(tmp_path / "x").iterdir()) == []
+
+
+def test_a_removed_folder_leaves_nothing(tmp_path: Path) -> None:
+    durable.write_text(tmp_path / "x" / "old", "")
+    durable.write_text(tmp_path / ".tmp-old-x" / "from a crash", "")
+    durable.remove_folder(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_synced_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(f"name {Path(target).name}")
+        real_rename(source, target)
+
+    temporary = durable.fresh_folder(tmp_path / ".tmp-1")
+    (temporary / "a").write_text("1")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    durable.publish_folder(temporary, tmp_path / "step-1")
+    assert calls == ["sync a", "sync .tmp-1", "name step-1", f"sync {tmp_path.name}"]

@@ -1,0 +1,158 @@
+"""Whole trainings: determinism, resume, refusal, and verified files for every form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import configuration, digests, losses, train
+
+from trainer import engine
+from trainer.errors import CheckpointError, InputError, Interrupted, NonFiniteError
+from trainer.events import CheckpointEvent, FileEvent, StepEvent, VerifyEvent
+from trainer.job import RunFolder
+
+FORMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora with alpha": {"alpha": 2.0},
+    "dora": {"use_dora": True},
+    "lokr": {"lora_type": "lokr", "lokr_factor": 4},
+    "loha": {"lora_type": "loha"},
+    "all weights": {"use_lora": False, "learning_rate": 1e-5},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_every_form_trains_and_its_files_give_back_the_trained_model(
+    family: str, form: str, photo_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(f"{family}_folder")
+    events = train(configuration(model, photo_folder, **FORMS[form]), tmp_path)
+    checks = [event for event in events if isinstance(event, VerifyEvent)]
+    passed = {check.path for check in checks if check.status == "passed"}
+    written = {e.path for e in events if isinstance(e, FileEvent) and ".safetensors" in e.path}
+    assert len(losses(events)) == 4
+    assert not [check for check in checks if check.status == "failed"]
+    assert passed == written
+    assert len(written) == {"dora": 3, "lokr": 3, "loha": 3, "all weights": 1}.get(form, 2)
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, use_dora=True, random_flip=True)
+    for run in ("one", "two"):
+        train(config, tmp_path / run)
+    one, two = digests(tmp_path / "one" / "outputs"), digests(tmp_path / "two" / "outputs")
+    assert len(one) >= 6
+    assert one == two
+
+
+def test_another_seed_gives_another_adapter(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    files = []
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        train(configuration(sd15_folder, photo_folder, seed=seed), folder)
+        files.append(load_file(folder / "outputs" / "pytorch_lora_weights.safetensors"))
+    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    optimizer: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves: dict[str, Any] = {
+        "optimizer": optimizer,
+        "learning_rate": 1.0 if optimizer == "prodigy" else 1e-3,
+        "lr_scheduler": "cosine",
+        "max_train_steps": 6,
+        "random_flip": True,
+        "batch_size": 2,
+    }
+    config = configuration(sd15_folder, photo_folder, **leaves)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        collect_until(config, tmp_path / "parts", step=3)
+    second = train(config, tmp_path / "parts")
+    assert losses(second) == losses(whole)[3:]
+    assert digests(tmp_path / "parts" / "outputs") == digests(tmp_path / "whole" / "outputs")
+
+
+def collect_until(config: Any, folder: Path, *, step: int) -> list[Any]:
+    """Trains and wishes to stop once this step is done."""
+    done = 0
+    events = []
+    for event in engine.run(config, RunFolder(folder), lambda: done >= step):
+        events.append(event)
+        if isinstance(event, StepEvent):
+            done = event.step
+    return events
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    train(configuration(sd15_folder, photo_folder), tmp_path)
+    with pytest.raises(CheckpointError, match="noise_offset"):
+        train(configuration(sd15_folder, photo_folder, noise_offset=0.1), tmp_path)
+
+
+def test_checkpoints_are_published_and_pruned_on_the_way(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(
+        sd15_folder, photo_folder, checkpointing_steps=1, checkpoints_total_limit=2
+    )
+    events = train(config, tmp_path)
+    published = [event.step for event in events if isinstance(event, CheckpointEvent)]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert published == [1, 2, 3, 4]
+    assert kept == ["step-3", "step-4"]
+
+
+def test_the_base_model_is_untouched_by_an_adapter_and_changed_without_one(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    base = load_file(sd15_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    config = configuration(sd15_folder, photo_folder, use_lora=False, learning_rate=1e-4)
+    events = train(config, tmp_path)
+    roles = {event.role for event in events if isinstance(event, FileEvent)}
+    trained = load_file(tmp_path / "outputs" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "denoiser_weights" in roles
+    assert "diffusers_lora" not in roles
+    assert trained.keys() == base.keys()
+    assert sum(not torch.equal(trained[name], base[name]) for name in base) > len(base) * 0.9
+
+
+def test_a_learning_rate_beyond_reason_ends_without_result_files(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sd15_folder, photo_folder, learning_rate=1e30, max_train_steps=8)
+    with pytest.raises(NonFiniteError, match="timesteps"):
+        train(config, tmp_path)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_verify_json_names_every_reader_and_its_largest_difference(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    train(configuration(sdxl_folder, photo_folder, use_dora=True), tmp_path)
+    report = json.loads((tmp_path / "outputs" / "verify.json").read_text())
+    text = json.dumps(report)
+    assert '"diffusers"' in text
+    assert '"lycoris"' in text
+
+
+def test_a_wrong_target_is_refused_with_known_endings(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sd15_folder, photo_folder, target_unet_modules=["to_q", "to_kk"])
+    with pytest.raises(InputError, match="to_kk"):
+        train(config, tmp_path)

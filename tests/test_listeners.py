@@ -1,0 +1,249 @@
+"""What watches a training hears everything, and shows it where people look."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.config import OutputConfig, RunConfig, TrainingConfig
+from trainer.errors import InputError
+from trainer.events import (
+    CheckpointEvent,
+    Event,
+    FileEvent,
+    NoteEvent,
+    RunEvent,
+    StageEvent,
+    StepEvent,
+    VerifyEvent,
+)
+from trainer.job import Result, ResultFile, RunFolder
+from trainer.listeners import (
+    EventLog,
+    Listener,
+    ProgressBar,
+    ProgressLines,
+    Summary,
+    TensorBoard,
+    WeightsAndBiases,
+    duration,
+    logs_for,
+    progress_for,
+    size_text,
+)
+
+FILE = "outputs/lora.safetensors"
+STORY: list[Event] = [
+    StageEvent("read", 1, 2),
+    StageEvent("read", 2, 2),
+    NoteEvent("yielded", "cache_latents", "off, because random_flip is on"),
+    RunEvent(0, 2, 2, 4, {"family": "some"}),
+    StepEvent(1, 0, 0.25, 1e-4, 2.0, 0.5),
+    StepEvent(2, 0, 0.125, 1e-4, 1.0, 0.5),
+    CheckpointEvent(2, "checkpoints/step-2"),
+    FileEvent("diffusers_lora", FILE),
+    VerifyEvent(FILE, "diffusers", "passed", 1e-7),
+]
+
+
+def tell(listener: Listener, story: list[Event] = STORY) -> None:
+    with listener:
+        for event in story:
+            listener.hear(event)
+
+
+def screen(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def curve(logs: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(logs))
+    accumulator.Reload()
+    return [(point.step, point.value) for point in accumulator.Scalars(name)]
+
+
+def test_every_event_is_one_line_of_json(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    tell(EventLog(folder))
+
+    lines = folder.events.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [event.as_dict() for event in STORY]
+
+
+def test_a_loss_that_is_no_number_stays_valid_json(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    tell(EventLog(folder), [StepEvent(1, 0, float("nan"), 1e-4, float("inf"), 0.5)])
+
+    event = json.loads(folder.events.read_text(), parse_constant=pytest.fail)
+    assert (event["loss"], event["grad_norm"]) == (None, None)
+
+
+def test_an_event_is_on_disk_before_the_next_one_comes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    with EventLog(folder) as log:
+        log.hear(STORY[0])
+
+        assert len(folder.read_events()) == 1
+
+
+def test_a_terminal_shows_a_bar_with_loss_and_learning_rate() -> None:
+    console = screen(terminal=True)
+
+    tell(ProgressBar(console))
+
+    text = shown(console)
+    assert "loss 0.1250" in text
+    assert "lr 0.0001" in text
+    assert "0.50 s/step" in text
+    assert "2/2" in text
+
+
+def test_elsewhere_there_are_plain_lines_without_control_characters() -> None:
+    console = screen(terminal=False)
+
+    tell(ProgressLines(console))
+
+    assert shown(console).splitlines() == [
+        "read: 2 of 2",
+        "yielded: `cache_latents`: off, because random_flip is on",
+        "train: begins, 2 steps in all, 4 pictures",
+        "step 1/2  loss 0.2500  lr 0.0001  0.50 s/step  0 s left",
+        "step 2/2  loss 0.1250  lr 0.0001  0.50 s/step  0 s left",
+        "checkpoint: checkpoints/step-2",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_option_without_effect_is_told_only_if_somebody_set_it(terminal: bool) -> None:
+    console = screen(terminal=terminal)
+    notes: list[Event] = [
+        NoteEvent("ignored", "lr_power", "lr_scheduler is not polynomial"),
+        NoteEvent("ignored", "lokr_factor", "lora_type is not lokr"),
+        NoteEvent("ignored", "request.extra", "the service does not know it"),
+    ]
+
+    tell(progress_for(console, ["lr_power"]), notes)
+
+    text = shown(console)
+    assert "`lr_power`" in text
+    assert "`request.extra`" in text
+    assert "`lokr_factor`" not in text
+
+
+def test_a_long_training_prints_about_twenty_lines() -> None:
+    console = screen(terminal=False)
+    steps = [StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1) for number in range(1, 1001)]
+
+    tell(ProgressLines(console), [RunEvent(0, 1000, 10, 10, {}), *steps])
+
+    assert 20 <= len(shown(console).splitlines()) <= 23
+
+
+def test_the_time_left_counts_only_the_steps_of_this_sitting() -> None:
+    console = screen(terminal=False)
+
+    tell(
+        ProgressLines(console),
+        [RunEvent(90, 100, 10, 10, {}), StepEvent(91, 9, 0.5, 1e-4, 1.0, 2.0)],
+    )
+
+    # Nine steps of two seconds remain.
+    assert "18 s left" in shown(console)
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, ProgressBar), (False, ProgressLines)])
+def test_the_display_fits_the_place(terminal: bool, kind: type[Listener]) -> None:
+    assert isinstance(progress_for(screen(terminal=terminal)), kind)
+
+
+def test_tensorboard_can_read_the_curves(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path))
+
+    assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.125)]
+    assert curve(tmp_path, "train/grad_norm") == [(1, 2.0), (2, 1.0)]
+
+
+def test_tensorboard_shows_a_step_that_was_computed_again_once(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path))
+
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+
+    assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
+
+
+def test_a_missing_wandb_is_said_with_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+    with pytest.raises(InputError, match=r"pip install 'tok-trainer\[wandb\]'"):
+        WeightsAndBiases(TrainingConfig(), RunFolder(tmp_path))
+
+
+def test_tensorboard_is_on_unless_it_is_switched_off(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    quiet = TrainingConfig(run=RunConfig(tensorboard=False))
+
+    assert [type(log) for log in logs_for(TrainingConfig(), folder)] == [EventLog, TensorBoard]
+    assert [type(log) for log in logs_for(quiet, folder)] == [EventLog]
+
+
+def test_wandb_is_asked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = TrainingConfig(run=RunConfig(wandb=True), output=OutputConfig(output_name="x"))
+
+    with pytest.raises(InputError):
+        logs_for(config, RunFolder(tmp_path / "run"))
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_names_file_role_size_and_reader() -> None:
+    file = ResultFile(
+        role="diffusers_lora",
+        path=FILE,
+        size=1500,
+        sha256="0",
+        content_type="application/octet-stream",
+    )
+    result = Result(status="done", exit_code=0, step=2, total_steps=2, files=(file,))
+    summary = Summary()
+    tell(summary)
+    console = screen(terminal=False)
+
+    console.print(summary.table(result))
+
+    text = shown(console)
+    for expected in (FILE, "diffusers_lora", "1.5 kB", "diffusers: passed", "done: 2 of 2 steps"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_500_000_000, "2.50 GB")]
+)
+def test_sizes_are_read_in_powers_of_a_thousand(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.4, "8 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,187 @@
+"""What is installed is what was written: ranges, pins, wheel, sdist, and a training from the wheel."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import site
+import stat
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins() -> dict[str, str]:
+    """Package to version, from `constraints.txt`."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What the project asks for, with some of its extras."""
+    lines = [*PROJECT["dependencies"]]
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def test_the_pins_have_no_local_label_and_no_path() -> None:
+    assert pins()["torch"] == "2.13.0"
+    assert len(pins()) > 80
+    assert not [pin for pin in pins().items() if "+" in pin[1] or "/" in "".join(pin)]
+
+
+def test_every_requirement_is_pinned_inside_its_range() -> None:
+    wanted = requirements("dev", "demo", "lycoris")
+
+    assert [str(r) for r in wanted if canonicalize_name(r.name) not in pins()] == []
+    assert [
+        str(r) for r in wanted if not r.specifier.contains(pins()[canonicalize_name(r.name)])
+    ] == []
+
+
+def test_every_imported_package_is_a_requirement() -> None:
+    providers = metadata.packages_distributions()
+    imported = {
+        name.split(".")[0]
+        for path in (ROOT / "trainer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _imports(node)
+    }
+    outside = imported - set(sys.stdlib_module_names) - {"trainer"}
+    declared = {canonicalize_name(r.name) for r in requirements("lycoris")}
+
+    assert {"torch", "diffusers", "pydantic"} <= outside
+    unknown = {
+        name
+        for name in outside
+        if declared.isdisjoint(canonicalize_name(owner) for owner in providers.get(name, [name]))
+    }
+    assert unknown == set()
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    is_absolute = isinstance(node, ast.ImportFrom) and node.level == 0
+    return [str(node.module)] if is_absolute else []
+
+
+@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])
+def test_the_scripts_can_be_run_and_stop_at_the_first_failure(script: str) -> None:
+    path = ROOT / script
+
+    assert path.stat().st_mode & stat.S_IXUSR
+    assert "set -euo pipefail" in path.read_text()
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_continuous_integration_runs_the_test_script_and_nothing_else() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+
+    commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["./scripts/test"]
+
+
+def test_the_launcher_files_are_ones_that_accelerate_reads() -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    paths = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
+    processes = {path.stem: ClusterConfig.from_yaml_file(str(path)).num_processes for path in paths}
+
+    assert processes == {"eight_gpus": 8, "one_gpu": 1}
+    assert all(yaml.safe_load(path.read_text())["mixed_precision"] == "no" for path in paths)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_package_configurations_and_licence(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.py")]
+    configs = [
+        f"trainer/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "configs").rglob("*")
+        if path.is_file()
+    ]
+    assert len(modules) > 20
+    assert len(configs) > 5
+    assert set(modules) | set(configs) | {"trainer/py.typed"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "demo/", "runs/")) for name in names)
+
+
+@pytest.mark.slow
+def test_the_sdist_carries_tests_scripts_and_pins(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+
+    assert {"tests/test_packaging.py", "scripts/demo", "constraints.txt", "LICENSE"} <= names
+
+
+@pytest.mark.slow
+def test_a_training_runs_from_the_installed_wheel(
+    built: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    (wheel,) = built.glob("*.whl")
+    python = _fresh_environment(tmp_path / "fresh", wheel)
+    command = [
+        *[str(python.with_name("trainer")), "train", "--json", "--output", "run"],
+        *["--model-url", str(sd15_folder), "--images-data-url", str(photo_folder)],
+        *["--max-train-steps", "1", "--rank", "2"],
+        *["--resolution-width", "64", "--resolution-height", "64"],
+    ]
+
+    origin = subprocess.run(
+        [str(python), "-c", "import trainer; print(trainer.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    assert str(tmp_path) in origin
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "done"
+    presets = [str(python.with_name("trainer")), "presets", "list", "--json"]
+    listed = subprocess.run(presets, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "person" in json.loads(listed.stdout)
+
+
+def _fresh_environment(folder: Path, wheel: Path) -> Path:
+    """An environment with the wheel alone; its requirements are this environment's packages."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (packages / "requirements.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    # Everything is there already, so no index is needed; pip checks that it is.
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, env=os.environ | {"PIP_FIND_LINKS": ""})
+    return python

@@ -1,0 +1,204 @@
+"""The run folder from outside: lock, signals, listeners, and the result as the last act."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.config import TrainingConfig
+from trainer.errors import (
+    CheckpointError,
+    DiskError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    OutOfMemoryError,
+    TrainerError,
+    VerificationError,
+)
+from trainer.events import Event, FileEvent, RunEvent, StepEvent
+from trainer.job import Result, RunFolder
+from trainer.listeners import EventLog, Summary
+from trainer.runner import stop_on_signals, supervise
+
+BEGIN = RunEvent(0, 3, 1, 5, {})
+
+
+def step(number: int) -> StepEvent:
+    return StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1)
+
+
+def never() -> bool:
+    return False
+
+
+def finishing(_: TrainingConfig, folder: RunFolder, stop: Callable[[], bool]) -> Iterator[Event]:
+    """An engine that takes three steps and writes one file."""
+    yield BEGIN
+    for number in (1, 2, 3):
+        yield step(number)
+    folder.outputs.mkdir()
+    (folder.outputs / "lora.safetensors").write_bytes(b"12345")
+    yield FileEvent("diffusers_lora", "outputs/lora.safetensors")
+
+
+def run(folder: RunFolder, engine: Callable[..., Iterator[Event]] = finishing) -> Result:
+    return supervise(TrainingConfig(), folder, [EventLog(folder)], engine=engine, stop=never)
+
+
+def test_a_finished_run_names_its_files_with_their_sizes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+
+    result = run(folder)
+
+    assert (result.status, result.exit_code, result.step, result.total_steps) == ("done", 0, 3, 3)
+    assert [(file.path, file.size) for file in result.files] == [("outputs/lora.safetensors", 5)]
+    assert folder.read_result() == result
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (VerificationError("x"), 1),
+        (InputError.of("rank", "x"), 2),
+        (NonFiniteError("x"), 3),
+        (OutOfMemoryError("x"), 4),
+        (DiskError("x"), 5),
+        (CheckpointError("x"), 6),
+        (Interrupted("x"), 75),
+    ],
+    ids=lambda value: getattr(value, "kind", str(value)),
+)
+def test_every_kind_of_failure_leaves_a_result_with_its_exit_code(
+    tmp_path: Path, error: TrainerError, code: int
+) -> None:
+    def failing(*_: object) -> Iterator[Event]:
+        yield BEGIN
+        yield step(1)
+        raise error
+
+    folder = RunFolder(tmp_path)
+
+    result = run(folder, failing)
+
+    assert result.exit_code == code
+    assert (result.error_kind, result.step) == (error.kind, 1)
+    assert result.status == ("interrupted" if code == 75 else "failed")
+    assert folder.read_result() == result
+
+
+def test_a_bug_leaves_no_result_that_would_look_like_an_ending(tmp_path: Path) -> None:
+    def buggy(*_: object) -> Iterator[Event]:
+        yield BEGIN
+        raise ZeroDivisionError
+
+    folder = RunFolder(tmp_path)
+    folder.write_result(Result(status="interrupted", exit_code=75))
+
+    with pytest.raises(ZeroDivisionError):
+        run(folder, buggy)
+
+    assert folder.read_result() is None
+
+
+def test_the_result_is_written_after_everything_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    seen: list[bool] = []
+
+    class Watcher(Summary):
+        def __exit__(self, *_: object) -> None:
+            seen.append(folder.result.exists())
+
+    supervise(TrainingConfig(), folder, [Watcher()], engine=finishing, stop=never)
+
+    assert seen == [False]
+    assert folder.result.exists()
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_disturbs_nothing(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(Result(status="done", exit_code=0))
+    before = folder.result.read_bytes()
+
+    with folder.lock(), pytest.raises(InputError, match="another training is running"):
+        run(folder)
+
+    assert folder.result.read_bytes() == before
+    assert not folder.events.exists()
+
+
+def test_the_other_processes_of_a_training_are_silent_and_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepping(*_: object) -> Iterator[Event]:
+        yield BEGIN
+        yield step(1)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    result = run(RunFolder(tmp_path / "run"), stepping)
+
+    assert result.exit_code == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_wish_to_stop(number: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        before = stop()
+        os.kill(os.getpid(), number)
+        after = stop()
+
+    assert (before, after) == (False, True)
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_repeated_sigterm_changes_nothing() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+        assert stop()
+
+
+def test_the_handlers_of_before_come_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    with stop_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    run(folder, lambda *_: iter([BEGIN, step(1), step(2)]))
+
+    run(folder, lambda *_: iter([RunEvent(1, 3, 1, 5, {}), step(2), step(3)]))
+
+    steps = [event["step"] for event in folder.read_events() if event["event"] == "step"]
+    assert steps == [1, 2, 3]
+
+
+def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    whole = json.dumps(step(1).as_dict())
+    folder.events.write_text(f'{whole}\n{{"event": "run", "details": {{}}')
+
+    run(folder, lambda *_: iter([RunEvent(1, 3, 1, 5, {}), step(2)]))
+
+    lines = folder.events.read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["step", "run", "step"]

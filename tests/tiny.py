@@ -1,0 +1,58 @@
+"""Small trainings on the tiny base models, for tests of what a training does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer import engine
+from trainer.config import TrainingConfig
+from trainer.events import Event, StepEvent
+from trainer.job import RunFolder
+from trainer.resolve import Layer, resolve
+
+SMALL = {"rank": 4, "max_train_steps": 4, "learning_rate": 1e-3, "tensorboard": False}
+
+
+def configuration(model: Path, photos: Path, **leaves: Any) -> TrainingConfig:
+    """A small configuration in which the named leaves are explicit."""
+    given = {"model_url": str(model), "images_data_url": str(photos), **SMALL, **leaves}
+    return resolve([Layer("test", given, explicit=True)])
+
+
+def never() -> bool:
+    """A wish to stop that never comes."""
+    return False
+
+
+def train(config: TrainingConfig, folder: Path, stop: Callable[[], bool] = never) -> list[Event]:
+    """Runs a training in this process and returns what it said."""
+    return list(engine.run(config, RunFolder(folder), stop))
+
+
+def steps(config: TrainingConfig, folder: Path) -> list[Event]:
+    """Composes a training and runs its steps, without result files and their verification."""
+    composing = engine.compose(config, RunFolder(folder))
+    events: list[Event] = []
+    while True:
+        try:
+            events.append(next(composing))
+        except StopIteration as end:
+            training = end.value.training
+            return [*events, *training.steps(RunFolder(folder), never)]
+
+
+def losses(events: list[Event]) -> list[float]:
+    """The loss of each step."""
+    return [event.loss for event in events if isinstance(event, StepEvent)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

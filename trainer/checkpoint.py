@@ -1,0 +1,234 @@
+"""Checkpoints that are either whole or not there: publish, verify, load.
+
+```
+checkpoints/step-N/
+  weights.safetensors   what is learnt
+  optimizer.pt          the optimizer's state
+  state.json            learning-rate schedule, gradient scaler
+  manifest.json         written last: step, configuration, size and sha256 of the others
+```
+
+A checkpoint is written under a hidden name, made durable and then renamed; older ones go only
+after that. Knows files and tensors, nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from trainer import durable, tensorfile
+from trainer.errors import CheckpointError, DiskError
+
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
+    "weights.safetensors",
+    "optimizer.pt",
+    "state.json",
+    "manifest.json",
+)
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on after a step.
+
+    Args:
+        step: optimizer steps done.
+        tensors: what is learnt, by name.
+        optimizer: the optimizer's `state_dict`.
+        state: what else has a state, as JSON can hold it.
+    """
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint from disk, and a warning for each damaged newer one."""
+
+    checkpoint: Checkpoint
+    warnings: tuple[str, ...]
+
+
+class _DamageError(Exception):
+    """Why a checkpoint folder cannot be used."""
+
+
+def publish(
+    folder: Path, checkpoint: Checkpoint, *, config_values: Mapping[str, Any], keep: int
+) -> Path:
+    """Makes a checkpoint durable as `step-N`, and only then removes what it replaces.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        checkpoint: what to keep.
+        config_values: what must be equal for a run to go on from here, as JSON can hold it.
+        keep: checkpoints to leave, this one included.
+
+    Returns:
+        The folder of this checkpoint.
+
+    Raises:
+        DiskError: it could not be written; older checkpoints are untouched.
+    """
+    final = folder / f"{_PREFIX}{checkpoint.step}"
+    if not _is_intact(final, config_values):
+        temporary = durable.fresh_folder(folder / f".tmp-{checkpoint.step}")
+        try:
+            _write(temporary, checkpoint, config_values)
+            if final.exists():
+                durable.remove_folder(final)
+            durable.publish_folder(temporary, final)
+        except DiskError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    _prune(folder, checkpoint.step, keep)
+    return final
+
+
+def load_newest(folder: Path, *, config_values: Mapping[str, Any]) -> Loaded | None:
+    """The newest checkpoint that is whole, or nothing where no checkpoint was ever published.
+
+    Args:
+        folder: the run's `checkpoints/`, which need not exist.
+        config_values: as given to `publish`.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or the newest whole one belongs to
+            another configuration.
+    """
+    warnings: list[str] = []
+    for step in _steps(folder):
+        path = folder / f"{_PREFIX}{step}"
+        try:
+            manifest = _verify(path)
+            _check_config(path, manifest["config"], config_values)
+            return Loaded(_read(path, step), tuple(warnings))
+        except _DamageError as damage:
+            warnings.append(f"checkpoint `{path.name}` is damaged and passed over: {damage}")
+    if warnings:
+        raise CheckpointError(
+            "\n".join([f"no checkpoint in `{folder}` is usable", *warnings]),
+            "give another --output, or remove that folder to start from step 0",
+        )
+    return None
+
+
+def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any]) -> None:
+    tensorfile.write(folder / WEIGHTS, checkpoint.tensors, {})
+    # torch.save to a full disk fails with a message that says nothing of disks.
+    buffer = io.BytesIO()
+    torch.save(checkpoint.optimizer, buffer)
+    durable.write_bytes(folder / OPTIMIZER, buffer.getvalue())
+    durable.write_text(folder / STATE, json.dumps(checkpoint.state, indent=2) + "\n")
+    content = {
+        "step": checkpoint.step,
+        "files": {name: _describe(folder / name) for name in (WEIGHTS, OPTIMIZER, STATE)},
+        "config": dict(config_values),
+    }
+    manifest = {"content": content, "sha256": _digest_of(content)}
+    durable.write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    # Numbers above the published one are damaged leftovers: a whole one would have been
+    # gone on from.
+    steps = _steps(folder)
+    kept = [number for number in steps if number <= step][:keep]
+    for number in steps:
+        if number not in kept:
+            durable.remove_folder(folder / f"{_PREFIX}{number}")
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The numbers of published checkpoints, newest first."""
+    numbers = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
+    return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+
+def _is_intact(path: Path, config_values: Mapping[str, Any]) -> bool:
+    """Whether a resumed run that comes by this step again may leave its checkpoint as it is."""
+    try:
+        manifest = _verify(path)
+    except _DamageError:
+        return False
+    return bool(manifest["config"] == _as_json(config_values))
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's manifest, after comparing every file with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        content: dict[str, Any] = manifest["content"]
+        if manifest["sha256"] != _digest_of(content):
+            raise _DamageError(f"`{MANIFEST}` was changed")
+        if path.name != f"{_PREFIX}{content['step']}":
+            raise _DamageError(f"`{MANIFEST}` is of step {content['step']}")
+        for name, expected in content["files"].items():
+            if _describe(path / name) != expected:
+                raise _DamageError(f"`{name}` was changed")
+    except FileNotFoundError as error:
+        raise _DamageError(f"`{Path(error.filename).name}` is missing") from error
+    except OSError as error:
+        raise _DamageError(f"it cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _DamageError(f"`{MANIFEST}` is no manifest") from error
+    return content
+
+
+def _check_config(path: Path, theirs: dict[str, Any], config_values: Mapping[str, Any]) -> None:
+    ours = _as_json(config_values)
+    names = [*theirs, *(name for name in ours if name not in theirs)]
+    changes = [
+        f"`{name}`: {json.dumps(theirs.get(name))} → {json.dumps(ours.get(name))}"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"checkpoint `{path}` belongs to another configuration: " + ", ".join(changes),
+            "give another --output for the new configuration, or set these options back",
+        )
+
+
+def _read(path: Path, step: int) -> Checkpoint:
+    try:
+        tensors = load_file(path / WEIGHTS)
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        state = json.loads((path / STATE).read_bytes())
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
+        raise _DamageError(str(error).splitlines()[0]) from error
+    return Checkpoint(step=step, tensors=tensors, optimizer=optimizer, state=state)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they come back from a JSON file."""
+    answer: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    return answer

@@ -1,0 +1,220 @@
+"""One training from a resolved configuration to verified files, as a stream of events.
+
+The only composer: it joins the base model, data, objective, adapter, optimizer, checkpoints and
+exporters, and names no family. Whoever iterates decides what is shown and logged; stopping is
+asked for by a function, so no callbacks are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from trainer import base_model, results
+from trainer.base_model import BaseModel, Precision
+from trainer.config import RunConfig, TrainingConfig
+from trainer.config_files import write_config
+from trainer.data.dataset import Dataset, Plan
+from trainer.data.prepare import Example, prepare
+from trainer.durable import write_text
+from trainer.errors import InputError, Interrupted, OutOfMemoryError
+from trainer.events import Event, NoteEvent, RunEvent
+from trainer.families.base import Family
+from trainer.job import RunFolder
+from trainer.training import Training
+from trainer.encoding import encode_captions, encode_pictures
+
+Value = TypeVar("Value")
+Stop = Callable[[], bool]
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
+    """Trains, or goes on training, and leaves verified files in the run folder.
+
+    Args:
+        config: the resolved configuration.
+        folder: the run folder; a checkpoint of the same configuration in it is gone on from.
+        stop: asked after every event and step; true ends the run with a checkpoint.
+
+    Raises:
+        TrainerError: of the kind that tells what went wrong.
+    """
+    try:
+        yield from _run(config, folder, stop)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ", maxsplit=1)[0]
+        raise OutOfMemoryError(reason, _memory_hint(config)) from error
+
+
+def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
+    composed = yield from _interruptible(compose(config, folder), stop)
+    training = composed.training
+    yield from training.resume(folder)
+    yield _run_event(composed)
+    yield from training.steps(folder, stop)
+    if training.accelerator.is_main_process:
+        yield from results.deliver(
+            composed.config, composed.base, composed.precision, training, folder
+        )
+    training.accelerator.wait_for_everyone()
+    training.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A training before its first step, with what it was made of.
+
+    Args:
+        config: with everything that the checkpoint and the machine decided.
+        base: the base model as it was found.
+        precision: the number formats it was loaded in.
+        training: ready to go.
+    """
+
+    config: TrainingConfig
+    base: BaseModel
+    precision: Precision
+    training: Training
+
+
+def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None, Composition]:
+    """Everything up to the first step: pictures, base model, encodings, adapter, optimizer."""
+    accelerator = _accelerator(config.run)
+    base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
+    config = _completed(config, base, accelerator)
+    if accelerator.is_main_process:
+        folder.create()
+    examples = yield from _prepare(config, folder, accelerator)
+    precision = _precision(config, accelerator)
+    family = base_model.load(base, precision)
+    plan = Plan(
+        num_examples=len(examples),
+        batch_size=config.run.batch_size,
+        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=config.run.seed,
+    )
+    dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
+    text = yield from encode_captions(family, dataset, accelerator.device)
+    pictures = None
+    if config.data.cache_latents:
+        pictures = yield from encode_pictures(family, dataset, accelerator.device)
+    training = Training(config, family, accelerator, dataset, text=text, pictures=pictures)
+    config = config.with_notes(*training.notes)
+    for note in config.resolved.notes:
+        yield NoteEvent(note.kind, note.field, note.message)
+    if accelerator.is_main_process:
+        write_text(folder.config, write_config(config))
+    return Composition(config, base, precision, training)
+
+
+def _accelerator(run: RunConfig) -> Accelerator:
+    on_gpu = torch.cuda.is_available()
+    precision = run.mixed_precision
+    if precision == "auto":
+        best = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp16"
+        precision = best if on_gpu else "no"
+    if precision == "fp16" and not on_gpu:
+        raise InputError.of(
+            "mixed_precision", "`fp16` needs a GPU", "give `no` or `bf16` to train on a processor"
+        )
+    # Accelerate keeps the precision per process; a second training here may want another.
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, cpu=not on_gpu)
+
+
+def _precision(config: TrainingConfig, accelerator: Accelerator) -> Precision:
+    frozen = _DTYPES[accelerator.mixed_precision]
+    return Precision(
+        frozen=frozen,
+        denoiser=frozen if config.adapter.use_lora else torch.float32,
+        vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
+    )
+
+
+def _completed(
+    config: TrainingConfig, base: BaseModel, accelerator: Accelerator
+) -> TrainingConfig:
+    """The configuration with what only the checkpoint and the machine could tell."""
+    config = config.with_leaf("mixed_precision", accelerator.mixed_precision)
+    for field in ("resolution_width", "resolution_height"):
+        if config.leaf(field) is None:
+            config = config.with_leaf(field, base.native_size)
+    config = config.model_copy(update={"model": base.settings})
+    return config.with_notes(*base.notes)
+
+
+def _prepare(
+    config: TrainingConfig, folder: RunFolder, accelerator: Accelerator
+) -> Generator[Event, None, tuple[Example, ...]]:
+    """Prepares the pictures in one process; the others then find them ready."""
+    width, height = config.data.resolution_width, config.data.resolution_height
+    assert width is not None
+    assert height is not None
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    examples = yield from prepare(config.data, folder.prepared, width=width, height=height)
+    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    return examples
+
+
+def _run_event(composed: Composition) -> RunEvent:
+    config, training = composed.config, composed.training
+    return RunEvent(
+        start_step=training.step,
+        total_steps=training.total_steps,
+        steps_per_epoch=training.dataset.plan.steps_per_epoch,
+        num_examples=training.dataset.plan.num_examples,
+        details={
+            "family": composed.base.family_name,
+            "model": config.model.model_url,
+            "method": config.adapter.lora_type if config.adapter.use_lora else "all weights",
+            "trained_parameters": training.num_trained_parameters,
+            "resolution": f"{config.data.resolution_width}x{config.data.resolution_height}",
+            "device": str(training.accelerator.device),
+            "processes": training.accelerator.num_processes,
+            "precision": str(composed.precision.frozen).removeprefix("torch."),
+        },
+    )
+
+
+def _interruptible(
+    stage: Generator[Event, None, Value], stop: Stop
+) -> Generator[Event, None, Value]:
+    """A stage that ends early when asked to; nothing is lost, since no step is done yet."""
+    while True:
+        try:
+            event = next(stage)
+        except StopIteration as end:
+            value: Value = end.value
+            return value
+        yield event
+        if stop():
+            raise Interrupted("stopped before the first step", "run the same command to go on")
+
+
+def _memory_hint(config: TrainingConfig) -> str:
+    """Settings of this configuration that would save memory, the most helpful first."""
+    remedies = [
+        (not config.run.gradient_checkpointing, "gradient_checkpointing: true"),
+        (
+            config.run.batch_size > 1,
+            "batch_size: 1 with gradient_accumulation_steps: "
+            f"{config.run.batch_size * config.run.gradient_accumulation_steps}",
+        ),
+        (not config.adapter.use_lora, "use_lora: true"),
+        (config.optim.optimizer == "adamw", "optimizer: adamw8bit"),
+        ((config.data.resolution_width or 0) > 512, "resolution_width and resolution_height: 512"),
+        (not config.data.cache_latents, "cache_latents: true"),
+        (config.adapter.rank > 8, "rank: 8"),
+    ]
+    return "try " + ", or ".join([setting for helps, setting in remedies if helps][:3])

@@ -1,0 +1,240 @@
+"""The adapter as ComfyUI, A1111, Forge, sd-scripts and LyCORIS read it.
+
+One constant alpha in every module, the scale inside the weights, and the names that the
+family's table gives. DoRA magnitudes have two meanings in the field, so the file says which
+one it follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainer import tensorfile
+from trainer.export.facts import TrainingFacts
+from trainer.export.state import (
+    MAGNITUDE,
+    AdapterState,
+    LayerTensors,
+    layer_rank,
+    stored,
+    with_text_model,
+)
+from trainer.names import KohyaNames
+
+DoraConvention = Literal["paper", "comfyui"]
+
+# The weight of a layer before training: (component, layer path) → (out, in, …).
+BaseWeight = Callable[[str, str], Tensor]
+
+CONVENTION_KEY = "dora_convention"
+
+_PARTS = {
+    "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight",
+    MAGNITUDE: "dora_scale",
+}
+_NETWORK_MODULES = {"lora": "networks.lora", "lokr": "lycoris.kohya", "loha": "lycoris.kohya"}
+
+# sd-scripts' name of each hyperparameter that its metadata records (train_network.py).
+_HEADER_NAMES = {
+    "seed": "ss_seed",
+    "max_train_steps": "ss_max_train_steps",
+    "num_train_epochs": "ss_num_epochs",
+    "batch_size": "ss_batch_size_per_device",
+    "gradient_accumulation_steps": "ss_gradient_accumulation_steps",
+    "gradient_checkpointing": "ss_gradient_checkpointing",
+    "mixed_precision": "ss_mixed_precision",
+    "learning_rate": "ss_learning_rate",
+    "text_encoder_lr": "ss_text_encoder_lr",
+    "optimizer": "ss_optimizer",
+    "lr_scheduler": "ss_lr_scheduler",
+    "lr_warmup_steps": "ss_lr_warmup_steps",
+    "max_grad_norm": "ss_max_grad_norm",
+    "cache_latents": "ss_cache_latents",
+    "caption_dropout": "ss_caption_dropout_rate",
+    "snr_gamma": "ss_min_snr_gamma",
+    "noise_offset": "ss_noise_offset",
+    "prior_loss_weight": "ss_prior_loss_weight",
+    "random_flip": "ss_flip_aug",
+}
+
+_USAGE_HINTS: Mapping[DoraConvention, str] = {
+    "paper": "DoRA magnitudes as in the paper and PEFT: right in LyCORIS; programs that divide by "
+    "the norm of the base weight, such as ComfyUI, need the file marked for them",
+    "comfyui": "DoRA magnitudes for programs that divide by the norm of the base weight, such as "
+    "ComfyUI; wrong in LyCORIS, which needs the plain file",
+}
+
+
+def write_kohya(
+    path: Path,
+    state: AdapterState,
+    names: KohyaNames,
+    facts: TrainingFacts,
+    dtype: torch.dtype,
+    *,
+    convention: DoraConvention = "paper",
+    base_weight: BaseWeight | None = None,
+) -> None:
+    """Writes one LoRA, LoKr or LoHa file with `ss_*` and ModelSpec metadata.
+
+    Args:
+        path: the file.
+        state: the trained adapter, folded or not.
+        names: the family's table of names.
+        facts: what the header tells of the training.
+        dtype: number format of the weights; alpha and magnitudes stay in fp32.
+        convention: what DoRA magnitudes mean; without effect on other adapters.
+        base_weight: weights before training, needed for DoRA under `comfyui`.
+    """
+    tensors = kohya_tensors(state, names, dtype, convention=convention, base_weight=base_weight)
+    network = _network_header(state, convention)
+    header = _training_header(names, facts) | network | _model_spec(names, facts, state, convention)
+    tensorfile.write(path, tensors, header | _hashes(tensors, header))
+
+
+def kohya_tensors(
+    state: AdapterState,
+    names: KohyaNames,
+    dtype: torch.dtype,
+    *,
+    convention: DoraConvention = "paper",
+    base_weight: BaseWeight | None = None,
+) -> dict[str, Tensor]:
+    """Names and tensors of the file; arguments as for `write_kohya`.
+
+    Raises:
+        ValueError: DoRA under `comfyui` without base weights.
+    """
+    tensors: dict[str, Tensor] = {}
+    for (component, path), parts in state.fold().layers().items():
+        saved = _constant_alpha(parts, state.rank)
+        saved = {part: stored(part, tensor, dtype) for part, tensor in saved.items()}
+        if MAGNITUDE in saved:
+            weight = None
+            if convention == "comfyui":
+                if base_weight is None:
+                    raise ValueError("ComfyUI's magnitudes need the weights before training")
+                weight = base_weight(component, path)
+            saved[MAGNITUDE] = _dora_scale(saved, weight)
+        key = names.of_layer(component, with_text_model(path))
+        tensors |= {f"{key}.{_PARTS.get(part, part)}": tensor for part, tensor in saved.items()}
+        tensors[f"{key}.alpha"] = torch.tensor(float(state.rank))
+    return tensors
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The norm of each output row, shaped (out, 1, …) with the weight's number of axes."""
+    norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return norms.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _constant_alpha(parts: LayerTensors, alpha: int) -> LayerTensors:
+    """Folded tensors for an alpha that need not be the rank of this layer.
+
+    Readers multiply by alpha / rank of the layer; the first factor takes the inverse.
+    """
+    rank = layer_rank(parts)
+    if rank is None or rank == alpha:
+        return parts
+    factor = next(part for part in ("lora_B", "lokr_w1", "hada_w1_a") if part in parts)
+    return {**parts, factor: parts[factor] * (rank / alpha)}
+
+
+def _dora_scale(saved: LayerTensors, weight: Tensor | None) -> Tensor:
+    """Magnitudes as (out, 1, …), for the paper's formula or, given the base weight, ComfyUI's.
+
+    ComfyUI computes m (W + dW) / ||W|| where the paper has m (W + dW) / ||W + dW||, so its
+    file carries m ||W|| / ||W + dW||. Source: comfy/weight_adapter/base.py, version 0.12.1.
+    """
+    down, up = saved["lora_A"].float(), saved["lora_B"].float()
+    magnitude = saved[MAGNITUDE].reshape(-1, *[1] * (down.ndim - 1))
+    if weight is None:
+        return magnitude
+    before = weight.detach().to("cpu", torch.float32)
+    after = before + (up.flatten(1) @ down.flatten(1)).reshape(before.shape)
+    return magnitude * row_norms(before) / row_norms(after)
+
+
+def _network_header(state: AdapterState, convention: DoraConvention) -> dict[str, str]:
+    args: dict[str, str] = {"trained_alpha": f"{state.alpha:g}"}
+    if state.algorithm != "lora":
+        args |= {
+            "algo": state.algorithm,
+            "conv_dim": str(state.rank),
+            "conv_alpha": str(state.rank),
+        }
+    header: dict[str, str] = {}
+    if state.use_dora:
+        args |= {"dora_wd": "True", "wd_on_output": "True", CONVENTION_KEY: convention}
+        header[CONVENTION_KEY] = convention
+    return header | {
+        "ss_network_module": _NETWORK_MODULES[state.algorithm],
+        "ss_network_dim": str(state.rank),
+        "ss_network_alpha": str(float(state.rank)),
+        "ss_network_args": json.dumps(args, sort_keys=True),
+    }
+
+
+def _training_header(names: KohyaNames, facts: TrainingFacts) -> dict[str, str]:
+    header = {
+        "ss_base_model_version": names.base_model_version,
+        "ss_v2": "False",
+        "ss_output_name": facts.output_name,
+    }
+    optional: dict[str, Any] = {
+        "ss_sd_model_name": facts.base_model,
+        "ss_num_train_images": facts.num_images,
+    }
+    if facts.width and facts.height:
+        optional["ss_resolution"] = f"({facts.width}, {facts.height})"
+    if facts.captions:
+        frequencies = {facts.output_name: dict(facts.captions)}
+        optional["ss_tag_frequency"] = json.dumps(frequencies, sort_keys=True)
+    optional |= {
+        theirs: facts.settings[ours]
+        for ours, theirs in _HEADER_NAMES.items()
+        if facts.settings.get(ours) is not None
+    }
+    return header | {key: str(value) for key, value in optional.items() if value not in ("", 0)}
+
+
+def _model_spec(
+    names: KohyaNames, facts: TrainingFacts, state: AdapterState, convention: DoraConvention
+) -> dict[str, str]:
+    """ModelSpec 1.0.1 without its date, so that equal runs give equal bytes."""
+    spec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{names.architecture}/lora",
+        "modelspec.implementation": names.implementation,
+        "modelspec.title": facts.output_name,
+    }
+    if facts.width and facts.height:
+        spec["modelspec.resolution"] = f"{facts.width}x{facts.height}"
+    if facts.instance_prompt:
+        spec["modelspec.trigger_phrase"] = facts.instance_prompt
+    if state.use_dora:
+        spec["modelspec.usage_hint"] = _USAGE_HINTS[convention]
+    return spec
+
+
+def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
+    """The two identities by which user interfaces know a file (sd-scripts, train_util.py).
+
+    Both are taken from the file as it would be with its `ss_*` metadata alone.
+    """
+    plain = {key: value for key, value in header.items() if key.startswith("ss_")}
+    content = tensorfile.serialize(tensors, plain)
+    data_start = 8 + int.from_bytes(content[:8], "little")
+    window = content[0x100000:0x110000]
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(content)[data_start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
+    }

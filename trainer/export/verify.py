@@ -1,0 +1,309 @@
+"""Every written file read back by independent readers and compared with the trained weights.
+
+A file counts as right when each layer's weight equals the trained one up to a share of the
+change that training made. A share of the weight itself would hide a wrong alpha, because an
+adapter changes a weight by a few per cent at most.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from trainer.durable import write_text
+from trainer.events import Event, StageEvent, VerifyEvent
+from trainer.export.formula import COMFYUI_FORMULA, FORMULA, PAPER_FORMULA
+from trainer.export.readers import (
+    DIFFUSERS,
+    DIFFUSERS_LOKR,
+    LYCORIS,
+    LYCORIS_NEVER,
+    PEFT,
+    PEFT_FOLDER,
+    WHOLE,
+    Reader,
+    Reading,
+    keys_of,
+    quiet,
+)
+from trainer.job import Role
+from trainer.names import KohyaNames
+
+CheckStatus = Literal["passed", "failed", "not checked"]
+
+# Component to layer path to effective weight; parameter names instead of layer paths where a
+# whole component was trained. fp32 on the CPU; may compute its values on demand.
+TrainedWeights = Mapping[str, Mapping[str, Tensor]]
+
+# Largest error as a share of the trained change, by the coarsest format among the weights.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Rounding of fp32 arithmetic on the weight itself, allowed on top.
+ARITHMETIC_NOISE = 1e-6
+
+_READERS: Mapping[tuple[Role, str], tuple[Reader, ...]] = {
+    ("diffusers_lora", "lora"): (DIFFUSERS, FORMULA),
+    ("diffusers_lora", "lokr"): (DIFFUSERS_LOKR, FORMULA),
+    ("diffusers_lora", "hada"): (PEFT, FORMULA),
+    ("kohya_lora", "lora"): (DIFFUSERS, LYCORIS, PAPER_FORMULA),
+    ("kohya_lora", "lokr"): (LYCORIS, PAPER_FORMULA),
+    ("kohya_lora", "hada"): (LYCORIS, PAPER_FORMULA),
+    ("kohya_lora_comfyui", "lora"): (DIFFUSERS, LYCORIS_NEVER, COMFYUI_FORMULA),
+    ("peft_folder", "lora"): (PEFT_FOLDER,),
+    ("peft_folder", "lokr"): (PEFT_FOLDER,),
+    ("peft_folder", "hada"): (PEFT_FOLDER,),
+    ("denoiser_weights", "whole"): (WHOLE,),
+    ("text_encoder_weights", "whole"): (WHOLE,),
+    ("text_encoder_2_weights", "whole"): (WHOLE,),
+}
+
+# What loaders raise on files that they cannot read.
+_LOADING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+_SHOWN_PROBLEMS = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one reader found in one file.
+
+    Args:
+        path: the file, relative to the run folder.
+        role: what the file is.
+        reader: who read it.
+        status: `not checked` where the reader is missing or not made for such a file.
+        keys_matched: tensors of the file that reached a trained layer.
+        keys_total: tensors in the file; alphas are not counted.
+        largest_difference: over the layers, the error relative to the trained weight.
+        largest_change_difference: the same relative to the change that training made.
+        tolerance: the largest share of the change that passes.
+        reason: what is wrong, or why the reader does not apply.
+    """
+
+    path: str
+    role: Role
+    reader: str
+    status: CheckStatus
+    keys_matched: int = 0
+    keys_total: int = 0
+    largest_difference: float | None = None
+    largest_change_difference: float | None = None
+    tolerance: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class _Comparison:
+    """Running result over the layers of one file."""
+
+    reader: Reader
+    dtype: torch.dtype
+    keys: int = 0
+    difference: float = 0.0
+    change_difference: float = 0.0
+    checksums_before: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(
+    root: Path,
+    files: Sequence[tuple[Role, Path]],
+    trained: TrainedWeights,
+    fresh_pipeline: Callable[[], Any],
+    names: KohyaNames,
+) -> Generator[Event, None, list[Check]]:
+    """Reads back all result files for which a reader is known.
+
+    Readers that leave a pipeline as it was share one; the others get a fresh one each, so at
+    most one base model is held beside the trained weights.
+
+    Args:
+        root: the run folder, to which paths in the report are relative.
+        files: role and path of each file.
+        trained: the weights that training ended with.
+        fresh_pipeline: makes an untouched base model, fp32 on the CPU.
+        names: prefixes of the family's kohya files.
+
+    Returns:
+        One check per file and reader, in the order of the files.
+    """
+    tasks = [(role, path, reader) for role, path in files for reader in _readers_of(role, path)]
+    results: dict[int, Check] = {}
+    fingerprints: dict[str, int] = {}
+    shared: Any = fresh_pipeline() if tasks else None
+    if any(reader.changes_pipeline for _, _, reader in tasks):
+        fingerprints = _fingerprints(shared)
+    order = sorted(range(len(tasks)), key=lambda number: tasks[number][2].changes_pipeline)
+    for done, number in enumerate(order):
+        role, path, reader = tasks[number]
+        yield StageEvent("verify", done, len(tasks))
+        refusal = reader.refuses(path)
+        relative = path.relative_to(root).as_posix()
+        if refusal is not None:
+            check = Check(relative, role, reader.name, "not checked", reason=refusal)
+        else:
+            if reader.changes_pipeline:
+                shared = None
+                shared = fresh_pipeline()
+            comparison = _compare(reader, path, trained, shared, names)
+            if reader.changes_pipeline and not comparison.problems:
+                comparison.problems += _side_effects(
+                    shared, comparison.checksums_before, fingerprints
+                )
+            check = _check(relative, role, reader, path, comparison, root)
+        results[number] = check
+        yield VerifyEvent(relative, reader.name, check.status, check.largest_difference)
+    yield StageEvent("verify", len(tasks), len(tasks))
+    return [results[number] for number in range(len(tasks))]
+
+
+def write_report(path: Path, checks: Iterable[Check]) -> None:
+    """Writes the checks as `verify.json`."""
+    entries = [asdict(check) for check in checks]
+    passed = all(check["status"] != "failed" for check in entries)
+    report = {"passed": passed, "checks": entries}
+    write_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
+
+
+def _readers_of(role: Role, path: Path) -> tuple[Reader, ...]:
+    if path.suffix != ".safetensors":
+        return ()
+    keys = keys_of(path)
+    kinds = ("lokr", "hada", "lora")
+    kind = next((kind for kind in kinds if any(f".{kind}_" in key for key in keys)), "whole")
+    return _READERS.get((role, kind), ())
+
+
+def _compare(
+    reader: Reader, path: Path, trained: TrainedWeights, pipeline: Any, names: KohyaNames
+) -> _Comparison:
+    comparison = _Comparison(reader, _coarsest(path))
+    try:
+        with quiet(), torch.no_grad():
+            for reading in reader.read(pipeline, path, names):
+                _add(comparison, reading, trained)
+    except _LOADING_ERRORS as error:
+        comparison.problems.append(f"{type(error).__name__}: {error}".strip())
+    is_folder = reader in (WHOLE, PEFT_FOLDER)
+    for component in [path.parent.name] if is_folder else trained:
+        wanted = [f"{component}.{layer}" for layer in trained[component]]
+        missing = [name for name in wanted if name not in comparison.checksums_before]
+        if missing:
+            comparison.problems.append(
+                f"{len(missing)} of {len(wanted)} layers missing, such as `{missing[0]}`"
+            )
+    return comparison
+
+
+def _add(comparison: _Comparison, reading: Reading, trained: TrainedWeights) -> None:
+    name = f"{reading.component}.{reading.path}"
+    changes = comparison.reader.changes_pipeline
+    comparison.checksums_before[name] = _crc(reading.before) if changes else 0
+    target = trained.get(reading.component, {}).get(reading.path)
+    if target is None:
+        comparison.problems.append(f"`{name}` is changed, but was not trained")
+        return
+    comparison.keys += reading.keys
+    change = _norm(target - reading.before)
+    error, size = _norm(reading.after - target), _norm(target)
+    # Whole weights are stored as they are, so rounding them is known exactly.
+    expected = target.to(comparison.dtype).float() if comparison.reader is WHOLE else target
+    allowed = TOLERANCES[comparison.dtype] * change + ARITHMETIC_NOISE * size
+    if not _norm(reading.after - expected) <= allowed:
+        comparison.problems.append(
+            f"`{name}` is off by {error / max(change, 1e-30):.1e} of its change"
+        )
+    comparison.difference = _larger(comparison.difference, error / max(size, 1e-30))
+    if change > 0:
+        comparison.change_difference = _larger(comparison.change_difference, error / change)
+
+
+def _check(
+    relative: str, role: Role, reader: Reader, path: Path, comparison: _Comparison, root: Path
+) -> Check:
+    total = sum(not key.endswith(".alpha") for key in keys_of(path))
+    problems = list(comparison.problems)
+    if not problems and comparison.keys != total:
+        problems.append(f"only {comparison.keys} of {total} tensors reached a layer")
+    shown = "; ".join(problems[:_SHOWN_PROBLEMS]).replace(str(root), ".")
+    more = (
+        f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+    )
+    return Check(
+        relative,
+        role,
+        reader.name,
+        "failed" if problems else "passed",
+        keys_matched=comparison.keys,
+        keys_total=total,
+        largest_difference=_rounded(comparison.difference),
+        largest_change_difference=_rounded(comparison.change_difference),
+        tolerance=TOLERANCES[comparison.dtype],
+        reason=shown + more,
+    )
+
+
+def _coarsest(path: Path) -> torch.dtype:
+    """The format of the file's weights: the one with the largest tolerance."""
+    with safe_open(path, framework="pt") as file:
+        found = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    return max((d for d in TOLERANCES if d in found), key=TOLERANCES.__getitem__)
+
+
+def _fingerprints(pipeline: Any) -> dict[str, int]:
+    """A checksum of every parameter, under its name without an adapter's wrapping."""
+    return {
+        f"{component}.{name.replace('base_layer.', '').removeprefix('base_model.model.')}": _crc(p)
+        for component, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
+        for name, p in model.named_parameters()
+        if not any(mark in name for mark in (".lora_", ".lokr_", ".hada_"))
+    }
+
+
+def _side_effects(
+    pipeline: Any, checksums_before: Mapping[str, int], fingerprints: Mapping[str, int]
+) -> list[str]:
+    """Weights that reading changed although no adapter belongs to them."""
+    before = {f"{name}.weight": checksum for name, checksum in checksums_before.items()}
+    now = _fingerprints(pipeline) | before
+    changed = [name for name in sorted(fingerprints) if now.get(name) != fingerprints[name]]
+    return (
+        [f"`{changed[0]}` and {len(changed) - 1} more changed without an adapter"]
+        if changed
+        else []
+    )
+
+
+def _crc(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().numpy().data)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger number, where NaN counts as the largest."""
+    return b if not b <= a else a
+
+
+def _rounded(value: float) -> float | None:
+    """Two digits: what lies below them depends on the machine. None for NaN and infinity."""
+    return float(f"{value:.1e}") if abs(value) < float("inf") else None

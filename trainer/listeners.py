@@ -1,0 +1,416 @@
+"""What watches a training: each takes the same stream of events and shows or keeps it.
+
+Knows events and the run folder, nothing of how a training works; the heavy ones load their
+library when a run begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import os
+from collections.abc import Collection, Sequence
+from functools import singledispatchmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from trainer.config import LEAVES, TrainingConfig
+from trainer.durable import disk_errors
+from trainer.errors import InputError
+from trainer.events import (
+    CheckpointEvent,
+    Event,
+    FileEvent,
+    NoteEvent,
+    RunEvent,
+    StageEvent,
+    StepEvent,
+    VerifyEvent,
+)
+from trainer.job import Result, RunFolder
+
+TRAINING = "train"
+
+
+class Listener(Protocol):
+    """Hears every event of a run between entering and leaving its `with` block."""
+
+    def hear(self, event: Event) -> None:
+        """Takes one event; events it does not care for are ignored."""
+
+    def __enter__(self) -> Self:
+        """Begins to listen."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Puts away what it holds, however the run ended."""
+
+
+class _Plain:
+    """A listener that holds nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class EventLog(_Plain):
+    """Appends every event to `events.jsonl`, each step once however often a run is resumed."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        """Begins to listen; a line that a crash cut short is dropped first."""
+        with disk_errors(self._folder.events):
+            if self._folder.events.exists():
+                written = self._folder.events.read_bytes()
+                os.truncate(self._folder.events, written.rfind(b"\n") + 1)
+        return self
+
+    def hear(self, event: Event) -> None:
+        """Appends the event as one line of JSON; NaN and infinity become null.
+
+        Raises:
+            DiskError: the line cannot be written.
+        """
+        if isinstance(event, RunEvent):
+            self._folder.keep_events_through(event.start_step)
+        line = json.dumps({name: _finite(value) for name, value in event.as_dict().items()})
+        with disk_errors(self._folder.events), open(self._folder.events, "a") as file:
+            file.write(line + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ProgressBar:
+    """Bars on a terminal: one for every stage, and one for the training with loss and ETA.
+
+    Args:
+        console: where they are shown.
+        explicit: the options set on purpose; that others have no effect is not worth a line.
+    """
+
+    def __init__(self, console: Console, explicit: Collection[str] = ()) -> None:
+        self._explicit = explicit
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def hear(self, event: Event) -> None:
+        """Moves the bar that the event is about."""
+        self._show(event)
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        return None
+
+    @_show.register
+    def _(self, event: StageEvent) -> None:
+        self._move(event.stage, event.done, event.total, "")
+
+    @_show.register
+    def _(self, event: RunEvent) -> None:
+        self._move(TRAINING, event.start_step, event.total_steps, "")
+
+    @_show.register
+    def _(self, event: StepEvent) -> None:
+        self._move(TRAINING, event.step, None, figures(event))
+
+    @_show.register
+    def _(self, event: NoteEvent) -> None:
+        if deserves_a_line(event.note, event.field, self._explicit):
+            self._progress.console.print(note_line(event), markup=False, highlight=False)
+
+    def _move(self, name: str, done: int, total: int | None, text: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(
+                name, total=total, completed=done, figures=""
+            )
+        task = self._tasks[name]
+        if total is not None:
+            self._progress.update(task, total=total)
+        self._progress.update(task, completed=done, figures=text)
+
+
+class ProgressLines(_Plain):
+    """The same where there is no terminal: a line now and then, about twenty in a training."""
+
+    def __init__(self, console: Console, explicit: Collection[str] = ()) -> None:
+        self._console = console
+        self._explicit = explicit
+        self._total = 0
+        self._start = 0
+        self._seconds = 0.0
+
+    def hear(self, event: Event) -> None:
+        """Prints a line if the event deserves one."""
+        self._show(event)
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        return None
+
+    @_show.register
+    def _(self, event: StageEvent) -> None:
+        if event.done == event.total:
+            self._print(f"{event.stage}: {event.done} of {event.total}")
+
+    @_show.register
+    def _(self, event: RunEvent) -> None:
+        self._total = event.total_steps
+        self._start = event.start_step
+        begins = f"goes on after step {event.start_step}" if event.start_step else "begins"
+        self._print(
+            f"{TRAINING}: {begins}, {event.total_steps} steps in all, {event.num_examples} pictures"
+        )
+
+    @_show.register
+    def _(self, event: StepEvent) -> None:
+        self._seconds += event.seconds
+        interval = max(1, self._total // 20)
+        if event.step % interval == 0 or event.step in (self._start + 1, self._total):
+            mean = self._seconds / max(1, event.step - self._start)
+            left = duration(mean * (self._total - event.step))
+            self._print(f"step {event.step}/{self._total}  {figures(event)}  {left} left")
+
+    @_show.register
+    def _(self, event: CheckpointEvent) -> None:
+        self._print(f"checkpoint: {event.path}")
+
+    @_show.register
+    def _(self, event: NoteEvent) -> None:
+        if deserves_a_line(event.note, event.field, self._explicit):
+            self._print(note_line(event))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress_for(console: Console, explicit: Collection[str] = ()) -> Listener:
+    """Bars on a terminal, lines elsewhere; arguments as for `ProgressBar`."""
+    display = ProgressBar if console.is_terminal else ProgressLines
+    return display(console, explicit)
+
+
+def deserves_a_line(note: str, field: str, explicit: Collection[str]) -> bool:
+    """Whether people are told of a note: not of options without effect that nobody set."""
+    return note != "ignored" or field in explicit or field not in LEAVES
+
+
+def figures(event: StepEvent) -> str:
+    """Loss, learning rate and time of a step, as one line shows them."""
+    return f"loss {event.loss:.4f}  lr {event.learning_rate:.3g}  {event.seconds:.2f} s/step"
+
+
+def note_line(event: NoteEvent) -> str:
+    """A note as one line."""
+    return f"{event.note}: `{event.field}`: {event.message}"
+
+
+def duration(seconds: float) -> str:
+    """A time span with its two largest units: `2 h 5 min`, `3 min 20 s`, `8 s`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def scalars(event: StepEvent) -> dict[str, float]:
+    """The curves that a step adds a point to, by name."""
+    return {
+        "train/loss": event.loss,
+        "train/learning_rate": event.learning_rate,
+        "train/grad_norm": event.grad_norm,
+        "train/step_seconds": event.seconds,
+        "train/epoch": float(event.epoch),
+    }
+
+
+class TensorBoard(_Plain):
+    """Writes curves for TensorBoard; a resumed run replaces the points it computes again."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._writer: Any = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def hear(self, event: Event) -> None:
+        """Adds the points of a step."""
+        self._show(event)
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        return None
+
+    @_show.register
+    def _(self, event: RunEvent) -> None:
+        module = importlib.import_module("torch.utils.tensorboard")
+        with disk_errors(self._logs):
+            self._writer = module.SummaryWriter(str(self._logs), purge_step=event.start_step + 1)
+
+    @_show.register
+    def _(self, event: StepEvent) -> None:
+        with disk_errors(self._logs):
+            for name, value in scalars(event).items():
+                self._writer.add_scalar(name, value, event.step)
+
+
+class WeightsAndBiases(_Plain):
+    """Sends curves to Weights & Biases; a resumed run goes on in the same place there.
+
+    Raises:
+        InputError: the package `wandb` is not installed.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
+        try:
+            self._wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise InputError.of(
+                "wandb",
+                "needs the package `wandb`, which is not installed",
+                "pip install 'tok-trainer[wandb]', or leave --wandb out",
+            ) from error
+        self._config = config
+        self._folder = folder
+        self._run: Any = None
+
+    def __exit__(self, *ended: object) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=int(any(ended)))
+
+    def hear(self, event: Event) -> None:
+        """Sends the points of a step."""
+        self._show(event)
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        return None
+
+    @_show.register
+    def _(self, event: RunEvent) -> None:
+        place = f"{self._config.fingerprint()} {self._folder.root.resolve()}"
+        self._folder.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = self._wandb.init(
+                project="tok-trainer",
+                name=self._config.output.output_name,
+                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                resume="allow",
+                dir=str(self._folder.logs),
+                config=self._config.values() | event.details,
+            )
+        except self._wandb.errors.Error as error:
+            raise InputError.of(
+                "wandb",
+                f"Weights & Biases refused the run: {error}",
+                "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out",
+            ) from error
+
+    @_show.register
+    def _(self, event: StepEvent) -> None:
+        self._run.log(scalars(event), step=event.step)
+
+
+class Summary(_Plain):
+    """Remembers what was verified, for the table at the end."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[str, list[str]] = {}
+
+    def hear(self, event: Event) -> None:
+        """Takes note of written and verified files."""
+        self._show(event)
+
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        return None
+
+    @_show.register
+    def _(self, event: FileEvent) -> None:
+        self._verdicts.setdefault(event.path, [])
+
+    @_show.register
+    def _(self, event: VerifyEvent) -> None:
+        self._verdicts.setdefault(event.path, []).append(f"{event.reader}: {event.status}")
+
+    def table(self, result: Result) -> Table:
+        """Every result file with its role, size and what each reader said of it."""
+        table = Table(title=headline(result))
+        table.add_column("file", overflow="fold")
+        table.add_column("role", overflow="fold")
+        table.add_column("size", justify="right", no_wrap=True)
+        table.add_column("read back by")
+        for file in result.files:
+            verdicts = "\n".join(self._verdicts.get(file.path, []))
+            table.add_row(file.path, file.role, size_text(file.size), verdicts)
+        return table
+
+
+def headline(result: Result) -> str:
+    """One line on how a run ended."""
+    return f"{result.status}: {result.step} of {result.total_steps} steps"
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as people read it, in powers of 1000."""
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def logs_for(config: TrainingConfig, folder: RunFolder) -> Sequence[Listener]:
+    """The listeners that keep a run: always the event log, the curves as configured.
+
+    Raises:
+        InputError: a wanted one is not installed.
+    """
+    wanted: list[Listener] = [EventLog(folder)]
+    if config.run.tensorboard:
+        wanted.append(TensorBoard(folder.logs))
+    if config.run.wandb:
+        wanted.append(WeightsAndBiases(config, folder))
+    return wanted

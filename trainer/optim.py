@@ -1,0 +1,195 @@
+"""Optimizers, parameter groups, learning-rate schedules and gradient clipping.
+
+Takes parameters and the optimizer's own settings; steps are optimizer steps throughout. Knows
+neither models nor processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from prodigyopt import Prodigy
+from torch.optim.lr_scheduler import LambdaLR
+
+from trainer.config import OptimConfig
+from trainer.errors import InputError
+
+# Learning rate at the end of `polynomial` (diffusers' and transformers' value).
+POLYNOMIAL_END = 1e-7
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay.
+
+    Args:
+        name: such as `denoiser`; kept in the optimizer's state.
+        parameters: what learns.
+        learning_rate: at the top of its course; set by the time a group is made.
+        weight_decay: 0.0 is no decay, not a default.
+    """
+
+    name: str
+    parameters: Sequence[torch.nn.Parameter]
+    learning_rate: float | None
+    weight_decay: float
+
+
+OptimizerGroups = list[dict[str, Any]]
+
+
+def _adamw(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        fused=on_gpu or None,
+    )
+
+
+def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    # Its import warns of inference kernels that training never uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        # Imported here alone: slow to load, and absent on some platforms.
+        from bitsandbytes.optim.adamw import AdamW8bit  # noqa: PLC0415
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError.of(
+            "optimizer",
+            f"`adamw8bit` needs bitsandbytes, which cannot be loaded here: {error}",
+            "run `pip install bitsandbytes`, or give `adamw`",
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon
+    )
+    return optimizer
+
+
+def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = Prodigy(
+        groups,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        beta3=optim.prodigy_beta3,
+        eps=optim.adam_epsilon,
+        decouple=optim.prodigy_decouple,
+        use_bias_correction=optim.prodigy_use_bias_correction,
+        safeguard_warmup=optim.prodigy_safeguard_warmup,
+        slice_p=1,
+    )
+    return optimizer
+
+
+OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "prodigy": _prodigy,
+}
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of the configuration over these groups.
+
+    Raises:
+        InputError: it cannot run on this machine.
+    """
+    assert all(group.learning_rate is not None for group in groups)
+    return OPTIMIZERS[optim.optimizer](
+        [
+            {
+                "name": group.name,
+                "params": list(group.parameters),
+                "lr": group.learning_rate,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        optim,
+    )
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a learning rate's course depends on besides the step.
+
+    Args:
+        peak: the group's learning rate.
+        num_cycles: restarts of `cosine_with_restarts`.
+        power: exponent of `polynomial`.
+    """
+
+    peak: float
+    num_cycles: int
+    power: float
+
+
+def _polynomial(progress: float, course: Course) -> float:
+    end = min(1.0, POLYNOMIAL_END / course.peak)
+    return end + float((1 - end) * (1 - progress) ** course.power)
+
+
+def _cosine_with_restarts(progress: float, course: Course) -> float:
+    if progress >= 1:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (course.num_cycles * progress % 1)))
+
+
+# Schedule to the factor on the group's learning rate, from the progress after warm-up in [0, 1].
+SCHEDULES: Mapping[str, Callable[[float, Course], float]] = {
+    "constant": lambda progress, course: 1.0,
+    "constant_with_warmup": lambda progress, course: 1.0,
+    "linear": lambda progress, course: 1 - progress,
+    "cosine": lambda progress, course: 0.5 * (1 + math.cos(math.pi * progress)),
+    "cosine_with_restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
+}
+
+
+def learning_rate_factor(step: int, total_steps: int, optim: OptimConfig, *, peak: float) -> float:
+    """The factor on a group's learning rate in one optimizer step.
+
+    The warm-up rises linearly from 0 and is left out by `constant`; the rest of the steps is
+    the course of `lr_scheduler` (the formulas of diffusers' `get_scheduler`).
+
+    Args:
+        step: optimizer steps already done.
+        total_steps: optimizer steps of the whole run.
+        optim: schedule, warm-up, cycles and power.
+        peak: the group's learning rate.
+    """
+    warmup = 0 if optim.lr_scheduler == "constant" else optim.lr_warmup_steps
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    course = Course(peak, optim.lr_num_cycles, optim.lr_power)
+    return SCHEDULES[optim.lr_scheduler](progress, course)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, total_steps: int
+) -> LambdaLR:
+    """The course of every group's learning rate; to be stepped once an optimizer step."""
+
+    def factor_of(peak: float) -> Callable[[int], float]:
+        return lambda step: learning_rate_factor(step, total_steps, optim, peak=peak)
+
+    return LambdaLR(optimizer, [factor_of(group["lr"]) for group in optimizer.param_groups])
+
+
+def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales all gradients together down to a norm, and returns the norm they had.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: largest L2 norm; 0: leave the gradients alone.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

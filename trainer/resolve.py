@@ -1,0 +1,159 @@
+"""From several sources of options to one configuration: layers, checks, and all errors at once.
+
+Later layers win; the order is default, dialect default, preset, file, flag. What options mean
+together stands in `trainer.rules`; where layers come from is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from trainer.config import LEAVES, SECTIONS, Note, Resolution, Section, TrainingConfig
+from trainer.errors import InputError, Problem
+from trainer.leaves import allowed, nearest, shown
+from trainer.rules import Draft, refusals, settle
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Options from one source.
+
+    Args:
+        name: the source, as messages call it: a file's name, `command line`.
+        values: leaf to raw value, flat.
+        explicit: whether somebody set these on purpose; defaults of dialects and values of
+            presets are not explicit.
+        notes: what the source itself left aside or had settled before.
+        problems: what is wrong with the source beside its values.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    explicit: bool
+    notes: Sequence[Note] = ()
+    problems: Sequence[Problem] = ()
+
+
+def resolve(layers: Sequence[Layer], *, refuse: bool = True) -> TrainingConfig:
+    """The configuration that these layers mean, later ones over earlier ones.
+
+    Args:
+        refuse: whether options that this version cannot act upon are errors.
+
+    Raises:
+        InputError: with everything that is wrong: unknown options, wrong types and ranges,
+            options that exclude each other, options that are not available yet.
+    """
+    problems = [problem for layer in layers for problem in layer.problems]
+    problems += _unknown(layers)
+    draft = _merge(layers)
+    problems += _check_leaves(draft, layers)
+    if not draft.values["images_data_url"] and not _names(problems, "images_data_url"):
+        problems.append(
+            Problem(
+                "images_data_url",
+                "no training pictures are given; allowed: a folder, an archive or a data: URI",
+                "set `images_data_url` to your pictures",
+            )
+        )
+    settle(draft)
+    config, clashes = _build(draft, _earlier_notes(layers, draft))
+    problems += [*draft.problems, *clashes]
+    if refuse:
+        problems += refusals(draft.values)
+    if problems:
+        raise InputError(problems)
+    return config
+
+
+def _names(problems: Iterable[Problem], leaf: str) -> bool:
+    return any(problem.field == leaf for problem in problems)
+
+
+def _unknown(layers: Sequence[Layer]) -> list[Problem]:
+    """Problems of options that do not exist."""
+    return [
+        Problem(name, f"there is no such option (in {layer.name})", nearest(name, LEAVES))
+        for layer in layers
+        for name in layer.values
+        if name not in LEAVES
+    ]
+
+
+def _merge(layers: Sequence[Layer]) -> Draft:
+    """The strongest value of every leaf; 0 is the origin of the engine's own defaults."""
+    values = {name: leaf.info.default for name, leaf in LEAVES.items()}
+    origins = dict.fromkeys(LEAVES, 0)
+    explicit: set[str] = set()
+    for number, layer in enumerate(layers, start=1):
+        for name in layer.values.keys() & LEAVES.keys():
+            values[name] = layer.values[name]
+            origins[name] = number
+            explicit = explicit | {name} if layer.explicit else explicit - {name}
+    return Draft(values, origins, frozenset(explicit))
+
+
+@cache
+def _checks() -> Mapping[str, type[Section]]:
+    """Each section without the checks of several leaves together."""
+    checks = {}
+    for name in SECTIONS:
+        leaves = {leaf.name: leaf.info for leaf in LEAVES.values() if leaf.section == name}
+        fields: dict[str, Any] = {key: (info.annotation, info) for key, info in leaves.items()}
+        checks[name] = create_model(name, __base__=Section, **fields)
+    return checks
+
+
+def _check_leaves(draft: Draft, layers: Sequence[Layer]) -> list[Problem]:
+    """Problems of wrong types and ranges; such leaves fall back, so that checking can go on."""
+    problems: list[Problem] = []
+    for section, check in _checks().items():
+        leaves = [leaf.name for leaf in LEAVES.values() if leaf.section == section]
+        given = {name: draft.values[name] for name in leaves}
+        try:
+            check.model_validate(given)
+        except ValidationError as error:
+            wrong = list(dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()))
+            for name in wrong:
+                source = layers[draft.origins[name] - 1].name
+                message = f"got {shown(given[name])} (in {source}); allowed: {allowed(name)}"
+                problems.append(Problem(name, message))
+                given[name] = LEAVES[name].info.default
+            draft.explicit -= set(wrong)
+        checked = check.model_validate(given)
+        draft.values.update(dict(checked))
+    return problems
+
+
+def _earlier_notes(layers: Sequence[Layer], draft: Draft) -> list[Note]:
+    """What sources had settled themselves, where nothing stronger has set the leaf since."""
+    return [
+        note
+        for number, layer in enumerate(layers, start=1)
+        for note in layer.notes
+        if note.field not in LEAVES
+        or (note.kind == "yielded" and draft.origins[note.field] == number)
+    ]
+
+
+def _build(draft: Draft, earlier: Sequence[Note]) -> tuple[TrainingConfig, list[Problem]]:
+    """The finished configuration, and the problems of leaves that meet in one section."""
+    order = {name: place for place, name in enumerate(LEAVES)}
+    settled = {note.field for note in draft.notes if note.kind == "yielded"}
+    notes = [note for note in earlier if note.field not in settled] + draft.notes
+    notes.sort(key=lambda note: (order.get(note.field, len(order)), note.field, note.kind))
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for name, leaf in LEAVES.items():
+        sections[leaf.section][name] = draft.values[name]
+    explicit = tuple(name for name in LEAVES if name in draft.explicit)
+    try:
+        resolved = Resolution(explicit=explicit, notes=tuple(notes))
+        return TrainingConfig.model_validate({**sections, "resolved": resolved}), []
+    except ValidationError as error:
+        clashes = [detail["ctx"] for detail in error.errors()]
+        return TrainingConfig(), [Problem(clash["field"], clash["message"]) for clash in clashes]

@@ -1,0 +1,134 @@
+"""One training from outside: folder, lock, signals, listeners, and the result as the last act.
+
+Takes the engine as a function that yields events, so that nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import cast
+
+from trainer.config import TrainingConfig
+from trainer.durable import disk_errors
+from trainer.errors import TrainerError
+from trainer.events import Event, FileEvent, RunEvent, StepEvent
+from trainer.job import Result, ResultFile, Role, RunFolder
+from trainer.listeners import Listener
+
+Stop = Callable[[], bool]
+Engine = Callable[[TrainingConfig, RunFolder, Stop], Iterator[Event]]
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the training; torchrun and accelerate number them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turns the first Ctrl-C and every SIGTERM into a wish to stop that the engine asks for.
+
+    A second Ctrl-C ends the program at once.
+    """
+    wished = False
+
+    def wish(number: int, _: FrameType | None) -> None:
+        nonlocal wished
+        wished = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def supervise(
+    config: TrainingConfig,
+    folder: RunFolder,
+    listeners: Sequence[Listener],
+    *,
+    engine: Engine,
+    stop: Stop,
+) -> Result:
+    """Runs the engine in a locked folder, lets the listeners hear it, and writes `result.json`.
+
+    Of several processes only the main one locks, speaks and writes.
+
+    Raises:
+        InputError: another training is running in the folder.
+        DiskError: the folder cannot be made, or its result cannot be written.
+    """
+    tally = Tally(config, folder)
+    if not is_main_process():
+        return _listen(tally, engine(config, folder, stop), [])
+    folder.create()
+    with folder.lock():
+        with disk_errors(folder.result):
+            folder.result.unlink(missing_ok=True)
+        result = _listen(tally, engine(config, folder, stop), listeners)
+        folder.write_result(result)
+    return result
+
+
+class Tally:
+    """Counts a run's steps and files, and says how it ended."""
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
+        self._ignored = config.resolved.ignored_options
+        self._folder = folder
+        self._step = 0
+        self._total_steps = 0
+        self._files: dict[str, Role] = {}
+
+    def count(self, event: Event) -> None:
+        """Takes one event."""
+        match event:
+            case RunEvent():
+                self._step, self._total_steps = event.start_step, event.total_steps
+            case StepEvent():
+                self._step = event.step
+            case FileEvent():
+                self._files[event.path] = cast(Role, event.role)
+            case _:
+                pass
+
+    def done(self) -> Result:
+        """The result of a run that reached its end."""
+        return Result(
+            status="done",
+            exit_code=0,
+            step=self._step,
+            total_steps=self._total_steps,
+            ignored_options=self._ignored,
+            files=tuple(self._described()),
+        )
+
+    def failed(self, error: TrainerError) -> Result:
+        """The result of a run that ended in an error."""
+        return Result.of_error(error, step=self._step, total_steps=self._total_steps)
+
+    def _described(self) -> Iterator[ResultFile]:
+        for path, role in self._files.items():
+            yield self._folder.describe(role, self._folder.root / path)
+
+
+def _listen(tally: Tally, events: Iterator[Event], listeners: Sequence[Listener]) -> Result:
+    try:
+        with ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener)
+            for event in events:
+                tally.count(event)
+                for listener in listeners:
+                    listener.hear(event)
+    except TrainerError as error:
+        return tally.failed(error)
+    return tally.done()

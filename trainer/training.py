@@ -1,0 +1,273 @@
+"""The loop: from a step's number to an update of the trained weights.
+
+Everything random in a step is drawn from (seed, purpose, position of the example), so a step
+depends on nothing but its number and the weights it starts from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from trainer import adapters, checkpoint, encoding, loss, objectives, optim
+from trainer.config import Note, TrainingConfig
+from trainer.data.dataset import Batch, Dataset
+from trainer.encoding import EncodedCaptions, EncodedPictures
+from trainer.errors import Interrupted, NonFiniteError
+from trainer.events import CheckpointEvent, Event, NoteEvent, StepEvent
+from trainer.families.base import Family, LatentDistribution
+from trainer.job import RunFolder
+
+
+class Training:
+    """The state of one training: the only owner of weights, optimizer and step.
+
+    Args:
+        config: the resolved configuration.
+        family: the loaded base model; its denoiser gets the adapter.
+        accelerator: device, processes and precision.
+        dataset: the batches of this process.
+        text: encoded captions.
+        pictures: encoded pictures, or nothing where they are encoded in each step.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: Family,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        *,
+        text: EncodedCaptions,
+        pictures: EncodedPictures | None,
+    ) -> None:
+        self.config = config
+        self.family = family
+        self.accelerator = accelerator
+        self.dataset = dataset
+        self.text = text
+        self.pictures = pictures
+        self.step = 0
+        self.losses: list[float] = []
+        self.total_steps = dataset.plan.total_steps(
+            config.run.max_train_steps, config.run.num_train_epochs
+        )
+        self.objective = family.objective_class.from_scheduler(family.pipeline.scheduler)
+        self.denoiser = family.denoiser
+        self.notes = self._make_trainable()
+        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
+        family.denoiser = accelerator.prepare_model(self.denoiser)
+        if pictures is None:
+            family.pipeline.vae.to(accelerator.device)
+        group = optim.ParameterGroup(
+            name="denoiser",
+            parameters=self.parameters,
+            learning_rate=config.optim.learning_rate,
+            weight_decay=config.optim.adam_weight_decay,
+        )
+        self.optimizer = optim.build_optimizer([group], config.optim)
+        self.schedule = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
+        self._stepper = accelerator.prepare_optimizer(self.optimizer)
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """How many numbers are learnt."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything learnt so far, by name."""
+        if self.config.adapter.use_lora:
+            return adapters.adapter_tensors(self.denoiser)
+        return {name: tensor.detach() for name, tensor in self.denoiser.state_dict().items()}
+
+    def resume(self, folder: RunFolder) -> Iterator[Event]:
+        """Goes to the newest usable checkpoint in the run folder, if there is one.
+
+        Raises:
+            CheckpointError: none is usable, or they belong to another configuration.
+        """
+        loaded = checkpoint.load_newest(folder.checkpoints, config_values=self._identity())
+        if loaded is not None:
+            for warning in loaded.warnings:
+                yield NoteEvent("warning", "checkpoints", warning)
+            self._restore(loaded.checkpoint)
+
+    def steps(self, folder: RunFolder, stop: Callable[[], bool]) -> Iterator[Event]:
+        """The remaining steps; publishes checkpoints on the way, at the end and when stopped.
+
+        Raises:
+            Interrupted: `stop` said so; the checkpoint of the last step is published.
+            NonFiniteError: loss or gradients are not finite; the weights are untouched.
+        """
+        batches_of_steps = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=range(self.step, self.total_steps),
+            num_workers=self.config.run.num_workers if self.pictures is None else 0,
+            collate_fn=list,
+        )
+        self.denoiser.train()
+        every = self.config.run.checkpointing_steps
+        for batches in batches_of_steps:
+            yield self._one_step(batches)
+            stopping = self.step < self.total_steps and self._anyone(stop())
+            if stopping or self.step % every == 0 or self.step == self.total_steps:
+                yield from self._publish(folder)
+            if stopping:
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.total_steps}; its checkpoint is kept",
+                    "run the same command to go on from there",
+                )
+
+    def _make_trainable(self) -> tuple[Note, ...]:
+        adapter = self.config.adapter
+        if self.config.run.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        if not adapter.use_lora:
+            self.denoiser.requires_grad_(True)
+            return ()
+        layers, notes = adapters.target_layers(
+            self.denoiser,
+            adapter.target_unet_modules,
+            field="target_unet_modules",
+            must_match=self.config.is_explicit("target_unet_modules"),
+        )
+        adapters.add_adapter(self.denoiser, adapter, layers, seed=self.config.run.seed)
+        return tuple(notes)
+
+    def _one_step(self, batches: Sequence[Batch]) -> StepEvent:
+        started = time.perf_counter()
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            waiting = self.accelerator.no_sync(self.family.denoiser)
+            with contextlib.nullcontext() if last else waiting:
+                batch_loss = self._loss(batch)
+                self.accelerator.backward(batch_loss)
+            total += batch_loss.detach()
+        step_loss = float(self.accelerator.reduce(total, "mean"))
+        self.accelerator.unscale_gradients(self._stepper)
+        grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
+        self._check_finite(step_loss, grad_norm, batches)
+        learning_rate = self.schedule.get_last_lr()[0]
+        self._stepper.step()
+        self.schedule.step()
+        self._stepper.zero_grad(set_to_none=True)
+        self.step += 1
+        self.losses.append(step_loss)
+        return StepEvent(
+            step=self.step,
+            epoch=self.dataset.plan.epoch_of(self.step - 1),
+            loss=step_loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        device, seed, settings = self.accelerator.device, self.config.run.seed, self.config.loss
+        distribution = self._distribution(batch)
+        shape = distribution.mean.shape[1:]
+        draw = objectives.normal(seed, "posterior", batch.positions, shape).to(device)
+        latents = distribution.mean + distribution.std * draw
+        noise = objectives.noise_for(seed, batch.positions, shape, settings.noise_offset).to(device)
+        timesteps = self._timesteps(batch).to(device)
+        noisy_latents = self.objective.add_noise(latents, noise, timesteps)
+        text = encoding.stack_conditioning(self.text, batch.captions, device)
+        geometry = {name: sizes.to(device) for name, sizes in batch.geometry.items()}
+        with self.accelerator.autocast():
+            prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
+        return loss.diffusion_loss(
+            prediction,
+            self.objective.target(latents, noise, timesteps),
+            weights=batch.weights.to(device),
+            snr=self.objective.snr(timesteps),
+            snr_gamma=settings.snr_gamma,
+            prediction_type=self.objective.prediction_type,
+        )
+
+    def _distribution(self, batch: Batch) -> LatentDistribution:
+        device = self.accelerator.device
+        if self.pictures is not None:
+            views = list(zip(batch.numbers, batch.flipped, strict=True))
+            return encoding.stack_latents(self.pictures, views, device)
+        assert batch.pixels is not None
+        names = [self.dataset.examples[number].name for number in batch.numbers]
+        return encoding.encode(self.family, batch.pixels.to(device), names)
+
+    def _timesteps(self, batch: Batch) -> torch.Tensor:
+        return self.objective.sample_timesteps(
+            self.config.run.seed,
+            batch.positions,
+            minimum=self.config.loss.min_timestep_trained,
+            maximum=self.config.loss.max_timestep_trained,
+        )
+
+    def _check_finite(self, step_loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
+        # With a gradient scaler, infinite gradients are how it finds its scale: it skips them.
+        scaled = self.accelerator.scaler is not None
+        numbers = torch.tensor([step_loss, 0.0 if scaled else grad_norm])
+        if bool(torch.isfinite(numbers).all()):
+            return
+        names = [self.dataset.examples[n].name for batch in batches for n in batch.numbers]
+        timesteps = [int(t) for batch in batches for t in self._timesteps(batch)]
+        raise NonFiniteError(
+            f"loss {step_loss}, gradient norm {grad_norm} in step {self.step + 1} "
+            f"(pictures {', '.join(names)}; timesteps {timesteps}); the weights are untouched",
+            "lower learning_rate, or set mixed_precision: bf16 or no; checkpoints are kept",
+        )
+
+    def _anyone(self, flag: bool) -> bool:
+        """Whether any process raises the flag: all of them must leave the loop at one step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum") > 0)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to be one: configuration, pictures, processes."""
+        pictures = [(e.name, e.sha256, e.caption) for e in self.dataset.examples]
+        return self.config.result_values() | {
+            "training pictures": hashlib.sha256(repr(pictures).encode()).hexdigest(),
+            "number of processes": self.accelerator.num_processes,
+        }
+
+    def _publish(self, folder: RunFolder) -> Iterator[Event]:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            path = checkpoint.publish(
+                folder.checkpoints,
+                checkpoint.Checkpoint(
+                    step=self.step,
+                    tensors=self.trained_tensors(),
+                    optimizer=self.optimizer.state_dict(),
+                    state={
+                        "lr_scheduler": self.schedule.state_dict(),
+                        "scaler": scaler.state_dict() if scaler else None,
+                        "losses": self.losses,
+                    },
+                ),
+                config_values=self._identity(),
+                keep=self.config.run.checkpoints_total_limit,
+            )
+            yield CheckpointEvent(self.step, path.relative_to(folder.root).as_posix())
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        if self.config.adapter.use_lora:
+            adapters.load_adapter_tensors(self.denoiser, saved.tensors)
+        else:
+            self.denoiser.load_state_dict(saved.tensors)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.schedule.load_state_dict(saved.state["lr_scheduler"])
+        if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        self.losses = list(saved.state["losses"])
+        self.step = saved.step
