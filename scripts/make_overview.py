@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 THUMBNAIL = 160
 COLUMNS = 6
@@ -38,11 +38,8 @@ def make_overview(run: Path, target: Path) -> None:
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:
-    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
-    picture = picture.copy()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    square.paste(picture, ((THUMBNAIL - picture.width) // 2, (THUMBNAIL - picture.height) // 2))
-    return square
+    size = (THUMBNAIL, THUMBNAIL)
+    return ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color="white")
 
 
 def main() -> None:

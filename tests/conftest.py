@@ -33,7 +33,13 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five crops of a real photograph, of several shapes, the first with a caption of its own."""
     folder = tmp_path_factory.mktemp("photos")
     astronaut = Image.fromarray(photographs.astronaut())
-    boxes = [(0, 0, 512, 512), (100, 0, 400, 300), (150, 0, 330, 240), (60, 0, 500, 320), (0, 0, 300, 512)]
+    boxes = [
+        (0, 0, 512, 512),
+        (100, 0, 400, 300),
+        (150, 0, 330, 240),
+        (60, 0, 500, 320),
+        (0, 0, 300, 512),
+    ]
     for number, box in enumerate(boxes):
         astronaut.crop(box).save(folder / f"photo_{number}.jpg", quality=92)
     (folder / "photo_0.txt").write_text("a portrait of TOK in a space suit\n")

@@ -6,6 +6,7 @@ own tables; diffusers' `from_single_file` reads the result.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -83,27 +84,32 @@ def original_vae(state: State, num_blocks: int) -> State:
     """A whole VAE; its attention layers are 1 x 1 convolutions."""
     return {
         f"first_stage_model.{_vae_name(name, num_blocks)}": (
-            tensor[..., None, None]
-            if re.search(r"attentions.*\.to_\w.*weight", name)
-            else tensor
+            tensor[..., None, None] if re.search(r"attentions.*\.to_\w.*weight", name) else tensor
         )
         for name, tensor in state.items()
     }
 
 
 def _vae_name(name: str, num_blocks: int) -> str:
-    name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
-    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    rules = [
+        (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
+    ]
     for index in range(num_blocks):
         theirs = num_blocks - 1 - index
-        name = re.sub(rf"up_blocks\.{index}\.resnets\.(\d)", rf"up.{theirs}.block.\1", name)
-        name = name.replace(f"up_blocks.{index}.upsamplers.0", f"up.{theirs}.upsample")
-    name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
-        "mid_block.resnets.1", "mid.block_2"
-    )
-    for ours, theirs in _VAE_ATTENTION.items():
-        name = name.replace(f"mid_block.attentions.0.{ours}", f"mid.attn_1.{theirs}")
-    return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        rules.append((rf"up_blocks\.{index}\.resnets\.(\d)", rf"up.{theirs}.block.\1"))
+        rules.append((rf"up_blocks\.{index}\.upsamplers\.0", f"up.{theirs}.upsample"))
+    for ours, part in _VAE_ATTENTION.items():
+        rules.append((rf"mid_block\.attentions\.0\.{re.escape(ours)}", f"mid.attn_1.{part}"))
+    return _rewritten(name, rules)
+
+
+def _rewritten(name: str, rules: list[tuple[str, str]]) -> str:
+    return functools.reduce(lambda text, rule: re.sub(*rule, text), rules, name)
 
 
 def hugging_face_clip(state: State, prefix: str) -> State:
@@ -114,21 +120,24 @@ def hugging_face_clip(state: State, prefix: str) -> State:
     }
 
 
+_OPEN_CLIP = [
+    (r"^text_model\.", ""),
+    (r"encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1."),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"embeddings\.token_embedding", "token_embedding"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    ("final_layer_norm", "ln_final"),
+]
+
+
 def open_clip(state: State, prefix: str) -> State:
     """A CLIP text encoder under OpenCLIP's names, with its three projections in one."""
-    named: State = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("text_model.")
-        name = re.sub(r"encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1.", name)
-        name = name.replace("layer_norm1", "ln_1").replace("layer_norm2", "ln_2")
-        name = name.replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj")
-        name = name.replace("self_attn.out_proj", "attn.out_proj")
-        name = name.replace("embeddings.token_embedding", "token_embedding")
-        name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
-        name = name.replace("final_layer_norm", "ln_final")
-        if name == "text_projection.weight":
-            name, tensor = "text_projection", tensor.T.contiguous()
-        named[name] = tensor
+    named = {_rewritten(name, _OPEN_CLIP): tensor for name, tensor in state.items()}
+    named["text_projection"] = named.pop("text_projection.weight").T.contiguous()
     for key in [name for name in named if ".self_attn.q_proj." in name]:
         block, kind = key.split(".self_attn.q_proj.")
         parts = [named.pop(f"{block}.self_attn.{part}_proj.{kind}") for part in "qkv"]

@@ -110,7 +110,10 @@ def test_an_explicit_vae_of_the_same_latent_space_is_used(
     located = base_model.locate(settings(sd15_folder, vae_url=str(other)))
     loaded = base_model.load(located, FULL)
     expected = load_file(other / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(loaded.pipeline.vae.state_dict()["encoder.conv_in.weight"], expected["encoder.conv_in.weight"])
+    assert torch.equal(
+        loaded.pipeline.vae.state_dict()["encoder.conv_in.weight"],
+        expected["encoder.conv_in.weight"],
+    )
 
 
 def test_an_explicit_vae_of_another_latent_space_is_refused(
@@ -139,7 +142,7 @@ def test_the_vae_stays_in_32_bits_while_the_rest_is_halved(sdxl_folder: Path) ->
 
 @pytest.fixture
 def hub(sd15_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A hub id in an offline cache with two revisions: `main`, and `halved` with a smaller conv_in."""
+    """A hub id in an offline cache, with a second revision whose conv_in is halved."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     for revision, commit in (("main", "a" * 40), ("halved", "b" * 40)):
         snapshot = repository / "snapshots" / commit

@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+
 from trainer import cli as commands
 from trainer.config import LEAVES
+from trainer.config_files import read_config_file
 from trainer.flags import flag_of
+from trainer.job import Result, RunFolder
+from trainer.listeners import Summary
 from trainer.resolve import Layer, resolve
 
 Output = pytest.CaptureFixture[str]
@@ -47,7 +51,9 @@ def test_a_command_that_computes_nothing_imports_no_torch(arguments: list[str]) 
         "sys.exit(code or 'torch' in sys.modules or 'diffusers' in sys.modules)"
     )
 
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, check=False
+    )
 
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout
@@ -211,7 +217,9 @@ def test_a_missing_wandb_is_bad_input_and_nothing_is_written(
 def test_a_bug_shows_its_traceback_and_says_that_it_is_one() -> None:
     program = "from trainer import cli; cli.run = lambda _: 1 / 0; cli.main()"
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
 
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
@@ -260,7 +268,7 @@ def finished(
     folder = tmp_path_factory.mktemp("cli") / "run"
     command = ["train", *small_run(sd15_folder, photo_folder), "--output", str(folder), "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "trainer", *command], capture_output=True, text=True
+        [sys.executable, "-m", "trainer", *command], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
@@ -279,9 +287,6 @@ def test_a_finished_training_gives_its_service_the_answer_it_expects(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Output
 ) -> None:
     folder, _ = finished
-    from trainer.job import Result, RunFolder
-    from trainer.listeners import Summary
-
     result = RunFolder(folder).read_result()
     assert isinstance(result, Result)
     commands._report(result, RunFolder(folder), Summary(), dialect="fal", as_json=True)
@@ -295,8 +300,6 @@ def test_a_finished_training_gives_its_service_the_answer_it_expects(
 def test_the_written_configuration_means_the_same_again(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:
-    from trainer.config_files import read_config_file
-
     folder, _ = finished
     layers = read_config_file(folder / "config.yaml")
     again = resolve([*layers, Layer("command line", {}, explicit=True)])

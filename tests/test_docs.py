@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from trainer.cli import cli
 from trainer.config_files import as_layers, parse_yaml
 from trainer.dialects import dialect_names

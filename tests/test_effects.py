@@ -20,6 +20,7 @@ from tiny import configuration, losses, steps, train
 from trainer import adapters, base_model
 from trainer.base_model import Precision
 from trainer.config import ModelConfig
+from trainer.errors import InputError
 from trainer.events import StepEvent
 from trainer.families.base import Family
 from trainer.families.sd15 import StableDiffusion15
@@ -56,7 +57,9 @@ def _listening(predict: Any, seen: Spy) -> Any:
         seen.timesteps += timesteps.tolist()
         seen.text += list(text["hidden_states"].clone())
         seen.geometry.append(dict(geometry))
-        trained = {n: p.detach().clone() for n, p in self.denoiser.named_parameters() if p.requires_grad}
+        trained = {
+            n: p.detach().clone() for n, p in self.denoiser.named_parameters() if p.requires_grad
+        }
         seen.parameters.append(trained)
         prediction: torch.Tensor = predict(self, latents, timesteps, text, geometry)
         return prediction
@@ -172,7 +175,9 @@ def test_noise_offset_shifts_whole_channels_of_the_noisy_latents(
         config = configuration(sd15_folder, photo_folder, noise_offset=offset, max_train_steps=1)
         steps(config, tmp_path / str(offset))
     shift = spy.latents[1] - spy.latents[0]
-    torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        shift, shift.mean((2, 3), keepdim=True).expand_as(shift), atol=1e-5, rtol=1e-4
+    )
     assert bool((shift.mean((2, 3)).abs() > 1e-3).all())
 
 
@@ -251,8 +256,6 @@ def test_upscale_vae_32bit_decides_the_precision_of_the_latents(
 def test_fp16_on_a_processor_is_refused(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    from trainer.errors import InputError
-
     with pytest.raises(InputError, match="needs a GPU"):
         steps(configuration(sd15_folder, photo_folder, mixed_precision="fp16"), tmp_path)
 

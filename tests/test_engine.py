@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 def collect_until(config: Any, folder: Path, *, step: int) -> list[Any]:
     """Trains and wishes to stop once this step is done."""
-    done = 0
-    events = []
-    for event in engine.run(config, RunFolder(folder), lambda: done >= step):
+    events: list[Any] = []
+
+    def wished() -> bool:
+        return any(isinstance(event, StepEvent) and event.step >= step for event in events)
+
+    for event in engine.run(config, RunFolder(folder), wished):
         events.append(event)
-        if isinstance(event, StepEvent):
-            done = event.step
     return events
 
 
@@ -100,8 +102,21 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     train(configuration(sd15_folder, photo_folder), tmp_path)
+    before = digests(tmp_path)
+    other = configuration(sd15_folder, photo_folder, noise_offset=0.1, resolution_width=128)
     with pytest.raises(CheckpointError, match="noise_offset"):
-        train(configuration(sd15_folder, photo_folder, noise_offset=0.1), tmp_path)
+        train(other, tmp_path)
+    assert digests(tmp_path) == before
+
+
+def test_a_run_on_other_pictures_is_not_gone_on_with(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
+    train(configuration(sd15_folder, photos), tmp_path / "run")
+    (photos / "photo_4.jpg").unlink()
+    with pytest.raises(CheckpointError, match="training pictures"):
+        train(configuration(sd15_folder, photos), tmp_path / "run")
 
 
 def test_checkpoints_are_published_and_pruned_on_the_way(

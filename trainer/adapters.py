@@ -7,6 +7,7 @@ Takes modules and the adapter's own settings; knows no family. Trained weights a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import (
@@ -27,11 +28,16 @@ from trainer.errors import InputError, Problem
 ADAPTER = "default"
 
 
+def _alpha(adapter: AdapterConfig) -> Any:
+    # PEFT declares whole numbers, but only ever divides by the rank.
+    return adapter.scale * adapter.rank
+
+
 def _lora(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
     # Gaussian: A is normal with deviation 1/rank, B is zero (PEFT, `reset_lora_parameters`).
     return LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.scale * adapter.rank,
+        lora_alpha=_alpha(adapter),
         target_modules=layers,
         init_lora_weights="gaussian",
         use_dora=adapter.use_dora,
@@ -41,16 +47,14 @@ def _lora(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
 def _lokr(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
     return LoKrConfig(
         r=adapter.rank,
-        alpha=adapter.scale * adapter.rank,
+        alpha=_alpha(adapter),
         target_modules=layers,
         decompose_factor=adapter.lokr_factor,
     )
 
 
 def _loha(adapter: AdapterConfig, layers: list[str]) -> PeftConfig:
-    return LoHaConfig(
-        r=adapter.rank, alpha=adapter.scale * adapter.rank, target_modules=layers
-    )
+    return LoHaConfig(r=adapter.rank, alpha=_alpha(adapter), target_modules=layers)
 
 
 FORMS: Mapping[str, Callable[[AdapterConfig, list[str]], PeftConfig]] = {
@@ -136,7 +140,7 @@ def load_adapter_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Te
         name.removesuffix(".weight") if "lora_magnitude_vector" in name else name: tensor
         for name, tensor in tensors.items()
     }
-    answer = set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+    answer: Any = set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
     assert not answer.unexpected_keys, answer.unexpected_keys
 
 
@@ -148,7 +152,7 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._layers = {
+        self._layers: dict[str, Any] = {
             name: layer
             for name, layer in module.named_modules()
             if isinstance(layer, BaseTunerLayer)
@@ -162,7 +166,8 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
         base.data = stored.float()
         try:
             layer.merge(safe_merge=True)
-            return layer.get_base_layer().weight.detach().float().cpu().clone()
+            merged: torch.Tensor = layer.get_base_layer().weight
+            return merged.detach().float().cpu().clone()
         finally:
             layer.merged_adapters.clear()
             layer.get_base_layer().weight.data = stored

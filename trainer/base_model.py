@@ -276,7 +276,9 @@ def _hub_errors(field: str, url: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         hint = "connect once to download it, or give a local folder or .safetensors file"
         raise InputError.of(
-            field, f"`{url}` is neither a local path nor in the cache, and the hub is out of reach", hint
+            field,
+            f"`{url}` is neither a local path nor in the cache, and the hub is out of reach",
+            hint,
         ) from error
     except EntryNotFoundError as error:
         raise InputError.of(

@@ -129,6 +129,27 @@ def load_newest(folder: Path, *, config_values: Mapping[str, Any]) -> Loaded | N
     return None
 
 
+def refuse_other(folder: Path, config_values: Mapping[str, Any]) -> None:
+    """Reads no more than a manifest to tell early that a run could not go on from here.
+
+    Args:
+        folder: the run's `checkpoints/`, which need not exist.
+        config_values: those of the values given to `publish` that are known so far.
+
+    Raises:
+        CheckpointError: the newest readable manifest belongs to another configuration.
+    """
+    for step in _steps(folder):
+        path = folder / f"{_PREFIX}{step}"
+        try:
+            theirs = json.loads((path / MANIFEST).read_bytes())["content"]["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        known = {name: theirs.get(name) for name in config_values}
+        _check_config(path, known, config_values)
+        return
+
+
 def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any]) -> None:
     tensorfile.write(folder / WEIGHTS, checkpoint.tensors, {})
     # torch.save to a full disk fails with a message that says nothing of disks.

@@ -7,6 +7,8 @@ Data goes to stdout, talk to stderr; `--json` makes the data JSON. A failure is 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +83,7 @@ def train(
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
+        _hush_libraries()
         from trainer import engine
 
         result = supervise(
@@ -291,6 +294,12 @@ def _configuration(request: Path | None, preset: str | None, dialect: str | None
         layers = [*defaults, load_preset(preset), *layers[len(defaults) :]]
     layers.append(Layer("command line", given_flags(), explicit=True))
     return resolve(layers)
+
+
+def _hush_libraries() -> None:
+    """Leaves only errors of libraries that remark on optional packages when they are loaded."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _kohya_names() -> dict[str, KohyaNames]:

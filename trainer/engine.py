@@ -15,19 +15,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from trainer import base_model, results
+from trainer import base_model, checkpoint, results
 from trainer.base_model import BaseModel, Precision
 from trainer.config import RunConfig, TrainingConfig
 from trainer.config_files import write_config
 from trainer.data.dataset import Dataset, Plan
 from trainer.data.prepare import Example, prepare
 from trainer.durable import write_text
+from trainer.encoding import encode_captions, encode_pictures
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
 from trainer.events import Event, NoteEvent, RunEvent
-from trainer.families.base import Family
 from trainer.job import RunFolder
-from trainer.training import Training
-from trainer.encoding import encode_captions, encode_pictures
+from trainer.training import Training, identity
 
 Value = TypeVar("Value")
 Stop = Callable[[], bool]
@@ -57,6 +56,8 @@ def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Even
     composed = yield from _interruptible(compose(config, folder), stop)
     training = composed.training
     yield from training.resume(folder)
+    if training.accelerator.is_main_process:
+        write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
     yield from training.steps(folder, stop)
     if training.accelerator.is_main_process:
@@ -89,6 +90,7 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     accelerator = _accelerator(config.run)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = _completed(config, base, accelerator)
+    checkpoint.refuse_other(folder.checkpoints, identity(config, accelerator))
     if accelerator.is_main_process:
         folder.create()
     examples = yield from _prepare(config, folder, accelerator)
@@ -111,14 +113,12 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     config = config.with_notes(*training.notes)
     for note in config.resolved.notes:
         yield NoteEvent(note.kind, note.field, note.message)
-    if accelerator.is_main_process:
-        write_text(folder.config, write_config(config))
     return Composition(config, base, precision, training)
 
 
 def _accelerator(run: RunConfig) -> Accelerator:
     on_gpu = torch.cuda.is_available()
-    precision = run.mixed_precision
+    precision: str = run.mixed_precision
     if precision == "auto":
         best = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp16"
         precision = best if on_gpu else "no"
@@ -140,9 +140,7 @@ def _precision(config: TrainingConfig, accelerator: Accelerator) -> Precision:
     )
 
 
-def _completed(
-    config: TrainingConfig, base: BaseModel, accelerator: Accelerator
-) -> TrainingConfig:
+def _completed(config: TrainingConfig, base: BaseModel, accelerator: Accelerator) -> TrainingConfig:
     """The configuration with what only the checkpoint and the machine could tell."""
     config = config.with_leaf("mixed_precision", accelerator.mixed_precision)
     for field in ("resolution_width", "resolution_height"):

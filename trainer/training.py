@@ -26,6 +26,11 @@ from trainer.families.base import Family, LatentDistribution
 from trainer.job import RunFolder
 
 
+def identity(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What of a run's identity is known before its pictures are read."""
+    return config.result_values() | {"number of processes": accelerator.num_processes}
+
+
 class Training:
     """The state of one training: the only owner of weights, optimizer and step.
 
@@ -156,7 +161,7 @@ class Training:
         self.accelerator.unscale_gradients(self._stepper)
         grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
         self._check_finite(step_loss, grad_norm, batches)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = float(self.schedule.get_last_lr()[0])
         self._stepper.step()
         self.schedule.step()
         self._stepper.zero_grad(set_to_none=True)
@@ -182,8 +187,7 @@ class Training:
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
         text = encoding.stack_conditioning(self.text, batch.captions, device)
         geometry = {name: sizes.to(device) for name, sizes in batch.geometry.items()}
-        with self.accelerator.autocast():
-            prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
+        prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
         return loss.diffusion_loss(
             prediction,
             self.objective.target(latents, noise, timesteps),
@@ -232,12 +236,10 @@ class Training:
         return bool(self.accelerator.reduce(flags, "sum") > 0)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for two runs to be one: configuration, pictures, processes."""
+        """What must be equal for two runs to be one: configuration, processes, pictures."""
         pictures = [(e.name, e.sha256, e.caption) for e in self.dataset.examples]
-        return self.config.result_values() | {
-            "training pictures": hashlib.sha256(repr(pictures).encode()).hexdigest(),
-            "number of processes": self.accelerator.num_processes,
-        }
+        digest = hashlib.sha256(repr(pictures).encode()).hexdigest()
+        return identity(self.config, self.accelerator) | {"training pictures": digest}
 
     def _publish(self, folder: RunFolder) -> Iterator[Event]:
         if self.accelerator.is_main_process:

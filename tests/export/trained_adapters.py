@@ -120,7 +120,7 @@ def train(
 ) -> TrainedAdapter:
     """A random adapter on the targets of a tiny pipeline's UNet and on all its text encoders."""
     base = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline = copy.deepcopy(base)
+    pipeline = _copy(base, ("unet", *TABLES[family].text_encoder_prefixes))
     torch.manual_seed(7)
     states, weights = {}, {}
     for component in ("unet", *TABLES[family].text_encoder_prefixes):
@@ -135,7 +135,13 @@ def train(
         }
         weights[component] = _merge(model)
     state = AdapterState(algorithm, use_dora, rank, alpha, states)
-    return TrainedAdapter(state, weights, lambda: copy.deepcopy(base), TABLES[family])
+    return TrainedAdapter(state, weights, lambda: _copy(base, tuple(states)), TABLES[family])
+
+
+def _copy(base: Any, trained_components: tuple[str, ...]) -> Any:
+    """A pipeline with models of its own where an adapter may go."""
+    copies = {name: copy.deepcopy(base.components[name]) for name in trained_components}
+    return type(base)(**{**base.components, **copies})
 
 
 def _config(

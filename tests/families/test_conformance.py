@@ -122,7 +122,9 @@ def test_default_targets_find_attention_and_convolution_layers(family: Family) -
     assert any(layer.endswith("conv2") for layer in layers)
 
 
-@pytest.mark.parametrize("form", [{}, {"use_dora": True}, {"lora_type": "lokr"}, {"lora_type": "loha"}])
+@pytest.mark.parametrize(
+    "form", [{}, {"use_dora": True}, {"lora_type": "lokr"}, {"lora_type": "loha"}]
+)
 def test_an_adapter_starts_without_effect_and_learns_in_every_layer(
     family: Family, form: dict[str, object]
 ) -> None:
@@ -136,7 +138,9 @@ def test_an_adapter_starts_without_effect_and_learns_in_every_layer(
     after = predict(family, latents, "a TOK")
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
     after.square().mean().backward()
-    learning = {n for n, p in family.denoiser.named_parameters() if p.grad is not None and p.grad.any()}
+    learning = {
+        n for n, p in family.denoiser.named_parameters() if p.grad is not None and p.grad.any()
+    }
     assert all(any(name.startswith(f"{layer}.") for name in learning) for layer in layers)
 
 

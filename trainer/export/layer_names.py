@@ -6,7 +6,7 @@ it shares nothing with the tables from which they are written but the prefixes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from trainer.names import KohyaNames
 
 Layer = tuple[str, str]
 
+_DENOISERS = ("unet", "transformer")
 _RESNET = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
@@ -42,30 +43,28 @@ def expected_names(pipeline: Any, names: KohyaNames) -> dict[str, Layer]:
         names: says the prefixes, and whether the family renames its denoiser's blocks.
     """
     expected: dict[str, Layer] = {}
+    denoisers = [model for name, model in pipeline.components.items() if name in _DENOISERS]
+    blocks = dict(_original_blocks(denoisers[0])) if names.layers else {}
     for component, path in live_layers(pipeline):
         if component in names.text_encoder_prefixes:
             full = path if path.startswith("text_") else f"text_model.{path}"
             name = f"{names.text_encoder_prefixes[component]}_{full.replace('.', '_')}"
-        elif component in ("unet", "transformer"):
-            model = pipeline.components[component]
-            name = _in_original(model, path) if names.layers else path.replace(".", "_")
-            name = f"{names.denoiser_prefix}_{name}"
+        elif component in _DENOISERS:
+            name = f"{names.denoiser_prefix}_{_in_original(path, blocks)}"
         else:
             continue
         expected[name] = (component, path)
     return expected
 
 
-def _in_original(unet: nn.Module, path: str) -> str:
-    """A UNet layer's name in the original implementation, where every layer is a block."""
-    for ours, theirs in _original_blocks(unet):
-        if path.startswith(f"{ours}."):
-            inner, _, rest = path.removeprefix(f"{ours}.").partition(".")
-            steps = [_RESNET.get(inner, inner), *([rest.replace(".", "_")] if rest else [])]
-            return "_".join([theirs, *steps])
-        if path == ours:
-            return theirs
-    return path.replace(".", "_")
+def _in_original(path: str, blocks: Mapping[str, str]) -> str:
+    """A layer's name in the original implementation, where every part of a block has a number."""
+    steps = path.split(".")
+    for length in range(len(steps), 0, -1):
+        block = ".".join(steps[:length])
+        if block in blocks:
+            return "_".join([blocks[block], *(_RESNET.get(step, step) for step in steps[length:])])
+    return "_".join(steps)
 
 
 def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:

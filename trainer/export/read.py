@@ -34,6 +34,15 @@ from trainer.export.state import (
 )
 from trainer.names import KohyaNames
 
+_PRODUCTS = (
+    ("lora_A", "lora_B"),
+    ("lokr_w1_a", "lokr_w1_b"),
+    ("lokr_w2_a", "lokr_w2_b"),
+    ("hada_w1_a", "hada_w1_b"),
+    ("hada_w2_a", "hada_w2_b"),
+    ("hada_w1_a", "hada_w2_a"),
+)
+
 Format = Literal["diffusers", "kohya"]
 
 _KOHYA_KEY = re.compile(
@@ -99,7 +108,10 @@ class AdapterFile:
     @property
     def adapter_metadata(self) -> dict[str, Any]:
         """The PEFT configuration in a diffusers file's header, flat; empty without one."""
-        content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
+        try:
+            content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
+        except json.JSONDecodeError as error:
+            raise InputError.of("file", f"`{METADATA_KEY}` in the header is not JSON") from error
         return content if isinstance(content, dict) else {}
 
     def scale(self, layer: LayerName) -> float:
@@ -153,11 +165,22 @@ def read_adapter(
         )
     layers: dict[LayerName, LayerTensors] = {}
     for layer, tensors in file.layers.items():
+        _require_factors(layer, tensors)
         plain = {part: tensor.to(torch.float32) for part, tensor in tensors.items()}
         layers[layer] = FOLDS[file.algorithm](plain, file.scale(layer))
     ranks = [rank for rank in map(layer_rank, layers.values()) if rank is not None]
     widths = [tensors["lokr_w2"].shape[0] for tensors in layers.values() if "lokr_w2" in tensors]
     return AdapterState.of_layers(file.algorithm, max(ranks or widths), layers)
+
+
+def _require_factors(layer: LayerName, tensors: LayerTensors) -> None:
+    """Every first factor of a product needs its second, and LoHa both products."""
+    for first, second in _PRODUCTS:
+        for one, other in ((first, second), (second, first)):
+            if one in tensors and other not in tensors:
+                raise InputError.of(
+                    "file", f"layer `{'.'.join(layer)}` has `{one}` but no `{other}`"
+                )
 
 
 def open_adapter(

@@ -145,32 +145,65 @@ def verify(
     """
     tasks = [(role, path, reader) for role, path in files for reader in _readers_of(role, path)]
     results: dict[int, Check] = {}
-    fingerprints: dict[str, int] = {}
-    shared: Any = fresh_pipeline() if tasks else None
-    if any(reader.changes_pipeline for _, _, reader in tasks):
-        fingerprints = _fingerprints(shared)
+    pipelines = _Pipelines(fresh_pipeline, any(task[2].changes_pipeline for task in tasks))
     order = sorted(range(len(tasks)), key=lambda number: tasks[number][2].changes_pipeline)
     for done, number in enumerate(order):
         role, path, reader = tasks[number]
         yield StageEvent("verify", done, len(tasks))
-        refusal = reader.refuses(path)
         relative = path.relative_to(root).as_posix()
-        if refusal is not None:
-            check = Check(relative, role, reader.name, "not checked", reason=refusal)
-        else:
-            if reader.changes_pipeline:
-                shared = None
-                shared = fresh_pipeline()
-            comparison = _compare(reader, path, trained, shared, names)
+        refusal = reader.refuses(path)
+        if refusal is None:
+            pipeline = pipelines.untouched()
+            comparison = _compare(reader, path, trained, pipeline, names)
             if reader.changes_pipeline and not comparison.problems:
-                comparison.problems += _side_effects(
-                    shared, comparison.checksums_before, fingerprints
-                )
+                comparison.problems += pipelines.side_effects(comparison.checksums_before)
+            if reader.changes_pipeline:
+                pipelines.drop()
             check = _check(relative, role, reader, path, comparison, root)
+        else:
+            check = Check(relative, role, reader.name, "not checked", reason=refusal)
         results[number] = check
         yield VerifyEvent(relative, reader.name, check.status, check.largest_difference)
     yield StageEvent("verify", len(tasks), len(tasks))
     return [results[number] for number in range(len(tasks))]
+
+
+class _Pipelines:
+    """The base models of a verification, of which at most one is alive.
+
+    Args:
+        make: makes an untouched one.
+        watched: whether some reader will change its pipeline.
+    """
+
+    def __init__(self, make: Callable[[], Any], watched: bool) -> None:
+        self._make, self._watched = make, watched
+        self._current: Any = None
+        self._fingerprints: dict[str, int] = {}
+
+    def untouched(self) -> Any:
+        """A base model as it was before any reading."""
+        if self._current is None:
+            self._current = self._make()
+            if self._watched and not self._fingerprints:
+                self._fingerprints = _fingerprints(self._current)
+        return self._current
+
+    def side_effects(self, checksums_before: Mapping[str, int]) -> list[str]:
+        """Weights that reading changed although no adapter belongs to them.
+
+        Args:
+            checksums_before: layer to checksum of its weight before the adapter was merged.
+        """
+        before = {f"{name}.weight": checksum for name, checksum in checksums_before.items()}
+        now = _fingerprints(self._current) | before
+        known = self._fingerprints
+        changed = [name for name in sorted(known) if now.get(name) != known[name]]
+        return [f"`{name}` changed without an adapter" for name in changed]
+
+    def drop(self) -> None:
+        """Gives up a pipeline that has been read into."""
+        self._current = None
 
 
 def write_report(path: Path, checks: Iterable[Check]) -> None:
@@ -275,20 +308,6 @@ def _fingerprints(pipeline: Any) -> dict[str, int]:
         for name, p in model.named_parameters()
         if not any(mark in name for mark in (".lora_", ".lokr_", ".hada_"))
     }
-
-
-def _side_effects(
-    pipeline: Any, checksums_before: Mapping[str, int], fingerprints: Mapping[str, int]
-) -> list[str]:
-    """Weights that reading changed although no adapter belongs to them."""
-    before = {f"{name}.weight": checksum for name, checksum in checksums_before.items()}
-    now = _fingerprints(pipeline) | before
-    changed = [name for name in sorted(fingerprints) if now.get(name) != fingerprints[name]]
-    return (
-        [f"`{changed[0]}` and {len(changed) - 1} more changed without an adapter"]
-        if changed
-        else []
-    )
 
 
 def _crc(tensor: Tensor) -> int:

@@ -10,9 +10,7 @@ from trainer.families.base import Family
 
 def family_names() -> tuple[str, ...]:
     """The names of all families, which are the names of their modules."""
-    return tuple(
-        module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"
-    )
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
 def load_family(name: str) -> type[Family]:

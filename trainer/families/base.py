@@ -66,7 +66,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.denoiser: torch.nn.Module = pipeline.components[self.denoiser_name]
+        self.denoiser: Any = pipeline.components[self.denoiser_name]
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
@@ -102,7 +102,8 @@ def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:
     """
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
-    shift, divisor = 0.0, 1.0
+    shift: torch.Tensor | float = 0.0
+    divisor: torch.Tensor | float = 1.0
     if vae.config.get("latents_mean") is not None:
         shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1).to(mean)
         divisor = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1).to(mean)

@@ -1,0 +1,270 @@
+"""Estimates: steps by the plan's formula, memory by counting, time by measurement alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import base_model, measurements, optim
+from trainer.adapters import add_adapter, target_layers
+from trainer.config import OptimConfig, TrainingConfig
+from trainer.errors import InputError
+from trainer.estimate import Estimate, device_name, estimate
+from trainer.measurements import measured_seconds_per_step, measurement_key, record_measurement
+from trainer.memory import Footprint, LiveBytes, optimizer_bytes_per_parameter
+from trainer.resolve import Layer, resolve
+
+MEBI = 2**20
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keeps measurements of the tests away from the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def configuration(model: Path | str, photos: Path, **leaves: Any) -> TrainingConfig:
+    given = {"model_url": str(model), "images_data_url": str(photos), "rank": 4, **leaves}
+    return resolve([Layer("test", given, explicit=True)])
+
+
+def test_a_chain_of_operations_is_counted_by_hand() -> None:
+    # x and y live together, then y and z; x is gone before z is made.
+    with LiveBytes() as counter:
+        x = torch.empty(MEBI, dtype=torch.uint8)
+        y = x + 1
+        del x
+        z = torch.cat([y, y])
+        assert counter.now == 3 * MEBI
+        del y, z
+    assert counter.now == 0
+    assert counter.peak == 3 * MEBI
+
+
+def test_views_and_changes_in_place_take_no_memory() -> None:
+    with LiveBytes() as counter:
+        x = torch.zeros(MEBI, dtype=torch.uint8)
+        y = x.view(2, -1).T
+        y.add_(1)
+    assert counter.peak == MEBI
+
+
+def test_a_training_step_of_one_layer_is_counted_by_hand() -> None:
+    # Weight, input, output and the output's gradient; backward adds the weight's gradient.
+    layer = torch.nn.Linear(512, 512, bias=False)
+    with LiveBytes() as counter:
+        counter.hold(layer)
+        x = torch.ones(512, 512)
+        layer(x).backward(torch.ones(512, 512))
+        del x
+    assert counter.peak == 5 * MEBI
+    assert counter.now == 2 * MEBI
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # AdamW: two moments in 32 bits. 8-bit: one byte each, and two 32-bit maxima per 256.
+        ("adamw", 8.0),
+        ("adamw8bit", 2 + 2 * 4 / 256),
+        # Prodigy: two moments, s and the first weights.
+        ("prodigy", 16.0),
+    ],
+)
+def test_the_state_of_an_optimizer_is_counted(name: str, expected: float) -> None:
+    size = optimizer_bytes_per_parameter(OptimConfig(optimizer=name), torch.device("cpu"))
+    assert size == pytest.approx(expected, rel=0.01)
+
+
+def real_peak(config: TrainingConfig) -> tuple[int, int]:
+    """Peak bytes of a real step with real tensors, and the trained parameters."""
+    base = base_model.locate(config.model)
+    precision = base_model.Precision(torch.float32, torch.float32, torch.float32)
+    family = base_model.load(base, precision)
+    layers, _ = target_layers(
+        family.denoiser, config.adapter.target_unet_modules, field="", must_match=False
+    )
+    add_adapter(family.denoiser, config.adapter, layers, seed=0)
+    trained = [p for p in family.denoiser.parameters() if p.requires_grad]
+    count, side = config.run.batch_size, base.native_size // 8
+    text = family.encode_text(["a"] * count)
+    group = optim.ParameterGroup("denoiser", trained, learning_rate=1e-4, weight_decay=0.0)
+    optimizer = optim.build_optimizer([group], config.optim)
+    sizes = torch.zeros(count, 2, dtype=torch.int64)
+    with LiveBytes() as counter:
+        counter.hold(family.denoiser)
+        for _ in range(2):
+            latents = torch.zeros(count, 4, side, side)
+            prediction = family.predict(
+                latents,
+                torch.zeros(count, dtype=torch.int64),
+                text,
+                dict.fromkeys(("original_size", "crop_top_left", "target_size"), sizes),
+            )
+            (prediction - latents).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return counter.peak, sum(p.numel() for p in trained)
+
+
+def footprint_of(config: TrainingConfig) -> Footprint:
+    footprint = estimate(config).footprint
+    assert footprint is not None
+    return footprint
+
+
+def test_the_estimated_peak_is_that_of_a_real_training(
+    sd15_folder: Path, photo_folder: Path
+) -> None:
+    # A batch so large that the steps, not the encoding of pictures, are the peak.
+    config = configuration(sd15_folder, photo_folder, batch_size=8)
+    footprint = footprint_of(config)
+    peak, trained = real_peak(config)
+    assert footprint.trained_parameters == trained
+    assert footprint.peak_bytes == pytest.approx(peak, rel=0.03)
+
+
+def test_settings_that_save_memory_lower_the_estimate(
+    sd15_folder: Path, photo_folder: Path
+) -> None:
+    def peak(**leaves: Any) -> int:
+        config = configuration(sd15_folder, photo_folder, **{"batch_size": 8, **leaves})
+        return footprint_of(config).peak_bytes
+
+    plain = peak()
+    assert peak(gradient_checkpointing=True) < 0.8 * plain
+    assert peak(batch_size=4) < 0.8 * plain
+    assert peak(mixed_precision="bf16") < 0.8 * plain
+
+
+def test_full_training_holds_weights_gradients_and_moments_in_32_bits(
+    sdxl_folder: Path, photo_folder: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, use_lora=False, mixed_precision="bf16")
+    footprint = footprint_of(config)
+    # Weight, gradient and AdamW's two moments: four numbers of 4 bytes each.
+    assert footprint.peak_bytes > 16 * footprint.trained_parameters
+
+
+def test_steps_follow_the_pictures_where_epochs_are_given(
+    sd15_folder: Path, photo_folder: Path
+) -> None:
+    # Five pictures, two a step: three steps an epoch.
+    config = configuration("nowhere/at-all", photo_folder, batch_size=2, num_train_epochs=4)
+    answer = estimate(config)
+    assert (answer.num_examples, answer.steps, answer.epochs) == (5, 12, 4.0)
+
+
+def test_epochs_follow_the_steps_otherwise(photo_folder: Path) -> None:
+    config = configuration("nowhere/at-all", photo_folder, max_train_steps=8)
+    answer = estimate(config)
+    assert (answer.steps, answer.epochs) == (8, 1.6)
+
+
+def test_what_cannot_be_known_is_unknown_and_says_why(photo_folder: Path) -> None:
+    answer = estimate(configuration("nowhere/at-all", photo_folder), hourly=2.0).as_dict()
+    unknown = ["trained_parameters", "peak_memory_gib", "seconds", "cost"]
+    assert [answer[name] for name in unknown] == [None] * 4
+    assert "nowhere/at-all" in answer["notes"][0]
+    assert json.loads(json.dumps(answer)) == answer
+
+
+def test_pictures_that_are_missing_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        estimate(configuration("nowhere/at-all", tmp_path / "missing"))
+
+
+def test_time_comes_from_a_measurement_and_cost_from_time(
+    sd15_folder: Path, photo_folder: Path
+) -> None:
+    config = configuration(sd15_folder, photo_folder, max_train_steps=100)
+    before = estimate(config, hourly=3.6)
+    assert (before.seconds, before.cost) == (None, None)
+    assert "no such training was measured" in before.notes[0]
+    completed = config.with_leaf("mixed_precision", "no")
+    for field in ("resolution_width", "resolution_height"):
+        completed = completed.with_leaf(field, 64)
+    key = measurement_key(completed, family="sd15", device=device_name(), num_processes=1)
+    record_measurement(key, 0.25)
+    after = estimate(config, hourly=3.6)
+    # 100 steps of 0.25 s; 25 s at 3.6 an hour are 0.025.
+    assert after.seconds == 25.0
+    assert after.cost == pytest.approx(0.025)
+    assert after.notes == ()
+
+
+def test_without_a_price_there_is_no_cost() -> None:
+    answer = Estimate(
+        num_examples=1,
+        steps=1,
+        epochs=1.0,
+        device="",
+        footprint=None,
+        seconds=3600.0,
+        hourly=None,
+        notes=(),
+    )
+    assert "cost" not in answer.as_dict()
+    assert replace(answer, hourly=2.5).as_dict()["cost"] == 2.5
+
+
+def some_key(**leaves: Any) -> measurements.MeasurementKey:
+    config = resolve([Layer("test", {"images_data_url": "photos", **leaves}, explicit=True)])
+    return measurement_key(config, family="sdxl", device="some device", num_processes=1)
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"rank": 8},
+        {"use_dora": True},
+        {"lora_type": "loha"},
+        {"use_lora": False},
+        {"resolution_width": 512, "resolution_height": 512},
+        {"batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"cache_latents": False},
+        {"optimizer": "adamw8bit"},
+        {"target_unet_modules": "to_q"},
+        {"model_url": "other/model"},
+    ],
+)
+def test_a_measurement_holds_for_the_same_training_alone(leaves: dict[str, Any]) -> None:
+    record_measurement(some_key(), 2.0)
+    assert measured_seconds_per_step(some_key()) == 2.0
+    assert measured_seconds_per_step(some_key(**leaves)) is None
+
+
+def test_a_measurement_holds_for_its_device_alone() -> None:
+    record_measurement(some_key(), 2.0)
+    assert measured_seconds_per_step(replace(some_key(), device="another")) is None
+    assert measured_seconds_per_step(replace(some_key(), num_processes=2)) is None
+
+
+def test_the_newest_measurement_counts(own_cache: Path) -> None:
+    for seconds in (2.0, 3.0):
+        record_measurement(some_key(), seconds)
+    with open(own_cache / "tok-trainer" / "measurements.jsonl", "a") as file:
+        file.write('{"key": {"fam')
+    assert measured_seconds_per_step(some_key()) == 3.0
+
+
+def test_a_machine_without_a_place_for_measurements_forgets_them(own_cache: Path) -> None:
+    own_cache.write_text("a file where the folder should be")
+    record_measurement(some_key(), 2.0)
+    assert measured_seconds_per_step(some_key()) is None
+
+
+def test_measurements_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    expected = Path("/home/somebody/.cache/tok-trainer/measurements.jsonl")
+    assert measurements.measurements_file() == expected

@@ -1,0 +1,165 @@
+"""What a training will take: steps, memory, time and cost, as far as they can be known.
+
+Steps come from the pictures, memory from a step on tensors without data, time from a
+measurement of the same training on this machine. What is not known stays unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer import base_model
+from trainer.base_model import BaseModel, Precision
+from trainer.config import RunConfig, TrainingConfig
+from trainer.data.plan import Plan
+from trainer.data.prepare import inspect
+from trainer.errors import InputError
+from trainer.measurements import measured_seconds_per_step, measurement_key
+from trainer.memory import Footprint, training_footprint
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will take; None stands for unknown.
+
+    Args:
+        num_examples: pictures that are trained.
+        steps: optimizer steps.
+        epochs: passes over the pictures, the last one perhaps in part.
+        device: what the figures hold for.
+        footprint: memory on that device and trained parameters.
+        seconds: for all steps, without loading, encoding and writing.
+        hourly: price of this machine per hour, where it was given.
+        notes: why something is unknown.
+    """
+
+    num_examples: int
+    steps: int
+    epochs: float
+    device: str
+    footprint: Footprint | None
+    seconds: float | None
+    hourly: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def cost(self) -> float | None:
+        """Price of the steps, in the currency of `hourly`."""
+        if self.hourly is None or self.seconds is None:
+            return None
+        return self.seconds / 3600 * self.hourly
+
+    def as_dict(self) -> dict[str, Any]:
+        """The estimate as JSON can hold it; `cost` is there only where a price was given."""
+        footprint = self.footprint
+        values = {
+            "examples": self.num_examples,
+            "steps": self.steps,
+            "epochs": round(self.epochs, 2),
+            "device": self.device,
+            "trained_parameters": footprint.trained_parameters if footprint else None,
+            "peak_memory_gib": round(footprint.peak_bytes / 2**30, 3) if footprint else None,
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+        }
+        if self.hourly is not None:
+            values["cost"] = None if self.cost is None else round(self.cost, 4)
+        return values | {"notes": list(self.notes)}
+
+
+def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate:
+    """Estimates a training in one process on this machine, without loading any weights.
+
+    Args:
+        config: the resolved configuration.
+        hourly: price of this machine per hour.
+
+    Raises:
+        InputError: the pictures cannot be used.
+    """
+    plan = Plan(
+        num_examples=inspect(config.data).num_usable,
+        batch_size=config.run.batch_size,
+        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
+        num_processes=1,
+        process_index=0,
+        seed=config.run.seed,
+    )
+    steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
+    notes: list[str] = []
+    footprint, seconds = None, None
+    try:
+        base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
+        config = _completed(config, base)
+        footprint = _footprint(config, base)
+    except (InputError, OSError) as error:
+        reason = str(error).removeprefix("error[input]: ")
+        notes.append(f"memory and time are unknown: {reason}")
+    else:
+        key = measurement_key(
+            config, family=base.family_name, device=device_name(), num_processes=1
+        )
+        seconds_per_step = measured_seconds_per_step(key)
+        if seconds_per_step is None:
+            notes.append("time is unknown: no such training was measured on this machine yet")
+        else:
+            seconds = seconds_per_step * steps
+    return Estimate(
+        num_examples=plan.num_examples,
+        steps=steps,
+        epochs=steps / plan.steps_per_epoch,
+        device=device_name(),
+        footprint=footprint,
+        seconds=seconds,
+        hourly=hourly,
+        notes=tuple(notes),
+    )
+
+
+def device_name() -> str:
+    """The device that a training here would use: the name of the GPU, or of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} processor, {os.cpu_count()} cores"
+
+
+def mixed_precision_of(run: RunConfig) -> str:
+    """What `mixed_precision: auto` means on this machine; anything else means itself."""
+    if run.mixed_precision != "auto":
+        return run.mixed_precision
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
+    """The configuration with what only the checkpoint and the machine can tell."""
+    config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
+    for field in ("resolution_width", "resolution_height"):
+        if config.leaf(field) is None:
+            config = config.with_leaf(field, base.native_size)
+    return config.model_copy(update={"model": base.settings})
+
+
+def _footprint(config: TrainingConfig, base: BaseModel) -> Footprint:
+    frozen = DTYPES[config.run.mixed_precision]
+    precision = Precision(
+        frozen=frozen,
+        denoiser=frozen if config.adapter.use_lora else torch.float32,
+        vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
+    )
+    return training_footprint(
+        base,
+        precision,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        adapter=config.adapter,
+        data=config.data,
+        optimizer=config.optim,
+        run=config.run,
+    )
