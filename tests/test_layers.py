@@ -30,23 +30,35 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"data"}, {"foundation", "configuration"}),
     "export": ({"export"}, {"foundation", "configuration", "job"}),
     "pipeline": (
-        {"base_model", "encoding", "checkpoint"},
+        {"base_model", "machine", "encoding", "checkpoint"},
         {"foundation", "configuration", "job", "families", "data"},
+    ),
+    "forecast": (
+        {"estimate", "memory", "measurements"},
+        {
+            "foundation",
+            "configuration",
+            "families",
+            "data",
+            "mathematics",
+            "objectives",
+            "pipeline",
+        },
     ),
     "engine": (
         {"engine", "training", "results"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
-            *("data", "export", "pipeline"),
+            *("data", "export", "pipeline", "forecast"),
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
     "listeners": ({"listeners"}, {"foundation", "configuration", "job"}),
     "doors": (
-        {"cli", "__main__", "flags", "runner", "doctor", "estimate"},
+        {"cli", "__main__", "flags", "runner", "doctor"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
-            *("data", "export", "pipeline", "engine", "dialects", "listeners"),
+            *("data", "export", "pipeline", "forecast", "engine", "dialects", "listeners"),
         },
     ),
 }
@@ -64,6 +76,7 @@ WITHOUT_TORCH = [
     "resolve",
     "config_files",
     "presets",
+    "measurements",
     "dialects",
     "dialects.fal_personalization",
     "cli",

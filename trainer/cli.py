@@ -128,7 +128,11 @@ def validate(request: Path | None, preset: str | None, dialect: str | None, as_j
 @request_argument
 @preset_option
 @dialect_option
-@click.option("--hourly", type=float, help="Price of this machine per hour, in any currency.")
+@click.option(
+    "--hourly",
+    type=click.FloatRange(min=0),
+    help="Price of this machine per hour, in any currency.",
+)
 @json_option
 def estimate(
     request: Path | None,
@@ -139,6 +143,7 @@ def estimate(
 ) -> None:
     """Tell steps, memory, time and cost of a training before it runs."""
     config = _configuration(request, preset, dialect)
+    _hush_libraries()
     from trainer.estimate import estimate as estimate_training
 
     _emit(estimate_training(config, hourly=hourly).as_dict(), as_json, _pairs)
@@ -149,9 +154,10 @@ def estimate(
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Tell what is in a LoRA file, and what will trouble its readers."""
+    candidates = _kohya_names()
     from trainer.export.describe import describe
 
-    _emit(describe(file, _kohya_names()).as_dict(), as_json, _pairs)
+    _emit(describe(file, candidates).as_dict(), as_json, _pairs)
 
 
 @cli.command()
@@ -168,9 +174,9 @@ def inspect(file: Path, as_json: bool) -> None:
 @json_option
 def convert(source: Path, target: Path, form: Any, family: str | None, as_json: bool) -> None:
     """Convert a LoRA file between diffusers' and kohya's format."""
+    candidates = _kohya_names()
     from trainer.export import read
 
-    candidates = _kohya_names()
     if family is not None and family not in candidates:
         message = f"there is no family `{family}`; allowed: {', '.join(candidates)}"
         raise InputError.of("--family", message, nearest(family, candidates))
@@ -303,6 +309,7 @@ def _hush_libraries() -> None:
 
 
 def _kohya_names() -> dict[str, KohyaNames]:
+    _hush_libraries()
     from trainer.families import family_names, load_family
 
     return {name: load_family(name).kohya for name in family_names()}

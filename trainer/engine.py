@@ -7,6 +7,7 @@ asked for by a function, so no callbacks are needed.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,15 +24,18 @@ from trainer.data.dataset import Dataset, Plan
 from trainer.data.prepare import Example, prepare
 from trainer.durable import write_text
 from trainer.encoding import encode_captions, encode_pictures
-from trainer.errors import InputError, Interrupted, OutOfMemoryError
-from trainer.events import Event, NoteEvent, RunEvent
+from trainer.errors import Interrupted, OutOfMemoryError
+from trainer.events import Event, NoteEvent, RunEvent, StepEvent
 from trainer.job import RunFolder
+from trainer.machine import completed, device_name, mixed_precision_of, precision_of
+from trainer.measurements import measurement_key, record_measurement
 from trainer.training import Training, identity
 
 Value = TypeVar("Value")
 Stop = Callable[[], bool]
 
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Steps that still pay for allocations and caches: not counted when the usual time is taken.
+_WARM_UP_STEPS = 3
 
 
 def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
@@ -59,7 +63,7 @@ def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Even
     if training.accelerator.is_main_process:
         write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
-    yield from training.steps(folder, stop)
+    yield from _timed(training.steps(folder, stop), composed)
     if training.accelerator.is_main_process:
         yield from results.deliver(
             composed.config, composed.base, composed.precision, training, folder
@@ -89,12 +93,12 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     """Everything up to the first step: pictures, base model, encodings, adapter, optimizer."""
     accelerator = _accelerator(config.run)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
-    config = _completed(config, base, accelerator)
+    config = completed(config, base)
     checkpoint.refuse_other(folder.checkpoints, identity(config, accelerator))
     if accelerator.is_main_process:
         folder.create()
     examples = yield from _prepare(config, folder, accelerator)
-    precision = _precision(config, accelerator)
+    precision = precision_of(config)
     family = base_model.load(base, precision)
     plan = Plan(
         num_examples=len(examples),
@@ -117,37 +121,10 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
 
 
 def _accelerator(run: RunConfig) -> Accelerator:
-    on_gpu = torch.cuda.is_available()
-    precision: str = run.mixed_precision
-    if precision == "auto":
-        best = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp16"
-        precision = best if on_gpu else "no"
-    if precision == "fp16" and not on_gpu:
-        raise InputError.of(
-            "mixed_precision", "`fp16` needs a GPU", "give `no` or `bf16` to train on a processor"
-        )
+    precision = mixed_precision_of(run)
     # Accelerate keeps the precision per process; a second training here may want another.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=not on_gpu)
-
-
-def _precision(config: TrainingConfig, accelerator: Accelerator) -> Precision:
-    frozen = _DTYPES[accelerator.mixed_precision]
-    return Precision(
-        frozen=frozen,
-        denoiser=frozen if config.adapter.use_lora else torch.float32,
-        vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
-    )
-
-
-def _completed(config: TrainingConfig, base: BaseModel, accelerator: Accelerator) -> TrainingConfig:
-    """The configuration with what only the checkpoint and the machine could tell."""
-    config = config.with_leaf("mixed_precision", accelerator.mixed_precision)
-    for field in ("resolution_width", "resolution_height"):
-        if config.leaf(field) is None:
-            config = config.with_leaf(field, base.native_size)
-    config = config.model_copy(update={"model": base.settings})
-    return config.with_notes(*base.notes)
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
 
 
 def _prepare(
@@ -163,6 +140,25 @@ def _prepare(
     if accelerator.is_main_process:
         accelerator.wait_for_everyone()
     return examples
+
+
+def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
+    """The steps, whose usual time is remembered for estimates of trainings like this one."""
+    seconds: list[float] = []
+    for event in steps:
+        if isinstance(event, StepEvent):
+            seconds.append(event.seconds)
+        yield event
+    accelerator = composed.training.accelerator
+    settled = seconds[_WARM_UP_STEPS:]
+    if settled and accelerator.is_main_process:
+        key = measurement_key(
+            composed.config,
+            family=composed.base.family_name,
+            device=device_name(),
+            num_processes=accelerator.num_processes,
+        )
+        record_measurement(key, statistics.median(settled))
 
 
 def _run_event(composed: Composition) -> RunEvent:

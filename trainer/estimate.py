@@ -6,23 +6,20 @@ measurement of the same training on this machine. What is not known stays unknow
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainer import base_model
-from trainer.base_model import BaseModel, Precision
-from trainer.config import RunConfig, TrainingConfig
+from trainer.base_model import BaseModel
+from trainer.config import TrainingConfig
 from trainer.data.plan import Plan
 from trainer.data.prepare import inspect
 from trainer.errors import InputError
+from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
 from trainer.memory import Footprint, training_footprint
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     footprint, seconds = None, None
     try:
         base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
-        config = _completed(config, base)
+        config = completed(config, base)
         footprint = _footprint(config, base)
     except (InputError, OSError) as error:
         reason = str(error).removeprefix("error[input]: ")
@@ -122,41 +119,10 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     )
 
 
-def device_name() -> str:
-    """The device that a training here would use: the name of the GPU, or of the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} processor, {os.cpu_count()} cores"
-
-
-def mixed_precision_of(run: RunConfig) -> str:
-    """What `mixed_precision: auto` means on this machine; anything else means itself."""
-    if run.mixed_precision != "auto":
-        return run.mixed_precision
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def _completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
-    """The configuration with what only the checkpoint and the machine can tell."""
-    config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
-    for field in ("resolution_width", "resolution_height"):
-        if config.leaf(field) is None:
-            config = config.with_leaf(field, base.native_size)
-    return config.model_copy(update={"model": base.settings})
-
-
 def _footprint(config: TrainingConfig, base: BaseModel) -> Footprint:
-    frozen = DTYPES[config.run.mixed_precision]
-    precision = Precision(
-        frozen=frozen,
-        denoiser=frozen if config.adapter.use_lora else torch.float32,
-        vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
-    )
     return training_footprint(
         base,
-        precision,
+        precision_of(config),
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         adapter=config.adapter,
         data=config.data,

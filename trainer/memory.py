@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -45,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that live at one time: those held, and those made inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch gives it no types
         self.now = 0
         self.peak = 0
         self._sizes = WeakIdKeyDictionary()
@@ -170,6 +171,7 @@ def _family_without_data(
         _give_fake_tensors(part, dtype, device)
         parts[name] = part
     unused = dict.fromkeys(base.family.unused_components)
+    diffusers_logging.disable_progress_bar()
     pipeline = base.family.pipeline_class.from_pretrained(
         source, revision=revision, **parts, **unused
     )

@@ -65,10 +65,8 @@ def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optim
             f"`adamw8bit` needs bitsandbytes, which cannot be loaded here: {error}",
             "run `pip install bitsandbytes`, or give `adamw`",
         ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon
-    )
-    return optimizer
+    build: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return build(groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon)
 
 
 def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -295,7 +295,7 @@ def test_an_adapter_on_a_layer_that_was_not_trained_fails(
     write_diffusers(path, adapter.state, torch.float32)
     weights = {component: dict(layers) for component, layers in adapter.weights.items()}
     del weights["unet"]["mid_block.resnets.0.conv1"]
-    fewer = TrainedAdapter(adapter.state, weights, adapter.fresh, adapter.names)
+    fewer = TrainedAdapter(adapter.state, weights, adapter.base, adapter.names)
 
     checks, _ = run_verification(tmp_path, [("diffusers_lora", path)], fewer)
 

@@ -41,8 +41,8 @@ def test_the_table_by_hand_agrees_with_the_familys(
     ours, theirs = FAMILIES[family].kohya, TABLES[family]
 
     for component, path in adapter.state.layers():
-        path = with_text_model(path)
-        assert ours.of_layer(component, path) == theirs.of_layer(component, path)
+        full = with_text_model(path)
+        assert ours.of_layer(component, full) == theirs.of_layer(component, full)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -54,6 +54,5 @@ def test_every_layer_of_the_model_comes_back_from_its_name(
     layers = [layer for layer in live_layers(trained(family).fresh()) if layer[0] in known]
 
     for component, path in layers:
-        path = with_text_model(path)
-        name = names.of_layer(component, path)
-        assert names.layer_of(name, "unet") == (component, path)
+        full = with_text_model(path)
+        assert names.layer_of(names.of_layer(component, full), "unet") == (component, full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,16 @@ class TrainedAdapter:
 
     state: AdapterState
     weights: dict[str, dict[str, torch.Tensor]]
-    fresh: Callable[[], Any]
+    base: Any
     names: KohyaNames
+
+    def fresh(self) -> Any:
+        """An untouched pipeline, with models of its own where an adapter may go."""
+        return _copy(self.base, tuple(self.weights))
 
     def base_weight(self, component: str, path: str) -> torch.Tensor:
         """The weight of a layer before training."""
-        return self.fresh().components[component].get_submodule(path).weight.detach()
+        return self.base.components[component].get_submodule(path).weight.detach()
 
 
 def train(
@@ -135,7 +139,7 @@ def train(
         }
         weights[component] = _merge(model)
     state = AdapterState(algorithm, use_dora, rank, alpha, states)
-    return TrainedAdapter(state, weights, lambda: _copy(base, tuple(states)), TABLES[family])
+    return TrainedAdapter(state, weights, base, TABLES[family])
 
 
 def _copy(base: Any, trained_components: tuple[str, ...]) -> Any:

@@ -89,7 +89,7 @@ def quiet() -> Iterator[None]:
     """Keeps the libraries' remarks on a file to themselves: here its effect is measured."""
     disabled, shows_bars = logging.root.manager.disable, is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,7 +97,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         if shows_bars:
-            enable_progress_bar()  # type: ignore[no-untyped-call]
+            enable_progress_bar()
 
 
 def _read_pipeline(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
