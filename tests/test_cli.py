@@ -18,8 +18,7 @@ from trainer import cli as commands
 from trainer.config import LEAVES
 from trainer.config_files import read_config_file
 from trainer.flags import flag_of
-from trainer.job import Result, RunFolder
-from trainer.listeners import Summary
+from trainer.job import RunFolder
 from trainer.resolve import Layer, resolve
 
 Output = pytest.CaptureFixture[str]
@@ -214,6 +213,48 @@ def test_a_missing_wandb_is_bad_input_and_nothing_is_written(
     assert not output.exists()
 
 
+def test_pictures_that_are_missing_leave_no_folder(
+    sd15_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model-url", str(sd15_folder), "--images-data-url", str(tmp_path / "nowhere")]
+
+    code = commands.run(["train", *flags])
+
+    assert code == 2
+    assert "`images_data_url`" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_before_torch_is_imported(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys; from trainer.cli import run; code = run(sys.argv[1:]); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    flags = ["--images-data-url", str(photo_folder), "--output", str(tmp_path)]
+
+    with RunFolder(tmp_path).lock():
+        done = subprocess.run(
+            [sys.executable, "-c", program, "train", *flags],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+    assert done.stdout == "2 False\n"
+    assert "another training is running" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights", "PyTorch_LoRA_Weights"])
+def test_a_result_cannot_have_the_name_of_the_file_for_diffusers(name: str, capsys: Output) -> None:
+    code = commands.run(["validate", "--images-data-url", "photos", "--output-name", name])
+
+    assert code == 2
+    assert f"`output_name`: got {name}" in capsys.readouterr().err
+
+
 def test_a_bug_shows_its_traceback_and_says_that_it_is_one() -> None:
     program = "from trainer import cli; cli.run = lambda _: 1 / 0; cli.main()"
 
@@ -283,15 +324,37 @@ def test_a_training_prints_its_result_as_json(finished: tuple[Path, dict[str, An
     assert all((folder / file["path"]).stat().st_size == file["size"] for file in data["files"])
 
 
-def test_a_finished_training_gives_its_service_the_answer_it_expects(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Output
+def test_a_refused_command_leaves_the_finished_result(
+    finished: tuple[Path, dict[str, Any]], sd15_folder: Path, photo_folder: Path, capsys: Output
 ) -> None:
     folder, _ = finished
-    result = RunFolder(folder).read_result()
-    assert isinstance(result, Result)
-    commands._report(result, RunFolder(folder), Summary(), dialect="fal", as_json=True)
+    before = (folder / "result.json").read_bytes()
+    flags = [*small_run(sd15_folder, photo_folder), "--output", str(folder)]
 
-    answer = data_of(capsys)
+    of_another_configuration = commands.run(["train", *flags, "--rank", "3"])
+    of_no_pictures = commands.run(["train", *flags, "--images-data-url", str(folder / "nowhere")])
+
+    assert (of_another_configuration, of_no_pictures) == (6, 2)
+    assert capsys.readouterr().err.count("error[") == 2
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_a_request_leaves_its_services_answer_beside_the_result(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    payload = json.loads(Path("configs/payloads/fal_personalization.json").read_text())
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(payload | {"images_data_url": str(photo_folder)}))
+    flags = [*small_run(sd15_folder, photo_folder), "--max-train-steps", "1"]
+
+    code = commands.run(
+        ["train", str(request), "--dialect", "fal", *flags, "--output", str(tmp_path / "run")]
+    )
+
+    answer = json.loads((tmp_path / "run" / "result.fal.json").read_text())
+    assert code == 0, capsys.readouterr().err
+    assert RunFolder(tmp_path / "run").read_result() is not None
+    assert answer["config_file"]["content_type"] == "application/yaml"
     lora = answer["diffusers_lora_file"]
     assert lora["url"].startswith("file://")
     assert Path(lora["url"].removeprefix("file://")).stat().st_size == lora["file_size"]

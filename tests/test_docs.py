@@ -1,15 +1,17 @@
-"""What README and CONTRIBUTING say can be typed as it stands."""
+"""What README and CONTRIBUTING say can be typed as it stands: most of it is typed here."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
 import pytest
 
-from trainer.cli import cli
+from trainer.cli import cli, run
 from trainer.config_files import as_layers, parse_yaml
 from trainer.dialects import dialect_names
 from trainer.errors import TrainerError
@@ -42,6 +44,22 @@ def trainer_commands() -> list[list[str]]:
     ]
 
 
+# Commands of the pages that are not run here, by how they begin, with where they are.
+RUN_ELSEWHERE = {
+    "./scripts/demo": "makes an environment; what it runs is run by the tests of its parts",
+    "./scripts/test": "runs this",
+    "./scripts/check_wheel": "installs gigabytes",
+    "source .venv": "a shell's own command",
+    "pip install": "scripts/environment does it",
+    "torchrun": "tests/test_processes.py, with two processes",
+    "accelerate launch": "tests/test_packaging.py, with one and two processes",
+    "tensorboard": "a server; its files are read in tests/test_listeners.py",
+}
+
+# A training as the page shows it, on a tiny model, for one step.
+TINY_RUN = {"max-train-steps": 1, "rank": 2, "resolution-width": 64, "resolution-height": 64}
+
+
 def leaf_command(arguments: list[str]) -> click.Context:
     """The parsed command, not run."""
     context = cli.make_context("trainer", list(arguments))
@@ -64,6 +82,53 @@ def test_every_command_on_the_pages_is_one_that_the_trainer_takes(arguments: lis
     layers = [load_preset(preset)] if preset else []
     assert dialect is None or dialect in dialect_names()
     assert resolve([PICTURES, *layers, Layer("flags", flags, explicit=True)])
+
+
+def run_here(page: str) -> list[list[str]]:
+    """The arguments of the commands on a page that no launcher and no shell stands before."""
+    lines = console_lines(page)
+    return [shlex.split(line)[1:] for line in lines if line.startswith("trainer ")]
+
+
+def test_every_command_on_the_pages_is_run_here_or_known_to_be_run_elsewhere() -> None:
+    lines = [line for page in PAGES for line in console_lines(page)]
+    others = [line for line in lines if not line.startswith("trainer ")]
+
+    assert len(run_here("README.md")) > 10
+    assert [line for line in others if not line.startswith(tuple(RUN_ELSEWHERE))] == []
+    used = {start for start in RUN_ELSEWHERE for line in others if line.startswith(start)}
+    assert used == set(RUN_ELSEWHERE)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_one_after_the_other(
+    sd15_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = {"model-url": sd15_folder, **TINY_RUN}
+    tiny = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    payload = json.loads((ROOT / "configs/payloads/fal_personalization.json").read_text())
+    (configuration,) = blocks("README.md", "yaml")
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    (tmp_path / "request.json").write_text(json.dumps(payload | {"images_data_url": "photos"}))
+    (tmp_path / "photos.yaml").write_text(configuration)
+    monkeypatch.chdir(tmp_path)
+
+    for arguments in run_here("README.md"):
+        trains = arguments[0] in ("train", "estimate")
+        code = run([*arguments, *(tiny if trains else [])])
+
+        said = capsys.readouterr()
+        assert code == 0, f"{arguments}: {said.err}"
+        assert said.out
+
+    folders = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert folders == {"me", "person", "portrait", "lora"}
+    assert (tmp_path / "runs/lora/result.fal.json").exists()
+    assert list((tmp_path / "runs/me/logs").iterdir())
 
 
 def test_the_pages_name_every_command() -> None:
@@ -90,6 +155,20 @@ def test_every_file_of_the_project_that_the_pages_name_exists() -> None:
 
     assert len(named) > 5
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+def test_the_house_plan_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (plan,) = [block for block in blocks("CONTRIBUTING.md", "text") if "engine" in block]
+    left = " ".join(re.split(r" {2,}", line)[0] for line in plan.splitlines())
+    named = set(re.findall(r"\w+", left))
+    package = ROOT / "trainer"
+    modules = {path.stem for path in package.glob("*.py") if not path.stem.startswith("__")}
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+
+    assert len(modules) > 30
+    assert named == modules | rooms
+    assert all(f"`{name}`" in text for name in ("engine", "training", "results", "machine"))
 
 
 def test_the_exit_codes_on_the_page_are_those_of_the_errors() -> None:

@@ -21,7 +21,7 @@ from trainer import adapters, base_model
 from trainer.base_model import Precision
 from trainer.config import ModelConfig
 from trainer.errors import InputError
-from trainer.events import StepEvent
+from trainer.events import NoteEvent, StepEvent
 from trainer.families.base import Family
 from trainer.families.sd15 import StableDiffusion15
 from trainer.families.sdxl import StableDiffusionXL
@@ -326,3 +326,22 @@ def test_another_base_model_gives_another_adapter(
     one = losses(steps(configuration(sd15_folder, photo_folder), tmp_path / "one"))
     two = losses(steps(configuration(other, photo_folder), tmp_path / "two"))
     assert one != two
+
+
+def test_the_environment_of_a_launcher_does_not_change_the_training(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = steps(configuration(sd15_folder, photo_folder), tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    other = steps(configuration(sd15_folder, photo_folder), tmp_path / "other")
+    assert losses(other) == losses(plain)
+
+
+def test_a_rank_beyond_the_width_of_a_layer_is_noted(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sd15_folder, photo_folder, rank=20, max_train_steps=1)
+    notes = [e for e in steps(config, tmp_path) if isinstance(e, NoteEvent) and e.field == "rank"]
+    assert [note.note for note in notes] == ["warning"]
+    assert "20 is more than" in notes[0].message

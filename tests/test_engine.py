@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import make_tiny_models
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -171,3 +172,31 @@ def test_a_wrong_target_is_refused_with_known_endings(
     config = configuration(sd15_folder, photo_folder, target_unet_modules=["to_q", "to_kk"])
     with pytest.raises(InputError, match="to_kk"):
         train(config, tmp_path)
+
+
+def test_a_moved_folder_of_the_same_pictures_is_gone_on_with(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(photo_folder, tmp_path / "moved"))
+    train(configuration(sd15_folder, photo_folder), tmp_path / "run")
+    again = train(configuration(sd15_folder, moved), tmp_path / "run")
+    assert losses(again) == []
+
+
+def test_a_run_on_other_base_weights_is_not_gone_on_with(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    model = make_tiny_models.make_sd15(tmp_path / "model", seed=0)
+    train(configuration(model, photo_folder), tmp_path / "run")
+    make_tiny_models.make_sd15(tmp_path / "model", seed=1)
+    with pytest.raises(CheckpointError, match="base model's weights"):
+        train(configuration(model, photo_folder), tmp_path / "run")
+
+
+def test_a_wrong_target_or_timestep_is_refused_before_any_picture_is_read(
+    sd15_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sd15_folder, tmp_path / "no-photos", target_unet_modules=["to_kk"])
+    with pytest.raises(InputError, match="to_kk"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

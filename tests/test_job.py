@@ -113,6 +113,59 @@ def test_a_result_file_is_described_by_size_digest_and_type(tmp_path: Path) -> N
     assert other.content_type == "application/octet-stream"
 
 
+def test_a_type_does_not_depend_on_the_systems_own_table(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    types = {}
+    for name in ("config.yaml", "README.md", "verify.json", "masks.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+        types[name] = folder.describe("config", tmp_path / name).content_type
+    # RFC 9512 (YAML), RFC 7763 (Markdown), RFC 8259 (JSON), RFC 6713 (gzip).
+    assert list(types.values()) == [
+        "application/yaml",
+        "text/markdown",
+        "application/json",
+        "application/gzip",
+    ]
+
+
+def test_folders_made_for_a_run_that_never_began_are_taken_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "me")
+    made = folder.create()
+    write_events(folder, 1)
+    folder.prepared.mkdir()
+    (folder.prepared / "index.json").write_text("{}")
+    with folder.lock():
+        folder.take_back(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_else_in_it_is_not_taken_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "me")
+    made = folder.create()
+    (folder.root / "notes.txt").write_text("mine")
+    folder.take_back(made)
+    assert (folder.root / "notes.txt").read_text() == "mine"
+
+
+def test_only_missing_folders_are_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "me")
+    assert folder.create() == [folder.root, tmp_path / "runs"]
+    assert folder.create() == []
+
+
+def test_the_answer_of_a_dialect_lies_beside_the_result_and_is_forgotten_with_it(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    answers = [folder.answer("fal"), folder.answer("fal-ai/personalization")]
+    for path in (folder.result, *answers):
+        path.write_text("{}")
+    assert [path.parent for path in answers] == [tmp_path, tmp_path]
+    assert answers[0].name == "result.fal.json"
+    folder.forget_result()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.outputs.mkdir()

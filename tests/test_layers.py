@@ -20,7 +20,7 @@ LONGEST_FUNCTION = 60
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": ({"", "errors", "randomness", "names", "durable", "events", "tensorfile"}, set()),
     "configuration": (
-        {"sections", "config", "leaves", "rules", "resolve", "config_files", "presets"},
+        {"fields", "sections", "config", "leaves", "rules", "resolve", "config_files", "presets"},
         {"foundation"},
     ),
     "job": ({"job"}, {"foundation", "configuration"}),
@@ -30,8 +30,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"data"}, {"foundation", "configuration"}),
     "export": ({"export"}, {"foundation", "configuration", "job"}),
     "pipeline": (
-        {"base_model", "machine", "encoding", "checkpoint"},
-        {"foundation", "configuration", "job", "families", "data"},
+        {"base_model", "model_files", "vae", "machine", "encoding", "checkpoint"},
+        {"foundation", "configuration", "job", "objectives", "families", "data"},
     ),
     "forecast": (
         {"estimate", "memory", "measurements"},

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from trainer import objectives
 from trainer.errors import InputError
@@ -63,6 +69,24 @@ def test_v_prediction_aims_at_diffusers_velocity() -> None:
 def test_an_unknown_prediction_type_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="`flow`.*epsilon, v_prediction, sample"):
         Ddpm(torch.tensor([0.9, 0.5]), "flow")
+
+
+@pytest.mark.parametrize("sampler", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_sampler_without_a_table_of_noise_levels_is_refused_by_name(sampler: type) -> None:
+    with pytest.raises(InputError, match=f"`{sampler.__name__}`.*no `beta_schedule`"):
+        Ddpm.from_scheduler(sampler())
+
+
+def test_an_unknown_table_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="unknown beta_schedule `cosmic`"):
+        Ddpm.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "cosmic"})
+
+
+def test_a_written_configuration_means_the_same_as_its_scheduler() -> None:
+    scheduler = EulerDiscreteScheduler(**SCHEDULE, prediction_type="v_prediction")
+    written = Ddpm.from_config({"_class_name": "EulerDiscreteScheduler", **scheduler.config})
+    assert written.prediction_type == "v_prediction"
+    assert torch.equal(written.alphas_cumprod, Ddpm.from_scheduler(scheduler).alphas_cumprod)
 
 
 def test_a_zero_terminal_schedule_ends_without_any_signal() -> None:

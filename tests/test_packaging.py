@@ -1,9 +1,14 @@
-"""What is installed is what was written: ranges, pins, wheel and sdist, and a training from it."""
+"""What is installed is what was written: ranges, pins, wheel and sdist, and a training from it.
+
+The wheel is installed here without its requirements: it borrows the test environment's packages.
+`scripts/check_wheel` installs them too, in an environment of its own.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import site
 import stat
 import subprocess
@@ -82,13 +87,27 @@ def _imports(node: ast.AST) -> list[str]:
     return [str(node.module)] if is_absolute else []
 
 
-@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["scripts/demo", "scripts/test", "scripts/check_wheel", ".ci/run"]
+)
 def test_the_scripts_can_be_run_and_stop_at_the_first_failure(script: str) -> None:
     path = ROOT / script
 
     assert path.stat().st_mode & stat.S_IXUSR
     assert "set -euo pipefail" in path.read_text()
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("flags", [["--output", "x"], ["--rank", "4", "--output=x"]], ids=" ".join)
+def test_the_demo_refuses_another_run_folder_before_it_does_anything(flags: list[str]) -> None:
+    done = subprocess.run(
+        [str(ROOT / "scripts/demo"), *flags], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: the demo's run folder is demo/run; for another, use trainer train\n"
+    )
 
 
 def test_continuous_integration_runs_the_test_script_and_nothing_else() -> None:
@@ -104,6 +123,42 @@ def test_the_launcher_files_are_ones_that_accelerate_reads() -> None:
 
     assert processes == {"eight_gpus": 8, "one_gpu": 1}
     assert all(yaml.safe_load(path.read_text())["mixed_precision"] == "no" for path in paths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["--config_file", str(ROOT / "configs/accelerate/one_gpu.yaml")],
+        [
+            *["--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+            *["--mixed_precision", "no", "--dynamo_backend", "no"],
+        ],
+    ],
+    ids=["one_gpu.yaml", "two processes"],
+)
+def test_accelerate_launches_a_training(
+    launcher: list[str], sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    # accelerate's own variable for a machine without a GPU; the flags are those for GPUs.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [
+        *[sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher],
+        *["-m", "trainer", "train", "--output", str(tmp_path / "run")],
+        *["--model-url", str(sd15_folder), "--images-data-url", str(photo_folder)],
+        *["--max-train-steps", "1", "--rank", "2", "--tensorboard", "false"],
+    ]
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    (begin,) = [event for event in events if event["event"] == "run"]
+    assert begin["details"]["processes"] == (2 if "--multi_gpu" in launcher else 1)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "done"
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,8 @@ def test_two_processes_train_like_one_with_the_same_global_batch(
 def test_a_killed_training_goes_on_to_the_same_bytes(
     sdxl_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    flags = ("--checkpointing-steps", "2")
+    workers = "--cache-latents false --num-workers 2 --random-flip true"
+    flags = f"--checkpointing-steps 2 {workers}".split()
     whole = run(command(sdxl_folder, photo_folder, tmp_path / "whole", *flags))
     arguments = command(sdxl_folder, photo_folder, tmp_path / "killed", *flags)
     process = start_until_step(arguments, tmp_path / "killed", step=3)

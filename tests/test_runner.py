@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from trainer.errors import (
     TrainerError,
     VerificationError,
 )
-from trainer.events import Event, FileEvent, RunEvent, StepEvent
+from trainer.events import Event, FileEvent, RunEvent, StageEvent, StepEvent
 from trainer.job import Result, RunFolder
 from trainer.listeners import EventLog, Summary
-from trainer.runner import stop_on_signals, supervise
+from trainer.runner import stop_on_signals, supervise, way_on
 
 BEGIN = RunEvent(0, 3, 1, 5, {})
 
@@ -90,6 +91,104 @@ def test_every_kind_of_failure_leaves_a_result_with_its_exit_code(
     assert (result.error_kind, result.step) == (error.kind, 1)
     assert result.status == ("interrupted" if code == 75 else "failed")
     assert folder.read_result() == result
+
+
+def refusing(error: TrainerError, *before: Event) -> Callable[..., Iterator[Event]]:
+    """An engine that says something and then refuses what it was given, before it begins."""
+
+    def engine(*_: object) -> Iterator[Event]:
+        yield from before
+        raise error
+
+    return engine
+
+
+READING = StageEvent("read", 1, 5)
+
+
+@pytest.mark.parametrize("error", [InputError.of("rank", "x"), CheckpointError("x")], ids=repr)
+def test_a_refused_run_leaves_the_result_of_the_finished_one(
+    tmp_path: Path, error: TrainerError
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(folder)
+    folder.answer("fal").write_text("{}")
+    before = folder.result.read_bytes()
+
+    refused = run(folder, refusing(error, READING))
+
+    assert refused.exit_code == error.exit_code
+    assert folder.result.read_bytes() == before
+    assert folder.answer("fal").exists()
+
+
+def test_a_run_that_begins_removes_the_earlier_result_and_answer_before_its_first_step(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(folder)
+    folder.answer("fal").write_text("{}")
+
+    def looking(*_: object) -> Iterator[Event]:
+        assert folder.result.exists()
+        yield BEGIN
+        assert not folder.result.exists()
+        assert not folder.answer("fal").exists()
+        yield step(1)
+
+    run(folder, looking)
+
+
+def test_bad_input_leaves_no_new_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "me")
+
+    result = run(folder, refusing(InputError.of("rank", "x"), READING))
+
+    assert result.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_leaves_a_folder_of_before_with_a_result(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    folder = RunFolder(tmp_path)
+
+    result = run(folder, refusing(InputError.of("rank", "x")))
+
+    assert folder.read_result() == result
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_other_failures_before_the_beginning_are_kept_in_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+
+    result = run(folder, refusing(OutOfMemoryError("x"), READING))
+
+    assert folder.read_result() == result
+
+
+@pytest.mark.parametrize(
+    ("environment", "called", "expected"),
+    [
+        ({}, "/bin/trainer", "trainer train 'my photos.yaml'"),
+        ({}, "/trainer/__main__.py", "python -m trainer train 'my photos.yaml'"),
+        ({"WORLD_SIZE": "2"}, "/trainer/__main__.py", "… -m trainer train 'my photos.yaml'"),
+        ({"TORCHELASTIC_RUN_ID": "1"}, "/bin/trainer", "… trainer train 'my photos.yaml'"),
+    ],
+    ids=str,
+)
+def test_the_way_on_is_the_command_and_a_launcher_is_mentioned(
+    environment: dict[str, str], called: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [called, "train", "my photos.yaml"])
+
+    sentence, command = way_on()
+
+    assert command == expected
+    assert ("same launcher command" in sentence) is bool(environment)
 
 
 def test_a_bug_leaves_no_result_that_would_look_like_an_ending(tmp_path: Path) -> None:

@@ -64,6 +64,40 @@ FORMS: Mapping[str, Callable[[AdapterConfig, list[str]], PeftConfig]] = {
 }
 
 
+def make_trainable(
+    denoiser: torch.nn.Module, adapter: AdapterConfig, *, seed: int, must_match: bool
+) -> tuple[Note, ...]:
+    """Makes learn what the configuration says: an adapter, or all weights of the denoiser.
+
+    Args:
+        denoiser: changed in place.
+        adapter: what learns.
+        seed: the run's seed.
+        must_match: see `target_layers`.
+
+    Returns:
+        Notes on targets that were dropped, and on a rank larger than a layer has use for.
+
+    Raises:
+        InputError: a target matches no layer.
+    """
+    if not adapter.use_lora:
+        denoiser.requires_grad_(True)
+        return ()
+    layers, notes = target_layers(
+        denoiser, adapter.target_unet_modules, field="target_unet_modules", must_match=must_match
+    )
+    narrow = [name for name in layers if adapter.rank > min(_matrix(denoiser, name).shape)]
+    if narrow and adapter.lora_type == "lora":
+        message = (
+            f"{adapter.rank} is more than {len(narrow)} of {len(layers)} layers have rows or "
+            f"columns, such as `{narrow[0]}`: there it costs memory without learning more"
+        )
+        notes.append(Note(kind="warning", field="rank", message=message))
+    add_adapter(denoiser, adapter, layers, seed=seed)
+    return tuple(notes)
+
+
 def target_layers(
     module: torch.nn.Module, targets: tuple[str, ...], *, field: str, must_match: bool
 ) -> tuple[list[str], list[Note]]:
@@ -123,6 +157,8 @@ def add_adapter(
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if adapter.use_dora:
+        _start_at_row_norms(module)
 
 
 def adapter_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -135,7 +171,8 @@ def adapter_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_adapter_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts weights from `adapter_tensors` back."""
+    """Puts weights from `adapter_tensors` back, all of them."""
+    assert tensors.keys() == adapter_tensors(module).keys()
     state = {
         name.removesuffix(".weight") if "lora_magnitude_vector" in name else name: tensor
         for name, tensor in tensors.items()
@@ -152,11 +189,7 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._layers: dict[str, Any] = {
-            name: layer
-            for name, layer in module.named_modules()
-            if isinstance(layer, BaseTunerLayer)
-        }
+        self._layers = _adapted_layers(module)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The merged weight, on the processor."""
@@ -184,6 +217,25 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
         """The layer's weight without the adapter, 32 bits, on the processor."""
         weight: torch.Tensor = self._layers[name].get_base_layer().weight
         return weight.detach().float().cpu()
+
+
+def _start_at_row_norms(module: torch.nn.Module) -> None:
+    """DoRA magnitudes as 32-bit norms of the rows: PEFT rounds them to the base's precision."""
+    for layer in _adapted_layers(module).values():
+        rows = layer.get_base_layer().weight.detach().float().flatten(1)
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        magnitude.data = torch.linalg.vector_norm(rows, dim=1).view_as(magnitude)
+
+
+def _adapted_layers(module: torch.nn.Module) -> dict[str, Any]:
+    named = module.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, BaseTunerLayer)}
+
+
+def _matrix(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """A layer's weight as a matrix (out, in), convolutions with their windows beside in."""
+    weight: Any = module.get_submodule(name).weight
+    return torch.empty(weight.shape, device="meta").flatten(1)
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -6,34 +6,31 @@ before any weights are touched; `load` then opens the pipeline.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers.utils import logging as transformers_logging
 
+from trainer import vae
 from trainer.config import ModelConfig, Note
 from trainer.errors import InputError
 from trainer.families import family_names, load_family
 from trainer.families.base import Family
-from trainer.tensorfile import read_header
+from trainer.model_files import Source, hub_errors, read_shapes
+from trainer.objectives import Ddpm
+
+# Numbers of a tensor that enter the digest of a checkpoint.
+_SAMPLES = 64
+
+# Tensors in a one-file checkpoint that say how it was trained, as ComfyUI reads them.
+_V_PREDICTION, _ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+_MARKERS_OF_EDM = ("edm_mean", "edm_vpred.sigma_max")
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,9 @@ class BaseModel:
         family: its class.
         settings: where the model comes from.
         native_size: side in pixels of the pictures it was made for.
+        configurations: where its configurations and tokenizers come from.
+        denoiser_config: the denoiser's configuration.
+        scheduler_config: the noise schedule's configuration.
         notes: what was decided about defaults that do not fit this checkpoint.
     """
 
@@ -67,6 +67,9 @@ class BaseModel:
     family: type[Family]
     settings: ModelConfig
     native_size: int
+    configurations: Source
+    denoiser_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
     notes: tuple[Note, ...] = ()
 
 
@@ -79,10 +82,15 @@ def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
             space gives way to the checkpoint's own, an explicit one is an error.
 
     Raises:
-        InputError: not found, not reachable, of no known or another family, missing variant,
-            unfitting VAE.
+        InputError: not found, not reachable, of no known or another family, of no known noise
+            schedule, missing variant, unfitting VAE.
     """
-    name = _family_of(settings)
+    shapes: Mapping[str, list[int]] = {}
+    if settings.is_single_file:
+        shapes = read_shapes(Path(settings.model_url), field="model_url")
+        name = _family_of_file(settings.model_url, shapes)
+    else:
+        name = _family_of_folder(Source(settings.model_url, settings.revision))
     family = load_family(name)
     if settings.model_family not in (None, name):
         raise InputError.of(
@@ -91,11 +99,60 @@ def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
             f"leave it out or give `{name}`",
         )
     _check_variant(settings, family)
-    vae_config = _component_config(settings, family, "vae")
-    size = _component_config(settings, family, family.denoiser_name)["sample_size"]
-    scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    settings, notes = _check_vae(settings, vae_config, vae_is_explicit)
-    return BaseModel(name, family, settings, size * scale, notes)
+    source = _configurations(settings, family)
+    denoiser_config = source.read_json(f"{family.denoiser_name}/config.json")
+    _check_denoiser(source, name, denoiser_config)
+    vae_config = source.read_json("vae/config.json")
+    size = _native_size(source, family, denoiser_config, vae_config)
+    scheduler_config = _scheduler_config(source, shapes)
+    settings, notes = vae.settled(settings, family, vae_config, is_explicit=vae_is_explicit)
+    base = BaseModel(name, family, settings, size, source, denoiser_config, scheduler_config, notes)
+    objective_of(base)
+    return base
+
+
+def objective_of(base: BaseModel) -> Ddpm:
+    """What the base model was trained to predict, over its noise schedule.
+
+    Raises:
+        InputError: the schedule is of an unknown kind.
+    """
+    return base.family.objective_class.from_config(base.scheduler_config)
+
+
+def denoiser_skeleton(base: BaseModel) -> torch.nn.Module:
+    """The denoiser with its layers and their shapes, but no weights: all on the meta device.
+
+    Raises:
+        InputError: its configuration contradicts itself.
+    """
+    config = dict(base.denoiser_config)
+    model_class: Any = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        try:
+            skeleton: torch.nn.Module = model_class.from_config(config)
+        except (ValueError, TypeError) as error:
+            message = f"`{base.family.denoiser_name}/config.json` describes no model: {error}"
+            raise InputError.of(base.configurations.field, message, "correct it") from error
+    return skeleton.requires_grad_(False).eval()
+
+
+def weights_digest(family: Family) -> str:
+    """sha256 over samples of all weights: tells one checkpoint from another in a moment.
+
+    Args:
+        family: just loaded, with all its components.
+    """
+    digest = hashlib.sha256()
+    for part, component in sorted(family.pipeline.components.items()):
+        if not isinstance(component, torch.nn.Module):
+            continue
+        for name, tensor in component.state_dict().items():
+            flat = tensor.flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)].float()
+            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(base: BaseModel, precision: Precision) -> Family:
@@ -107,76 +164,100 @@ def load(base: BaseModel, precision: Precision) -> Family:
     settings = base.settings
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    dtypes = {base.family.denoiser_name: precision.denoiser, "vae": precision.vae}
     skipped: dict[str, None] = dict.fromkeys(base.family.unused_components)
-    with _hub_errors("model_url", settings.model_url):
-        if _is_single_file(settings):
+    with hub_errors(
+        "model_url", settings.model_url, revision=settings.revision, variant=settings.variant
+    ):
+        if settings.is_single_file:
+            # One format for all parts: the widest, so that none is rounded before its own.
             pipeline = base.family.pipeline_class.from_single_file(
                 settings.model_url,
-                config=settings.single_file_config or base.family.single_file.config,
-                dtype=precision.denoiser,
+                config=base.configurations.url,
+                dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 **skipped,
             )
         else:
             pipeline = base.family.pipeline_class.from_pretrained(
                 settings.model_url,
-                dtype={
-                    "default": precision.frozen,
-                    base.family.denoiser_name: precision.denoiser,
-                    "vae": precision.vae,
-                },
+                dtype={"default": precision.frozen, **dtypes},
                 revision=settings.revision,
                 variant=settings.variant,
                 use_safetensors=True,
                 **skipped,
             )
+    scheduler_class = type(pipeline.scheduler)
+    pipeline.register_modules(scheduler=scheduler_class.from_config(dict(base.scheduler_config)))
     if settings.vae_url is not None:
-        pipeline.register_modules(vae=_load_vae(settings.vae_url, precision.vae))
+        chosen = vae.load_vae(settings.vae_url, base.configurations, precision.vae)
+        pipeline.register_modules(vae=chosen)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-            dtype = {base.family.denoiser_name: precision.denoiser, "vae": precision.vae}
-            wanted = dtype.get(name, precision.frozen)
+            wanted = dtypes.get(name, precision.frozen)
             if component.dtype != wanted:
                 component.to(wanted)
     return base.family(pipeline)
 
 
-def _is_single_file(settings: ModelConfig) -> bool:
-    return settings.model_url.endswith(".safetensors")
+def _configurations(settings: ModelConfig, family: type[Family]) -> Source:
+    if not settings.is_single_file:
+        return Source(settings.model_url, settings.revision)
+    url = settings.single_file_config or family.checkpoints.file_config
+    return Source(url, field="single_file_config")
 
 
-def _family_of(settings: ModelConfig) -> str:
-    if _is_single_file(settings):
-        return _family_of_file(Path(settings.model_url))
-    index = _read_json(settings, "model_index.json")
+def _family_of_folder(source: Source) -> str:
+    index = source.read_json("model_index.json")
     pipeline = str(index.get("_class_name"))
-    for name in family_names():
-        if load_family(name).pipeline_class.__name__ == pipeline:
+    alike = [n for n in family_names() if load_family(n).pipeline_class.__name__ == pipeline]
+    reason = f"is a `{pipeline}`"
+    for name in alike:
+        family = load_family(name)
+        parts = (family.denoiser_name, "vae", *family.text_encoder_names)
+        missing = [part for part in parts if index.get(part) in (None, [None, None])]
+        if missing:
+            reason = f"is a `{pipeline}` without {', '.join(missing)}"
+            continue
+        config = source.read_json(f"{family.denoiser_name}/config.json")
+        difference = family.checkpoints.difference(config)
+        if difference is None:
             return name
+        reason = f"is no `{name}`: its {family.denoiser_name} {difference}"
     raise InputError.of(
-        "model_url",
-        f"`{settings.model_url}` is a `{pipeline}`, which is not trained here",
-        f"give a checkpoint of one of: {', '.join(family_names())}",
+        source.field, f"`{source.url}` {reason}, which is not trained here", _known_families()
     )
 
 
-def _family_of_file(path: Path) -> str:
-    if not path.is_file():
-        raise InputError.of("model_url", f"there is no file `{path}`", "check the path")
-    try:
-        keys = read_header(path)
-    except ValueError as error:
-        raise InputError.of("model_url", str(error), "give a complete checkpoint") from error
-    for name in family_names():
-        if load_family(name).single_file.key in keys:
-            return name
-    raise InputError.of(
-        "model_url",
-        f"`{path}` holds no complete checkpoint of a known family",
-        f"give a checkpoint of one of: {', '.join(family_names())}; a LoRA is no base model",
-    )
+def _family_of_file(url: str, shapes: Mapping[str, list[int]]) -> str:
+    names = [n for n in family_names() if load_family(n).checkpoints.file_key in shapes]
+    if not names:
+        raise InputError.of(
+            "model_url",
+            f"`{url}` holds no complete checkpoint of a known family",
+            f"{_known_families()}; a LoRA is no base model",
+        )
+    (name,) = names
+    checkpoints = load_family(name).checkpoints
+    entrance = shapes.get(checkpoints.file_input)
+    if entrance is None or entrance[1] != checkpoints.denoiser["in_channels"]:
+        got = "no denoiser" if entrance is None else f"a denoiser with {entrance[1]} channels"
+        raise InputError.of(
+            "model_url",
+            f"`{url}` has {got} where a `{name}` has {checkpoints.denoiser['in_channels']}",
+            _known_families(),
+        )
+    for marker in _MARKERS_OF_EDM:
+        if marker in shapes:
+            message = f"`{url}` is of the EDM kind (it holds `{marker}`), which is not trained here"
+            raise InputError.of("model_url", message, _known_families())
+    return name
+
+
+def _known_families() -> str:
+    return f"give a checkpoint of one of: {', '.join(family_names())}"
 
 
 def _check_variant(settings: ModelConfig, family: type[Family]) -> None:
@@ -192,106 +273,45 @@ def _check_variant(settings: ModelConfig, family: type[Family]) -> None:
         )
 
 
-def _check_vae(
-    settings: ModelConfig, own: Mapping[str, Any], is_explicit: bool
-) -> tuple[ModelConfig, tuple[Note, ...]]:
-    """Refuses a VAE of another latent space, or lets it yield where it is only a default."""
-    if settings.vae_url is None:
-        return settings, ()
-    if settings.vae_url.endswith(".safetensors"):
-        return settings, ()
-    vae = ModelConfig(model_url=settings.vae_url)
-    try:
-        other = _read_json(vae, "config.json", field="vae_url")
-    except InputError:
-        if is_explicit:
-            raise
-        return _own_vae(settings, "could not be fetched")
-    for fact in ("latent_channels", "scaling_factor", "shift_factor"):
-        if other.get(fact) == own.get(fact):
-            continue
-        difference = f"has {fact} {other.get(fact)}, the base model's own has {own.get(fact)}"
-        if is_explicit:
-            raise InputError.of(
-                "vae_url",
-                f"`{settings.vae_url}` {difference}: it speaks of another latent space",
-                "leave it out to use the base model's own VAE",
-            )
-        return _own_vae(settings, difference)
-    return settings, ()
+def _check_denoiser(source: Source, name: str, config: Mapping[str, Any]) -> None:
+    """Refuses configurations of another family beside a one-file checkpoint."""
+    family = load_family(name)
+    difference = family.checkpoints.difference(config)
+    if difference is not None:
+        raise InputError.of(
+            source.field,
+            f"`{source.url}` does not describe a `{name}`: its {family.denoiser_name} {difference}",
+            f"give a folder or hub id with the configurations of a `{name}`, or leave it out",
+        )
 
 
-def _own_vae(settings: ModelConfig, reason: str) -> tuple[ModelConfig, tuple[Note, ...]]:
-    message = f"the default `{settings.vae_url}` {reason}; the base model's own VAE is used"
-    note = Note(kind="yielded", field="vae_url", message=message)
-    return settings.model_copy(update={"vae_url": None}), (note,)
+def _scheduler_config(source: Source, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """The noise schedule, corrected by what a one-file checkpoint says of its training."""
+    config = source.read_json("scheduler/scheduler_config.json")
+    if _V_PREDICTION in shapes:
+        config["prediction_type"] = "v_prediction"
+        if _ZERO_TERMINAL_SNR in shapes:
+            config["rescale_betas_zero_snr"] = True
+    return config
 
 
-def _load_vae(url: str, dtype: torch.dtype) -> Any:
-    with _hub_errors("vae_url", url):
-        if url.endswith(".safetensors"):
-            return AutoencoderKL.from_single_file(url, dtype=dtype)
-        return AutoencoderKL.from_pretrained(url, dtype=dtype, use_safetensors=True)
-
-
-def _component_config(settings: ModelConfig, family: type[Family], name: str) -> dict[str, Any]:
-    if _is_single_file(settings):
-        source = settings.single_file_config or family.single_file.config
-        complete = ModelConfig(model_url=source)
-        return _read_json(complete, f"{name}/config.json", field="single_file_config")
-    return _read_json(settings, f"{name}/config.json")
-
-
-def _read_json(settings: ModelConfig, name: str, *, field: str = "model_url") -> dict[str, Any]:
-    folder = Path(settings.model_url)
-    if folder.is_dir():
-        path = folder / name
-        if not path.is_file():
-            raise InputError.of(
-                field,
-                f"`{folder}` has no `{name}`, so it is not a model in diffusers' layout",
-                "give a diffusers folder, a hub id or a .safetensors file",
-            )
+def _native_size(
+    source: Source,
+    family: type[Family],
+    denoiser_config: Mapping[str, Any],
+    vae_config: Mapping[str, Any],
+) -> int:
+    """Side in pixels: the denoiser's side in latents, doubled by each block of the VAE but one."""
+    side = denoiser_config.get("sample_size")
+    blocks = vae_config.get("block_out_channels")
+    if not isinstance(side, int):
+        missing, name = "sample_size", family.denoiser_name
+    elif not isinstance(blocks, list) or not blocks:
+        missing, name = "block_out_channels", "vae"
     else:
-        with _hub_errors(field, settings.model_url):
-            path = Path(hf_hub_download(settings.model_url, name, revision=settings.revision))
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-@contextmanager
-def _hub_errors(field: str, url: str) -> Iterator[None]:
-    """Turns what the hub and the loaders say into an `InputError` with the next action."""
-    try:
-        yield
-    except GatedRepoError as error:
-        hint = f"accept its licence at https://huggingface.co/{url}, then run `hf auth login`"
-        raise InputError.of(field, f"`{url}` is gated", hint) from error
-    except RevisionNotFoundError as error:
-        message = f"`{url}` has no such revision"
-        raise InputError.of("revision", message, "give a branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private one run `hf auth login` or set HF_TOKEN"
-        raise InputError.of(field, f"`{url}` is not on the hub", hint) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        hint = "connect once to download it, or give a local folder or .safetensors file"
-        raise InputError.of(
-            field,
-            f"`{url}` is neither a local path nor in the cache, and the hub is out of reach",
-            hint,
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError.of(
-            field, f"`{url}` lacks a file that a model in diffusers' layout has", "check the id"
-        ) from error
-    except HFValidationError as error:
-        hint = "give an existing folder or file, or a hub id such as `owner/name`"
-        raise InputError.of(field, f"there is no `{url}`", hint) from error
-    except HfHubHTTPError as error:
-        hint = "try again later, or give a local folder"
-        raise InputError.of(field, f"`{url}`: the hub answered {error}", hint) from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError.of(
-            field, f"`{url}` could not be loaded: {reason}", "check that its files are complete"
-        ) from error
+        return side * int(2 ** (len(blocks) - 1))
+    raise InputError.of(
+        source.field,
+        f"`{name}/config.json` of `{source.url}` has no usable `{missing}`",
+        "fetch the model anew, or correct it",
+    )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +22,16 @@ from rich.table import Table
 
 from trainer import __version__
 from trainer.errors import InputError, TrainerError
-from trainer.flags import HyperparameterCommand, given_flags
+from trainer.flags import HyperparameterCommand, configuration
 from trainer.leaves import nearest
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
+    from trainer.events import Event
     from trainer.job import Result, RunFolder
     from trainer.listeners import Summary
     from trainer.names import KohyaNames
+    from trainer.runner import Stop
 
 PROGRAM = "trainer"
 INTERRUPTED_AT_ONCE = 130
@@ -79,20 +80,12 @@ def train(
     from trainer.runner import is_main_process, stop_on_signals, supervise
 
     with stop_on_signals() as stop:
-        config = _configuration(request, preset, dialect)
+        config = configuration(request, preset, dialect)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
-        _hush_libraries()
-        from trainer import engine
-
-        result = supervise(
-            config,
-            folder,
-            [*logs, progress_for(_talk(), config.resolved.explicit), summary],
-            engine=engine.run,
-            stop=stop,
-        )
+        displays = [progress_for(_talk(), config.resolved.explicit), summary]
+        result = supervise(config, folder, [*logs, *displays], engine=_engine, stop=stop)
     if is_main_process():
         _report(result, folder, summary, dialect=dialect, as_json=as_json)
     elif result.error_kind not in (None, *MET_BY_EVERY_PROCESS):
@@ -107,7 +100,7 @@ def train(
 @json_option
 def validate(request: Path | None, preset: str | None, dialect: str | None, as_json: bool) -> None:
     """Check configuration and pictures, without loading a model."""
-    config = _configuration(request, preset, dialect)
+    config = configuration(request, preset, dialect)
     from trainer.data.prepare import inspect as inspect_data
 
     report = inspect_data(config.data)
@@ -142,7 +135,7 @@ def estimate(
     as_json: bool,
 ) -> None:
     """Tell steps, memory, time and cost of a training before it runs."""
-    config = _configuration(request, preset, dialect)
+    config = configuration(request, preset, dialect)
     _hush_libraries()
     from trainer.estimate import estimate as estimate_training
 
@@ -280,26 +273,12 @@ def run(arguments: Sequence[str]) -> int:
     return code or 0
 
 
-def _configuration(request: Path | None, preset: str | None, dialect: str | None) -> TrainingConfig:
-    """The configuration that file, preset, dialect and flags mean together."""
-    from trainer.config_files import read_config_file, read_mapping
-    from trainer.dialects import load_dialect
-    from trainer.presets import load_preset
-    from trainer.resolve import Layer, resolve
+def _engine(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
+    """The engine; torch takes seconds to import, so a folder in use is refused before."""
+    _hush_libraries()
+    from trainer import engine
 
-    if dialect is not None and request is None:
-        message = f"`{dialect}` needs a request, and no file is given"
-        raise InputError.of("--dialect", message, "trainer train request.json --dialect fal")
-    layers: list[Layer] = []
-    if request is not None and dialect is not None:
-        layers += load_dialect(dialect).to_layers(read_mapping(request))
-    elif request is not None:
-        layers += read_config_file(request)
-    if preset is not None:
-        defaults = [layer for layer in layers if not layer.explicit]
-        layers = [*defaults, load_preset(preset), *layers[len(defaults) :]]
-    layers.append(Layer("command line", given_flags(), explicit=True))
-    return resolve(layers)
+    yield from engine.run(config, folder, stop)
 
 
 def _hush_libraries() -> None:
@@ -319,17 +298,16 @@ def _report(
     result: Result, folder: RunFolder, summary: Summary, *, dialect: str | None, as_json: bool
 ) -> None:
     """Says how a training ended: to people, or as JSON in our own or a service's shape."""
-    from trainer.dialects import load_dialect
+    from trainer.runner import way_on
 
     data = result.model_dump(mode="json") | {"folder": str(folder.root.resolve())}
     if dialect is not None and result.status == "done":
-        output = load_dialect(dialect).to_output(result, lambda file: _url(folder, file.path))
-        data = output.model_dump(mode="json", exclude_none=True)
+        data = _answer(result, folder, dialect)
     if result.error_kind is not None:
         _say_error(result.error_kind, f"{result.error}", result.hint or "")
     if result.status == "interrupted":
-        _talk().print("To go on, run the same command again:", highlight=False)
-        click.echo(f"  {_command_line()}", err=True)
+        sentence, command = way_on()
+        click.echo(f"{sentence}\n  {command}", err=True)
     if as_json:
         _print_json(data)
     elif result.status == "done":
@@ -337,15 +315,16 @@ def _report(
         click.echo(f"Files are in {folder.outputs.resolve()}")
 
 
-def _url(folder: RunFolder, path: str) -> str:
-    return (folder.root.resolve() / path).as_uri()
+def _answer(result: Result, folder: RunFolder, dialect: str) -> dict[str, Any]:
+    """What the service would answer, written beside the result."""
+    from trainer.dialects import load_dialect
+    from trainer.durable import write_text
 
-
-def _command_line() -> str:
-    """The command as it was typed; a launcher in front of it is not known here."""
-    called = Path(sys.argv[0])
-    program = ["python", "-m", PROGRAM] if called.name == "__main__.py" else [called.name]
-    return shlex.join([*program, *sys.argv[1:]])
+    root = folder.root.resolve()
+    output = load_dialect(dialect).to_output(result, lambda file: (root / file.path).as_uri())
+    data: dict[str, Any] = output.model_dump(mode="json", exclude_none=True)
+    write_text(folder.answer(dialect), json.dumps(data, indent=2) + "\n")
+    return data
 
 
 def _usage_problem(error: click.UsageError) -> InputError:

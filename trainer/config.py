@@ -13,18 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+from trainer.fields import Names, Section
 from trainer.sections import (
     AdapterConfig,
     DataConfig,
     LossConfig,
     MaskConfig,
     ModelConfig,
-    Names,
     OptimConfig,
     OutputConfig,
     PriorConfig,
     RunConfig,
-    Section,
     TokenConfig,
 )
 

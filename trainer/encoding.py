@@ -12,7 +12,7 @@ import torch
 
 from trainer.data.dataset import Dataset
 from trainer.errors import NonFiniteError
-from trainer.events import Event, StageEvent
+from trainer.events import Event, NoteEvent, StageEvent
 from trainer.families.base import Conditioning, Family, LatentDistribution
 
 # Caption to its conditioning, rows of one, on the processor.
@@ -20,22 +20,53 @@ EncodedCaptions = Mapping[str, Conditioning]
 # (example number, mirrored) to its latents' distribution, rows of one, on the processor.
 EncodedPictures = Mapping[tuple[int, bool], LatentDistribution]
 
+# Characters of a caption that a message shows.
+_SHOWN = 40
+
 
 def encode_captions(
     family: Family, dataset: Dataset, device: torch.device
 ) -> Generator[Event, None, EncodedCaptions]:
-    """Encodes every caption that a step may ask for and gives up the text encoders."""
+    """Encodes every caption that a step may ask for and gives up the text encoders.
+
+    A caption that is longer than a tokenizer's limit is cut there, and that is said.
+    """
     for name in family.text_encoder_names:
         family.pipeline.components[name].to(device)
     captions = dataset.all_captions()
     encoded: dict[str, Conditioning] = {}
     for done, caption in enumerate(captions, start=1):
+        rest = cut_off(family, caption)
+        if rest:
+            yield _cut_caption(caption, rest, dataset.data.instance_prompt)
         with torch.no_grad():
             conditioning = family.encode_text([caption])
         encoded[caption] = {name: states.cpu() for name, states in conditioning.items()}
         yield StageEvent("encode captions", done, len(captions))
     family.pipeline.register_modules(**dict.fromkeys(family.text_encoder_names))
     return encoded
+
+
+def cut_off(family: Family, caption: str) -> str:
+    """The end of a caption that a tokenizer of the family has no room for, or nothing.
+
+    Where several cut the caption, it is the longest end.
+    """
+    ends = [""]
+    for name, tokenizer in family.pipeline.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        tokens = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        ends.append(tokenizer.decode(tokens[room:]).strip())
+    return max(ends, key=len)
+
+
+def _cut_caption(caption: str, rest: str, instance_prompt: str) -> NoteEvent:
+    field = "instance_prompt" if caption == instance_prompt else "captions_file_url"
+    start = caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN].rstrip()} …"
+    message = f"the caption `{start}` is too long for the text encoder, which never sees: `{rest}`"
+    return NoteEvent("warning", field, message)
 
 
 def encode_pictures(

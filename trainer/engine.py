@@ -10,21 +10,28 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
-from trainer import base_model, checkpoint, results
+from trainer import adapters, base_model, checkpoint, results
 from trainer.base_model import BaseModel, Precision
-from trainer.config import RunConfig, TrainingConfig
+from trainer.config import Note, RunConfig, TrainingConfig
 from trainer.config_files import write_config
-from trainer.data.dataset import Dataset, Plan
+from trainer.data.dataset import Dataset
+from trainer.data.plan import Plan
 from trainer.data.prepare import Example, prepare
 from trainer.durable import write_text
 from trainer.encoding import encode_captions, encode_pictures
-from trainer.errors import Interrupted, OutOfMemoryError
+from trainer.errors import InputError, Interrupted, OutOfMemoryError
 from trainer.events import Event, NoteEvent, RunEvent, StepEvent
 from trainer.job import RunFolder
 from trainer.machine import completed, device_name, mixed_precision_of, precision_of
@@ -33,6 +40,10 @@ from trainer.training import Training, identity
 
 Value = TypeVar("Value")
 Stop = Callable[[], bool]
+
+_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+# How long processes wait for the one that prepares the pictures.
+_PREPARATION_LIMIT = timedelta(minutes=30)
 
 # Steps that still pay for allocations and caches: not counted when the usual time is taken.
 _WARM_UP_STEPS = 3
@@ -64,12 +75,14 @@ def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Even
         write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
     yield from _timed(training.steps(folder, stop), composed)
-    if training.accelerator.is_main_process:
+    # The others would wait for files and readers longer than their communication allows.
+    is_main_process = training.accelerator.is_main_process
+    training.accelerator.wait_for_everyone()
+    training.accelerator.end_training()
+    if is_main_process:
         yield from results.deliver(
             composed.config, composed.base, composed.precision, training, folder
         )
-    training.accelerator.wait_for_everyone()
-    training.accelerator.end_training()
 
 
 @dataclass(frozen=True)
@@ -94,12 +107,15 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     accelerator = _accelerator(config.run)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = completed(config, base)
+    _refuse_early(config, base)
     checkpoint.refuse_other(folder.checkpoints, identity(config, accelerator))
+    yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
         folder.create()
     examples = yield from _prepare(config, folder, accelerator)
     precision = precision_of(config)
     family = base_model.load(base, precision)
+    weights = base_model.weights_digest(family)
     plan = Plan(
         num_examples=len(examples),
         batch_size=config.run.batch_size,
@@ -113,10 +129,11 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     pictures = None
     if config.data.cache_latents:
         pictures = yield from encode_pictures(family, dataset, accelerator.device)
-    training = Training(config, family, accelerator, dataset, text=text, pictures=pictures)
+    training = Training(
+        config, family, accelerator, dataset, text=text, pictures=pictures, base_weights=weights
+    )
+    yield from map(_as_event, training.notes)
     config = config.with_notes(*training.notes)
-    for note in config.resolved.notes:
-        yield NoteEvent(note.kind, note.field, note.message)
     return Composition(config, base, precision, training)
 
 
@@ -124,7 +141,35 @@ def _accelerator(run: RunConfig) -> Accelerator:
     precision = mixed_precision_of(run)
     # Accelerate keeps the precision per process; a second training here may want another.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PREPARATION_LIMIT)],
+    )
+    if accelerator.distributed_type not in _LAUNCHES:
+        raise InputError.of(
+            "accelerate launch",
+            f"`{accelerator.distributed_type.value}` is not available yet",
+            "launch with plain data parallelism, as configs/accelerate/ does",
+        )
+    return accelerator
+
+
+def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
+    """What would only fail in the first step, found before any weights are read."""
+    base_model.objective_of(base).check_maximum(config.loss.max_timestep_trained)
+    if config.adapter.use_lora:
+        adapters.target_layers(
+            base_model.denoiser_skeleton(base),
+            config.adapter.target_unet_modules,
+            field="target_unet_modules",
+            must_match=config.is_explicit("target_unet_modules"),
+        )
+
+
+def _as_event(note: Note) -> NoteEvent:
+    return NoteEvent(note.kind, note.field, note.message)
 
 
 def _prepare(

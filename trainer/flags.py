@@ -1,17 +1,24 @@
 """Command-line flags for the hyperparameters, made from their declarations.
 
 `--snr-gamma 5` and `--snr_gamma 5` both mean the leaf `snr_gamma`; nothing is listed by hand.
+Together with a file, a preset or a service's request they are one configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from trainer.config import LEAVES, SECTIONS, Leaf, TrainingConfig
+from trainer.config_files import read_config_file, read_mapping
+from trainer.dialects import load_dialect
+from trainer.errors import InputError
 from trainer.leaves import allowed, flag_value, leaf_schema, shown
+from trainer.presets import load_preset
+from trainer.resolve import Layer, resolve
 
 _GIVEN = "trainer.flags.given"
 
@@ -25,6 +32,27 @@ def given_flags() -> Mapping[str, Any]:
     """Leaf to raw value, for every hyperparameter flag of the running command."""
     values: Mapping[str, Any] = click.get_current_context().meta.get(_GIVEN, {})
     return values
+
+
+def configuration(request: Path | None, preset: str | None, dialect: str | None) -> TrainingConfig:
+    """The configuration that file, preset, dialect and flags mean together.
+
+    Raises:
+        InputError: with everything that is wrong.
+    """
+    if dialect is not None and request is None:
+        message = f"`{dialect}` needs a request, and no file is given"
+        raise InputError.of("--dialect", message, "trainer train request.json --dialect fal")
+    layers: list[Layer] = []
+    if request is not None and dialect is not None:
+        layers += load_dialect(dialect).to_layers(read_mapping(request))
+    elif request is not None:
+        layers += read_config_file(request)
+    if preset is not None:
+        defaults = [layer for layer in layers if not layer.explicit]
+        layers = [*defaults, load_preset(preset), *layers[len(defaults) :]]
+    layers.append(Layer("command line", given_flags(), explicit=True))
+    return resolve(layers)
 
 
 class HyperparameterCommand(click.Command):

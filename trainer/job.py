@@ -9,6 +9,7 @@ logs/            TensorBoard
 outputs/         the result files
 verify.json      is among the outputs: what each reader read back
 result.json      status, exit code and files; written last
+result.X.json    the same in the words of the service that dialect X speaks
 ```
 
 Knows paths and file shapes, nothing of how a training works.
@@ -19,8 +20,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import mimetypes
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,19 @@ Role = Literal[
     "debug_dataset",
     "debug_masks",
 ]
+
+
+# By suffix; the tables of operating systems differ. YAML: RFC 9512.
+_CONTENT_TYPES = {
+    ".gz": "application/gzip",
+    ".json": "application/json",
+    ".md": "text/markdown",
+    ".png": "image/png",
+    ".tar": "application/x-tar",
+    ".yaml": "application/yaml",
+    ".zip": "application/zip",
+}
+_OTHER_CONTENT = "application/octet-stream"
 
 
 class ResultFile(BaseModel):
@@ -145,14 +159,42 @@ class RunFolder:
         """How the run ended."""
         return self.root / "result.json"
 
-    def create(self) -> None:
-        """Makes the folder.
+    @property
+    def _lock(self) -> Path:
+        return self.root / ".lock"
+
+    def answer(self, dialect: str) -> Path:
+        """How the run ended, in the words of the service that a dialect speaks."""
+        return self.root / f"result.{dialect.replace('/', '-')}.json"
+
+    def create(self) -> Sequence[Path]:
+        """Makes the folder where it is missing.
+
+        Returns:
+            The folders that this made, the run folder first, then its parents.
 
         Raises:
             DiskError: it cannot be made.
         """
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+        return made
+
+    def take_back(self, made: Sequence[Path]) -> None:
+        """Removes the folders that `create` made for a run that never began.
+
+        What a run leaves before it begins goes with them; a folder with anything else in it
+        stays.
+        """
+        with disk_errors(self.root):
+            for path in (self._lock, self.events):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.prepared, ignore_errors=True)
+            for path in made:
+                if any(path.iterdir()):
+                    return
+                path.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -162,7 +204,7 @@ class RunFolder:
             InputError: another training is running in this folder.
         """
         with disk_errors(self.root):
-            handle = open(self.root / ".lock", "w")  # noqa: SIM115 - held until the block ends
+            handle = open(self._lock, "w")  # noqa: SIM115 - held until the block ends
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,13 +236,12 @@ class RunFolder:
         """The result entry of a file in this folder."""
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return ResultFile(
             role=role,
             path=path.relative_to(self.root).as_posix(),
             size=path.stat().st_size,
             sha256=digest,
-            content_type=kind,
+            content_type=_CONTENT_TYPES.get(path.suffix, _OTHER_CONTENT),
         )
 
     def read_result(self) -> Result | None:
@@ -208,6 +249,12 @@ class RunFolder:
         if not self.result.exists():
             return None
         return Result.model_validate_json(self.result.read_bytes())
+
+    def forget_result(self) -> None:
+        """Removes what an earlier run said of its end."""
+        with disk_errors(self.root):
+            for path in (self.result, *self.root.glob("result.*.json")):
+                path.unlink(missing_ok=True)
 
     def write_result(self, result: Result) -> None:
         """Says how the run ended: a run's last act."""

@@ -74,6 +74,18 @@ class _Plain:
         return None
 
 
+class EarlierResult(_Plain):
+    """Removes the result of an earlier run in the folder as soon as a new one begins."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def hear(self, event: Event) -> None:
+        """Waits for the beginning: what is refused before it leaves the earlier result."""
+        if isinstance(event, RunEvent):
+            self._folder.forget_result()
+
+
 class EventLog(_Plain):
     """Appends every event to `events.jsonl`, each step once however often a run is resumed."""
 

@@ -36,7 +36,7 @@ def mixed_precision_of(run: RunConfig) -> str:
         return run.mixed_precision
     if not on_gpu:
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:

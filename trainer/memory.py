@@ -155,10 +155,7 @@ def _family_without_data(
     base: BaseModel, adapter: AdapterConfig, precision: Precision, device: torch.device
 ) -> Family:
     """The family with its real tokenizers around models that have only shapes."""
-    settings, revision = base.settings, base.settings.revision
-    source = settings.model_url
-    if source.endswith(".safetensors"):
-        source, revision = settings.single_file_config or base.family.single_file.config, None
+    source, revision = base.configurations.url, base.configurations.revision
     index = base.family.pipeline_class.load_config(source, revision=revision)
     dtypes = dict.fromkeys((*base.family.text_encoder_names, "vae"), precision.frozen)
     dtypes |= {"vae": precision.vae, base.family.denoiser_name: precision.denoiser}
@@ -167,7 +164,7 @@ def _family_without_data(
         with torch.device("meta"):
             part = _model(index[name], source, name, revision).requires_grad_(False).eval()
             if name == base.family.denoiser_name:
-                _make_trainable(part, adapter)
+                adapters.make_trainable(part, adapter, seed=0, must_match=False)
         _give_fake_tensors(part, dtype, device)
         parts[name] = part
     unused = dict.fromkeys(base.family.unused_components)
@@ -191,16 +188,6 @@ def _model(
     config = model_class.config_class.from_pretrained(source, subfolder=name, revision=revision)
     encoder: torch.nn.Module = model_class(config)
     return encoder
-
-
-def _make_trainable(denoiser: torch.nn.Module, adapter: AdapterConfig) -> None:
-    if not adapter.use_lora:
-        denoiser.requires_grad_(True)
-        return
-    layers, _ = adapters.target_layers(
-        denoiser, adapter.target_unet_modules, field="target_unet_modules", must_match=False
-    )
-    adapters.add_adapter(denoiser, adapter, layers, seed=0)
 
 
 def _give_fake_tensors(model: torch.nn.Module, frozen: torch.dtype, device: torch.device) -> None:

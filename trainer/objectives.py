@@ -75,9 +75,38 @@ class Ddpm:
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Ddpm:
         """The objective behind a diffusers scheduler, whatever sampler it implements."""
-        # Samplers patch their own tables (Euler lifts a zero); the training table is DDPM's.
-        training = DDPMScheduler.from_config(scheduler.config)
+        return cls.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Ddpm:
+        """The objective behind the configuration of a diffusers scheduler.
+
+        Raises:
+            InputError: it is no table of noise levels, or of an unknown one.
+        """
+        if "beta_schedule" not in config:
+            raise _unknown_schedule(config, "has no `beta_schedule`")
+        try:
+            # Samplers patch their own tables (Euler lifts a zero); the training table is DDPM's.
+            training = DDPMScheduler.from_config(dict(config))
+        except NotImplementedError as error:
+            known = f"has the unknown beta_schedule `{config['beta_schedule']}`"
+            raise _unknown_schedule(config, known) from error
         return cls(training.alphas_cumprod, training.config.prediction_type)
+
+    def check_maximum(self, maximum: int) -> None:
+        """Refuses a bound above the timesteps that is beyond the noise schedule.
+
+        Raises:
+            InputError: it is.
+        """
+        length = len(self.alphas_cumprod)
+        if maximum > length:
+            raise InputError.of(
+                "max_timestep_trained",
+                f"is {maximum}, but the base model's noise schedule has {length} timesteps",
+                f"give at most {length}",
+            )
 
     def sample_timesteps(
         self, seed: int, positions: Sequence[int], *, minimum: int, maximum: int
@@ -87,13 +116,7 @@ class Ddpm:
         Raises:
             InputError: `maximum` is beyond the checkpoint's noise schedule.
         """
-        if maximum > len(self.alphas_cumprod):
-            raise InputError.of(
-                "max_timestep_trained",
-                f"is {maximum}, but the base model's noise schedule has "
-                f"{len(self.alphas_cumprod)} timesteps",
-                f"give at most {len(self.alphas_cumprod)}",
-            )
+        self.check_maximum(maximum)
         return torch.tensor(
             [
                 randomness.source(seed, "timestep", position).randrange(minimum, maximum)
@@ -127,6 +150,15 @@ class Ddpm:
         share = self.alphas_cumprod.to(timesteps.device)[timesteps]
         share = share.view(-1, *[1] * (latents.ndim - 1))
         return share.sqrt().to(latents), (1 - share).sqrt().to(latents)
+
+
+def _unknown_schedule(config: Mapping[str, Any], reason: str) -> InputError:
+    return InputError.of(
+        "model_url",
+        f"its scheduler, `{config.get('_class_name')}`, {reason}: it does not noise by a table of "
+        "steps as DDPM does",
+        "give a checkpoint with a DDPM noise schedule",
+    )
 
 
 def normal(seed: int, purpose: str, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:

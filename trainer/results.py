@@ -6,7 +6,7 @@ Part of the engine's room: it joins the trained weights with the exporters and n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.config import TrainingConfig
 from trainer.config_files import write_config
 from trainer.durable import fresh_folder, write_text
 from trainer.errors import VerificationError
-from trainer.events import Event, FileEvent
+from trainer.events import Event, FileEvent, NoteEvent
 from trainer.export.card import CardFile, model_card
 from trainer.export.diffusers import write_diffusers, write_peft_folders
 from trainer.export.facts import TrainingFacts, public_name
@@ -27,7 +27,7 @@ from trainer.export.full import write_denoiser
 from trainer.export.kohya import DoraConvention, write_kohya
 from trainer.export.plot import write_loss_plot
 from trainer.export.state import AdapterState
-from trainer.export.verify import TrainedWeights, verify, write_report
+from trainer.export.verify import TrainedWeights, nothing_learnt, verify, write_report
 from trainer.job import Role, RunFolder
 from trainer.training import Training
 
@@ -68,17 +68,16 @@ def deliver(
     losses = list(enumerate(training.losses, start=1))
     write_loss_plot(outputs / "loss.png", losses, config.output.output_name)
     yield _written(folder, "loss_plot", outputs / "loss.png")
-
-    def fresh_pipeline() -> Any:
-        pipeline = base_model.load(base, precision).pipeline
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.float()
-        return pipeline
-
-    checks = yield from verify(
-        folder.root, weights, _trained(config, base, training), fresh_pipeline, base.family.kohya
-    )
+    fresh = _fresh_pipeline(config, base, precision)
+    trained = _trained(config, base, training)
+    checks = yield from verify(folder.root, weights, trained, fresh, base.family.kohya)
+    if nothing_learnt(checks):
+        yield NoteEvent(
+            "warning",
+            "learning_rate",
+            "nothing was learnt: every trained layer equals that of the base model; look at "
+            "learning_rate, lr_warmup_steps and max_train_steps",
+        )
     write_report(outputs / "verify.json", checks)
     yield _written(folder, "verification", outputs / "verify.json")
     card_files = [CardFile(role, path.relative_to(outputs).as_posix()) for role, path in weights]
@@ -164,8 +163,44 @@ def _adapter_state(
 def _trained(config: TrainingConfig, base: BaseModel, training: Training) -> TrainedWeights:
     if config.adapter.use_lora:
         return {base.family.denoiser_name: EffectiveWeights(training.denoiser)}
-    tensors = {name: tensor.float().cpu() for name, tensor in training.trained_tensors().items()}
-    return {base.family.denoiser_name: tensors}
+    return {base.family.denoiser_name: _WholeWeights(training.trained_tensors())}
+
+
+class _WholeWeights(Mapping[str, torch.Tensor]):
+    """Trained tensors in 32 bits on the processor, one at a time."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].float().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _fresh_pipeline(
+    config: TrainingConfig, base: BaseModel, precision: Precision
+) -> Callable[[], Any]:
+    """Makes base models without the parts that no result file touches.
+
+    The denoiser is in 32 bits; text encoders stay where an adapter file could reach them.
+    """
+    denoiser = base.family.denoiser_name
+    kept = {denoiser, *(base.family.text_encoder_names if config.adapter.use_lora else ())}
+
+    def make() -> Any:
+        pipeline = base_model.load(base, precision).pipeline
+        for name, component in pipeline.components.items():
+            if name not in kept and isinstance(component, torch.nn.Module):
+                pipeline.register_modules(**{name: None})
+        pipeline.components[denoiser].float()
+        return pipeline
+
+    return make
 
 
 def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:

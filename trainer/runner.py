@@ -6,18 +6,23 @@ Takes the engine as a function that yields events, so that nothing heavy is impo
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
 from trainer.config import TrainingConfig
-from trainer.durable import disk_errors
-from trainer.errors import TrainerError
+from trainer.errors import CheckpointError, InputError, TrainerError
 from trainer.events import Event, FileEvent, RunEvent, StepEvent
 from trainer.job import Result, ResultFile, Role, RunFolder
-from trainer.listeners import Listener
+from trainer.listeners import EarlierResult, Listener
+
+# Failures that refuse what was given: before a run begins, they change nothing.
+REFUSALS = (InputError.kind, CheckpointError.kind)
 
 Stop = Callable[[], bool]
 Engine = Callable[[TrainingConfig, RunFolder, Stop], Iterator[Event]]
@@ -26,6 +31,22 @@ Engine = Callable[[TrainingConfig, RunFolder, Stop], Iterator[Event]]
 def is_main_process() -> bool:
     """Whether this process speaks for the training; torchrun and accelerate number them."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def way_on() -> tuple[str, str]:
+    """What goes on with a stopped training: a sentence, and the command as far as it is known.
+
+    A process does not see the launcher that started it; torchrun and accelerate leave these marks.
+    """
+    called = Path(sys.argv[0])
+    is_module = called.name == "__main__.py"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["…", "-m", "trainer"] if is_module else ["…", called.name]
+        sentence = "To go on, run the same launcher command again; it ends in:"
+    else:
+        words = ["python", "-m", "trainer"] if is_module else [called.name]
+        sentence = "To go on, run the same command again:"
+    return sentence, f"{' '.join(words)} {shlex.join(sys.argv[1:])}"
 
 
 @contextmanager
@@ -60,7 +81,8 @@ def supervise(
 ) -> Result:
     """Runs the engine in a locked folder, lets the listeners hear it, and writes `result.json`.
 
-    Of several processes only the main one locks, speaks and writes.
+    Of several processes only the main one locks, speaks and writes. A run that is refused before
+    it begins leaves the result of an earlier one, and no folder where there was none.
 
     Raises:
         InputError: another training is running in the folder.
@@ -69,12 +91,15 @@ def supervise(
     tally = Tally(config, folder)
     if not is_main_process():
         return _listen(tally, engine(config, folder, stop), [])
-    folder.create()
+    made = folder.create()
     with folder.lock():
-        with disk_errors(folder.result):
-            folder.result.unlink(missing_ok=True)
-        result = _listen(tally, engine(config, folder, stop), listeners)
-        folder.write_result(result)
+        result = _listen(tally, engine(config, folder, stop), [EarlierResult(folder), *listeners])
+        if tally.began or result.error_kind not in REFUSALS:
+            folder.write_result(result)
+        elif made:
+            folder.take_back(made)
+        elif not folder.result.exists():
+            folder.write_result(result)
     return result
 
 
@@ -82,16 +107,23 @@ class Tally:
     """Counts a run's steps and files, and says how it ended."""
 
     def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
+        self._began = False
         self._ignored = config.resolved.ignored_options
         self._folder = folder
         self._step = 0
         self._total_steps = 0
         self._files: dict[str, Role] = {}
 
+    @property
+    def began(self) -> bool:
+        """Whether the run got as far as its first step."""
+        return self._began
+
     def count(self, event: Event) -> None:
         """Takes one event."""
         match event:
             case RunEvent():
+                self._began = True
                 self._step, self._total_steps = event.start_step, event.total_steps
             case StepEvent():
                 self._step = event.step

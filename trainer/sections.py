@@ -14,37 +14,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
+from pydantic import BeforeValidator, Field, model_validator
+
+from trainer.fields import (
+    WATCHING_ONLY,
+    Fraction,
+    Names,
+    Section,
+    Text,
+    capitalized,
+    clash,
+    lowered,
 )
-from pydantic.config import JsonDict
-from pydantic_core import PydanticCustomError
-
-
-def _split_commas(value: object) -> object:
-    """A list of names, whether it comes as a sequence or as one comma-separated string."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
-def _capitalize(value: object) -> object:
-    return value.capitalize() if isinstance(value, str) else value
-
-
-Text = Annotated[str, Field(min_length=1)]
-NAMES_SCHEMA = {"type": ["array", "string"], "items": {"type": "string", "minLength": 1}}
-Names = Annotated[tuple[Text, ...], BeforeValidator(_split_commas), WithJsonSchema(NAMES_SCHEMA)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 
 OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
 SchedulerName = Literal[
@@ -55,20 +36,8 @@ PhotoClass = Literal["Man", "Woman", "Person", "Boy", "Girl", "Baby"]
 # A CLIP caption has 77 positions, two of them for its begin and end marks.
 CAPTION_TOKENS = 75
 
-# Marks leaves that change how a run is watched or stored, never what it computes.
-WATCHING_ONLY: JsonDict = {"changes_result": False}
-
-
-class Section(BaseModel):
-    """A frozen group of leaves; unknown names, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def clash(field: str, got: object, allowed: str) -> PydanticCustomError:
-    """The error of a section whose leaves contradict each other, put down to one of them."""
-    message = f"got {got}; allowed: {allowed}"
-    return PydanticCustomError("clash", "{message}", {"field": field, "message": message})
+# The file for diffusers has this name whatever the result is called: its pipelines look for it.
+DIFFUSERS_NAME = "pytorch_lora_weights"
 
 
 class ModelConfig(Section):
@@ -103,6 +72,11 @@ class ModelConfig(Section):
         True,
         description="Run the VAE in 32-bit floats whatever mixed_precision says (fal).",
     )
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether `model_url` is one checkpoint file, not a folder or a hub id."""
+        return self.model_url.endswith(".safetensors")
 
 
 class DataConfig(Section):
@@ -291,7 +265,7 @@ class PriorConfig(Section):
     prior_loss_weight: float = Field(
         1.0, ge=0, description="Weight of the class pictures' loss (fal)."
     )
-    photo_class: Annotated[PhotoClass | None, BeforeValidator(_capitalize)] = Field(
+    photo_class: Annotated[PhotoClass | None, BeforeValidator(capitalized)] = Field(
         None, description="Class of the subject; required by fal (fal)."
     )
 
@@ -324,7 +298,7 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Optimizer, learning rates and their course."""
 
-    optimizer: Annotated[OptimizerName, BeforeValidator(_lower)] = Field(
+    optimizer: Annotated[OptimizerName, BeforeValidator(lowered)] = Field(
         "adamw", description="Update rule; adamw8bit keeps its state in 8 bits (fal, ours)."
     )
     learning_rate: float | None = Field(
@@ -338,7 +312,7 @@ class OptimConfig(Section):
         gt=0,
         description="Learning rate of text encoders and new tokens. None: learning_rate (fal).",
     )
-    lr_scheduler: Annotated[SchedulerName, BeforeValidator(_lower)] = Field(
+    lr_scheduler: Annotated[SchedulerName, BeforeValidator(lowered)] = Field(
         "constant", description="Course of the learning rate over the steps (fal)."
     )
     lr_warmup_steps: int = Field(
@@ -446,3 +420,11 @@ class OutputConfig(Section):
     data_archive_format: Literal["zip", "tar", "tar.gz"] = Field(
         "zip", description="Container of delivered folders (fal)."
     )
+
+    @model_validator(mode="after")
+    def _name_of_its_own(self) -> OutputConfig:
+        # Letters are compared without their case, as the file systems of macOS and Windows do.
+        if self.output_name.lower() == DIFFUSERS_NAME:
+            allowed = f"another name: `{DIFFUSERS_NAME}.safetensors` is the file for diffusers"
+            raise clash("output_name", self.output_name, allowed)
+        return self

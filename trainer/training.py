@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,10 +26,17 @@ from trainer.events import CheckpointEvent, Event, NoteEvent, StepEvent
 from trainer.families.base import Family, LatentDistribution
 from trainer.job import RunFolder
 
+# Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
+_MOST_ATTEMPTS = 24
+
+# Leaves that say where pictures and weights are; what they are has digests of its own.
+_PLACES = ("images_data_url", "captions_file_url", "model_url", "vae_url", "single_file_config")
+
 
 def identity(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """What of a run's identity is known before its pictures are read."""
-    return config.result_values() | {"number of processes": accelerator.num_processes}
+    values = config.result_values() | {"number of processes": accelerator.num_processes}
+    return {name: value for name, value in values.items() if name not in _PLACES}
 
 
 class Training:
@@ -41,6 +49,7 @@ class Training:
         dataset: the batches of this process.
         text: encoded captions.
         pictures: encoded pictures, or nothing where they are encoded in each step.
+        base_weights: digest of the base model's weights.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class Training:
         *,
         text: EncodedCaptions,
         pictures: EncodedPictures | None,
+        base_weights: str,
     ) -> None:
         self.config = config
         self.family = family
@@ -59,6 +69,7 @@ class Training:
         self.dataset = dataset
         self.text = text
         self.pictures = pictures
+        self.base_weights = base_weights
         self.step = 0
         self.losses: list[float] = []
         self.total_steps = dataset.plan.total_steps(
@@ -79,7 +90,7 @@ class Training:
         )
         self.optimizer = optim.build_optimizer([group], config.optim)
         self.schedule = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
-        self._stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.accelerated_optimizer = accelerator.prepare_optimizer(self.optimizer)
 
     @property
     def num_trained_parameters(self) -> int:
@@ -120,9 +131,11 @@ class Training:
         )
         self.denoiser.train()
         every = self.config.run.checkpointing_steps
-        for batches in batches_of_steps:
-            yield self._one_step(batches)
-            stopping = self.step < self.total_steps and self._anyone(stop())
+        loading = iter(batches_of_steps)
+        while self.step < self.total_steps:
+            started = time.perf_counter()
+            yield self._one_step(next(loading), started)
+            stopping = self.step < self.total_steps and self._any_process(stop())
             if stopping or self.step % every == 0 or self.step == self.total_steps:
                 yield from self._publish(folder)
             if stopping:
@@ -132,39 +145,24 @@ class Training:
                 )
 
     def _make_trainable(self) -> tuple[Note, ...]:
-        adapter = self.config.adapter
         if self.config.run.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
-        if not adapter.use_lora:
-            self.denoiser.requires_grad_(True)
-            return ()
-        layers, notes = adapters.target_layers(
+        return adapters.make_trainable(
             self.denoiser,
-            adapter.target_unet_modules,
-            field="target_unet_modules",
+            self.config.adapter,
+            seed=self.config.run.seed,
             must_match=self.config.is_explicit("target_unet_modules"),
         )
-        adapters.add_adapter(self.denoiser, adapter, layers, seed=self.config.run.seed)
-        return tuple(notes)
 
-    def _one_step(self, batches: Sequence[Batch]) -> StepEvent:
-        started = time.perf_counter()
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            last = batch is batches[-1]
-            waiting = self.accelerator.no_sync(self.family.denoiser)
-            with contextlib.nullcontext() if last else waiting:
-                batch_loss = self._loss(batch)
-                self.accelerator.backward(batch_loss)
-            total += batch_loss.detach()
-        step_loss = float(self.accelerator.reduce(total, "mean"))
-        self.accelerator.unscale_gradients(self._stepper)
-        grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
-        self._check_finite(step_loss, grad_norm, batches)
+    def _one_step(self, batches: Sequence[Batch], started: float) -> StepEvent:
         learning_rate = float(self.schedule.get_last_lr()[0])
-        self._stepper.step()
+        for _ in range(_MOST_ATTEMPTS):
+            step_loss, grad_norm = self._attempt(batches)
+            if not self.accelerated_optimizer.step_was_skipped:
+                break
+        else:
+            raise self._non_finite(step_loss, grad_norm, batches)
         self.schedule.step()
-        self._stepper.zero_grad(set_to_none=True)
         self.step += 1
         self.losses.append(step_loss)
         return StepEvent(
@@ -175,6 +173,33 @@ class Training:
             grad_norm=grad_norm,
             seconds=time.perf_counter() - started,
         )
+
+    def _attempt(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        """Gradients and update of a step; fp16's scaler skips the update where they overflow.
+
+        Returns:
+            The step's loss, and the norm of its gradients before clipping.
+
+        Raises:
+            NonFiniteError: the loss, or without a scaler the gradient, is not finite.
+        """
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            waiting = self.accelerator.no_sync(self.family.denoiser)
+            with contextlib.nullcontext() if last else waiting:
+                batch_loss = self._loss(batch)
+                self.accelerator.backward(batch_loss)
+            total += batch_loss.detach()
+        step_loss = float(self.accelerator.reduce(total, "mean"))
+        self.accelerator.unscale_gradients(self.accelerated_optimizer)
+        grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
+        scaled = self.accelerator.scaler is not None
+        if not math.isfinite(step_loss) or not (scaled or math.isfinite(grad_norm)):
+            raise self._non_finite(step_loss, grad_norm, batches)
+        self.accelerated_optimizer.step()
+        self.accelerated_optimizer.zero_grad(set_to_none=True)
+        return step_loss, grad_norm
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device, seed, settings = self.accelerator.device, self.config.run.seed, self.config.loss
@@ -214,21 +239,18 @@ class Training:
             maximum=self.config.loss.max_timestep_trained,
         )
 
-    def _check_finite(self, step_loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
-        # With a gradient scaler, infinite gradients are how it finds its scale: it skips them.
-        scaled = self.accelerator.scaler is not None
-        numbers = torch.tensor([step_loss, 0.0 if scaled else grad_norm])
-        if bool(torch.isfinite(numbers).all()):
-            return
+    def _non_finite(
+        self, step_loss: float, grad_norm: float, batches: Sequence[Batch]
+    ) -> NonFiniteError:
         names = [self.dataset.examples[n].name for batch in batches for n in batch.numbers]
         timesteps = [int(t) for batch in batches for t in self._timesteps(batch)]
-        raise NonFiniteError(
+        return NonFiniteError(
             f"loss {step_loss}, gradient norm {grad_norm} in step {self.step + 1} "
             f"(pictures {', '.join(names)}; timesteps {timesteps}); the weights are untouched",
             "lower learning_rate, or set mixed_precision: bf16 or no; checkpoints are kept",
         )
 
-    def _anyone(self, flag: bool) -> bool:
+    def _any_process(self, flag: bool) -> bool:
         """Whether any process raises the flag: all of them must leave the loop at one step."""
         if self.accelerator.num_processes == 1:
             return flag
@@ -236,10 +258,11 @@ class Training:
         return bool(self.accelerator.reduce(flags, "sum") > 0)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for two runs to be one: configuration, processes, pictures."""
+        """What must be equal for two runs to be one: settings, processes, pictures, weights."""
         pictures = [(e.name, e.sha256, e.caption) for e in self.dataset.examples]
         digest = hashlib.sha256(repr(pictures).encode()).hexdigest()
-        return identity(self.config, self.accelerator) | {"training pictures": digest}
+        contents = {"training pictures": digest, "base model's weights": self.base_weights}
+        return identity(self.config, self.accelerator) | contents
 
     def _publish(self, folder: RunFolder) -> Iterator[Event]:
         if self.accelerator.is_main_process:

@@ -270,9 +270,18 @@ def test_a_missing_required_field_is_named_together_with_a_bad_value() -> None:
 def test_a_field_that_the_service_does_not_know_is_left_aside_and_noted() -> None:
     notes = ignored({**MINIMAL, "webhookUrl": "x", "batchsize": 2, "alpha": 4})
 
-    assert notes["request.webhookUrl"] == "fal-ai/personalization has no such field"
-    assert "did you mean `batch_size`?" in notes["request.batchsize"]
-    assert "request.alpha" in notes
+    assert set(notes.values()) >= {"fal-ai/personalization has no such field"}
+    assert {"request.webhookUrl", "request.batchsize", "request.alpha"} <= set(notes)
+
+
+def test_a_field_that_is_nearly_one_of_the_service_deserves_a_warning() -> None:
+    payload = {**MINIMAL, "snr_gama": 5, "webhookUrl": "x"}
+    config = resolve(to_layers(payload), refuse=False)
+
+    warned = {note.field: note.message for note in config.resolved.notes if note.kind == "warning"}
+    assert "did you mean `snr_gamma`?" in warned["request.snr_gama"]
+    assert "request.webhookUrl" not in warned
+    assert "request.snr_gama" in config.resolved.ignored_options
 
 
 def test_null_means_the_default_where_the_default_is_nothing() -> None:
@@ -287,6 +296,14 @@ def test_a_null_gamma_switches_min_snr_off() -> None:
     config = resolve(to_layers({**MINIMAL, "snr_gamma": None}), refuse=False)
 
     assert config.loss.snr_gamma is None
+
+
+def test_a_null_mask_prompt_switches_the_mask_off() -> None:
+    # The service's own behaviour: no prompt gives a mask that is one everywhere.
+    config = resolve(to_layers({**MINIMAL, "clip_seg_mask_prompt": None}), refuse=False)
+
+    assert config.mask.clip_seg_mask_prompt == ""
+    assert config.is_explicit("clip_seg_mask_prompt")
 
 
 def test_a_configuration_becomes_a_request_that_means_the_same() -> None:

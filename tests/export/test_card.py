@@ -18,6 +18,7 @@ from trainer.export.card import CardFile, model_card
 from trainer.export.diffusers import FILE_NAME, write_diffusers
 from trainer.export.facts import TrainingFacts
 from trainer.export.full import write_denoiser
+from trainer.export.verify import Check
 
 FEW = ("attn2.to_k", "attn2.to_v", "conv1")
 FILES = [
@@ -54,6 +55,47 @@ def test_a_local_base_model_is_no_hub_id(facts: TrainingFacts) -> None:
 
     assert "base_model" not in front_matter(card)
     assert "`my-model`" in card
+
+
+@pytest.mark.parametrize(
+    ("base_model", "call"),
+    [
+        ("owner/base", 'from_pretrained("owner/base")\n'),
+        ("my-model", 'from_pretrained("path/to/my-model")  # the base model it was trained on\n'),
+        (
+            "mine.safetensors",
+            'from_single_file("path/to/mine.safetensors")  # the base model it was trained on\n',
+        ),
+    ],
+)
+def test_the_cards_code_says_where_a_base_model_of_ones_own_has_to_be_put(
+    base_model: str, call: str, facts: TrainingFacts
+) -> None:
+    card = model_card(
+        replace(facts, base_model=base_model),
+        [CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors")],
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        state=None,
+    )
+
+    assert f"pipe = StableDiffusionPipeline.{call}" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [((0.0, 0.0), True), ((0.0, 0.1), False), ((None, None), False)]
+)
+def test_the_card_says_when_nothing_was_learnt(
+    changes: tuple[float | None, ...], said: bool, facts: TrainingFacts
+) -> None:
+    checks = [
+        Check("outputs/a.safetensors", "kohya_lora", "formula", "passed", largest_change=change)
+        for change in changes
+    ]
+
+    card = model_card(facts, FILES, checks, pipeline_class="StableDiffusionPipeline", state=None)
+
+    assert ("Nothing was learnt" in card) is said
 
 
 def test_the_card_says_what_dora_means_in_each_file(
@@ -112,13 +154,13 @@ def test_the_cards_code_loads_the_adapter(
 ) -> None:
     adapter = trained("sd15", algorithm, targets=FEW, alpha=2)
     write_diffusers(tmp_path / FILE_NAME, adapter.state, torch.float32)
-    here = replace(facts, base_model=str(sd15_folder))
+    here = replace(facts, base_model=sd15_folder.name)
     card = model_card(
         here, FILES, [], pipeline_class="StableDiffusionPipeline", state=adapter.state
     )
     monkeypatch.chdir(tmp_path)
 
-    pipeline = _run(card)
+    pipeline = _run(card, sd15_folder)
 
     adapted = 0
     for component, layers in adapter.weights.items():
@@ -140,20 +182,22 @@ def test_the_cards_code_loads_a_whole_denoiser(
     unet = trained("sd15", targets=FEW).fresh().unet
     changed = {name: tensor + 1 for name, tensor in unet.state_dict().items()}
     write_denoiser(tmp_path / "unet", changed, unet.config, torch.float32)
-    here = replace(facts, base_model=str(sd15_folder))
+    here = replace(facts, base_model=sd15_folder.name)
     files = [CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors")]
     card = model_card(here, files, [], pipeline_class="StableDiffusionPipeline", state=None)
     monkeypatch.chdir(tmp_path)
 
-    pipeline = _run(card)
+    pipeline = _run(card, sd15_folder)
 
     found = pipeline.unet.state_dict()
     assert all(torch.equal(found[name], changed[name]) for name in changed)
 
 
-def _run(card: str) -> object:
-    """Runs the card's Python up to the picture, and gives its pipeline."""
+def _run(card: str, base: Path) -> object:
+    """Runs the card's Python up to the picture with the base model's place, gives its pipeline."""
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    assert f"path/to/{base.name}" in code
+    code = code.replace(f"path/to/{base.name}", str(base))
     scope: dict[str, object] = {}
     exec(code.split("image = ")[0], scope)
     return scope["pipe"]

@@ -144,6 +144,48 @@ def test_the_header_tells_family_network_and_training(
     assert (header["ss_seed"], header["ss_min_snr_gamma"]) == ("42", "5.0")
 
 
+def test_the_header_keeps_zeros_and_falsehoods_and_leaves_out_what_is_not_known(
+    trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    settings = {"seed": 0, "noise_offset": 0.0, "random_flip": False, "snr_gamma": None}
+    facts = TrainingFacts(output_name="astronaut", settings=settings)
+
+    write_kohya(tmp_path / "a", trained("sd15").state, TABLES["sd15"], facts, torch.float32)
+
+    header = tensorfile.read_metadata(tmp_path / "a")
+    found = {key: header[key] for key in ("ss_seed", "ss_noise_offset", "ss_flip_aug")}
+    assert found == {"ss_seed": "0", "ss_noise_offset": "0.0", "ss_flip_aug": "False"}
+    unknown = {"ss_min_snr_gamma", "ss_sd_model_name", "ss_num_train_images", "ss_learning_rate"}
+    assert unknown & header.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "targets", "stated"),
+    [
+        ("lora", ("to_q", "conv1"), True),
+        ("lora", ("to_q", "proj_in"), False),
+        ("lokr", ("to_q", "conv1"), True),
+        ("loha", ("to_q", "conv1"), True),
+    ],
+)
+def test_the_header_states_the_convolutions_rank_where_there_are_any(
+    algorithm: str,
+    targets: tuple[str, ...],
+    stated: bool,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+    tmp_path: Path,
+) -> None:
+    # proj_in of SD1.5 is a 1x1 convolution, which sd-scripts' network_dim covers.
+    adapter = trained("sd15", algorithm, targets=targets)
+
+    write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
+
+    args = json.loads(tensorfile.read_metadata(tmp_path / "a")["ss_network_args"])
+    expected = {"conv_dim": "4", "conv_alpha": "4"} if stated else {}
+    assert {key: args[key] for key in ("conv_dim", "conv_alpha") if key in args} == expected
+
+
 def test_the_header_has_no_place_and_no_time(
     trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
 ) -> None:
@@ -225,7 +267,8 @@ def test_the_same_training_gives_the_same_bytes(
 def test_a_local_base_model_is_named_without_its_place(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     assert public_name(str(tmp_path / "my-model")) == "my-model"
-    assert public_name("/elsewhere/model.safetensors") == "model"
+    assert public_name("/elsewhere/model.safetensors") == "model.safetensors"
+    assert public_name("/elsewhere/model-1.0") == "model-1.0"
     assert public_name("owner/model") == "owner/model"
 
 

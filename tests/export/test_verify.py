@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checking import run_verification
+from diffusers import FluxPipeline, FluxTransformer2DModel, UNet2DConditionModel
 from trained_adapters import TrainedAdapter
 
 from trainer.events import StageEvent, VerifyEvent
@@ -17,6 +19,8 @@ from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_fold
 from trainer.export.facts import TrainingFacts
 from trainer.export.full import write_denoiser
 from trainer.export.kohya import write_kohya
+from trainer.export.state import MAGNITUDE, AdapterState
+from trainer.names import KohyaNames
 
 # A few layers of every kind: what holds for them holds for all.
 FEW = ("attn1.to_q", "attn2.to_k", "to_out.0", "conv1")
@@ -168,6 +172,115 @@ def test_a_fully_trained_denoiser_comes_back_exactly(
 
     assert [(check.reader, check.status) for check in checks] == [("diffusers", "passed")]
     assert checks[0].keys_matched == checks[0].keys_total == len(adapter.weights["unet"])
+
+
+def test_a_fully_trained_denoiser_is_loaded_while_no_base_model_is_held(
+    trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    adapter, files = _fully_trained(trained, tmp_path, torch.float32)
+    before = _living_denoisers()
+    at_the_base_model: list[int] = []
+
+    def fresh() -> object:
+        at_the_base_model.append(_living_denoisers() - before)
+        # Loading the folder from here on, beside the base model, would fail.
+        (tmp_path / "unet" / "config.json").unlink()
+        return adapter.fresh()
+
+    stage = verification.verify(tmp_path, files, adapter.weights, fresh, adapter.names)
+    events = list(stage)
+
+    assert [event.status for event in events if isinstance(event, VerifyEvent)] == ["passed"]
+    assert at_the_base_model == [0]
+
+
+def _living_denoisers() -> int:
+    return sum(type(found) is UNet2DConditionModel for found in gc.get_objects())
+
+
+def test_a_fully_trained_denoiser_without_its_configuration_fails(
+    trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    adapter, files = _fully_trained(trained, tmp_path, torch.float32)
+    (tmp_path / "unet" / "config.json").unlink()
+
+    checks, _ = run_verification(
+        tmp_path, [file for file in files if file[1].suffix == ".safetensors"], adapter
+    )
+
+    assert [check.status for check in checks] == ["failed"]
+
+
+def test_a_model_whose_original_names_are_unknown_is_not_checked(
+    facts: TrainingFacts, tmp_path: Path
+) -> None:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
+    path = "transformer_blocks.0.attn.to_q"
+    weight = transformer.get_submodule(path).weight.detach()
+    factors = {
+        f"{path}.lora_A.weight": torch.ones(2, 32),
+        f"{path}.lora_B.weight": torch.ones(32, 2),
+    }
+    state = AdapterState("lora", False, 2, 2.0, {"transformer": factors})
+    names = KohyaNames(
+        "lora_unet", {}, "flux1", "flux-1-dev", "bfl", {"transformer_blocks": "double"}
+    )
+    file = tmp_path / "a.safetensors"
+    write_kohya(file, state, names, facts, torch.float32)
+    # Ones times ones over a rank of 2: every weight grows by 2.
+    adapter = TrainedAdapter(state, {"transformer": {path: weight + 2}}, pipeline, names)
+
+    checks, _ = run_verification(tmp_path, [("kohya_lora", file)], adapter)
+
+    found = {check.reader: (check.status, check.reason) for check in checks}
+    reason = "the original names of the layers of FluxTransformer2DModel cannot be worked out"
+    assert found["lycoris"] == found["formula"] == ("not checked", reason)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_file_of_an_adapter_that_learnt_nothing_says_so(
+    use_dora: bool, trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    learnt = trained("sd15", targets=FEW, use_dora=use_dora)
+    base = {
+        component: {path: learnt.base_weight(component, path) for path in layers}
+        for component, layers in learnt.weights.items()
+    }
+    adapter = TrainedAdapter(_without_change(learnt, base), base, learnt.base, learnt.names)
+    found = []
+
+    for each, name in ((learnt, "learnt"), (adapter, "nothing")):
+        write_diffusers(tmp_path / name, each.state, torch.float32)
+        file = (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+        checks, _ = run_verification(tmp_path, [("diffusers_lora", file)], each)
+        assert {check.status for check in checks} == {"passed"}
+        found.append(verification.nothing_learnt(checks))
+
+    assert found == [False, True]
+
+
+def _without_change(
+    adapter: TrainedAdapter, base: dict[str, dict[str, torch.Tensor]]
+) -> AdapterState:
+    """The adapter as it is before training: B zero, magnitudes the norms of the base's rows."""
+    layers = adapter.state.layers()
+    for (component, path), parts in layers.items():
+        parts["lora_B"] = torch.zeros_like(parts["lora_B"])
+        if MAGNITUDE in parts:
+            norms = torch.linalg.vector_norm(base[component][path].flatten(1), dim=1)
+            parts[MAGNITUDE] = norms.view_as(parts[MAGNITUDE])
+    return AdapterState.of_layers("lora", adapter.state.rank, layers)
 
 
 @pytest.mark.parametrize("fault", ["nan", "changed", "missing"])

@@ -20,11 +20,14 @@ from trainer.resolve import Layer
 
 NAMES = ("fal_personalization", "fal", "fal-ai/personalization")
 SERVICE = "fal-ai/personalization"
+UNKNOWN = f"{SERVICE} has no such field"
 
 # Service field to leaf, and service field to the reason why it is not taken. Everything else
 # is placed by its name.
 RENAMED: Mapping[str, str] = {}
 NOT_USED: Mapping[str, str] = {}
+# What null means in a field whose leaf knows no null: a mask of no prompt is no mask.
+NULL_MEANS: Mapping[str, Any] = {"clip_seg_mask_prompt": ""}
 
 
 class Input(BaseModel):
@@ -172,8 +175,9 @@ OUTPUT_ROLES: Mapping[str, Role] = {
 def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
     """The service's defaults, then the request's own fields.
 
-    A field that the service does not know is left aside, as the service does, with a note;
-    a required one that is missing becomes a problem of its layer.
+    A field that the service does not know is left aside, as the service does, with a note, and
+    with a warning where it is nearly one that the service knows; a required one that is missing
+    becomes a problem of its layer.
     """
     fields = Input.model_fields
     missing = [
@@ -182,12 +186,17 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
         if info.is_required() and payload.get(name) is None
     ]
     left_aside = {
-        **{name: _unknown(name) for name in payload if name not in fields},
+        **{name: UNKNOWN for name in payload if name not in fields},
         **{name: reason for name, reason in NOT_USED.items() if name in payload},
     }
     notes = [
         Note(kind="ignored", field=f"request.{name}", message=reason)
         for name, reason in left_aside.items()
+    ]
+    notes += [
+        Note(kind="warning", field=f"request.{name}", message=f"was left aside; {hint}")
+        for name in payload
+        if name not in fields and (hint := nearest(name, fields))
     ]
     defaults = {
         name: info.default
@@ -195,7 +204,7 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
         if not info.is_required() and info.default is not None
     }
     given = {
-        name: value
+        name: NULL_MEANS.get(name) if value is None else value
         for name, value in payload.items()
         if name in fields and (value is not None or name in defaults)
     }
@@ -264,9 +273,3 @@ def _placed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _allowed(name: str) -> str:
     return allowed(_leaf(name)).removesuffix(", or null")
-
-
-def _unknown(name: str) -> str:
-    hint = nearest(name, Input.model_fields)
-    message = f"{SERVICE} has no such field"
-    return f"{message}; {hint}" if hint else message

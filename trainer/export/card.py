@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState
-from trainer.export.verify import Check
+from trainer.export.verify import Check, nothing_learnt
 
 # Hyperparameters that a reader of the card wants to know; the rest is in the configuration.
 _SHOWN_SETTINGS = (
@@ -162,7 +162,7 @@ def _loading(
     names = {file.role: file.name for file in reversed(files)}
     start = (
         f"from diffusers import {pipeline_class}\n\n"
-        f'pipe = {pipeline_class}.from_pretrained("{facts.base_model}")\n'
+        f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
     )
     end = f"image = pipe({json.dumps(facts.instance_prompt, ensure_ascii=False)}).images[0]"
     sections = []
@@ -176,6 +176,14 @@ def _loading(
     if "kohya_lora" in names or "kohya_lora_comfyui" in names:
         sections.append(_interface_section(names))
     return sections
+
+
+def _base_model_loader(name: str) -> str:
+    """The call that loads the base model; a local one lies elsewhere on every machine."""
+    if _is_hub_id(name):
+        return f'from_pretrained("{name}")'
+    method = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
+    return f'{method}("path/to/{name}")  # the base model it was trained on'
 
 
 def _diffusers_section(code: str) -> str:
@@ -230,6 +238,11 @@ def _verification(checks: Sequence[Check]) -> str:
         "| file | reader | result | tensors | of weight | of change |",
         "|---|---|---|---|---|---|",
     ]
+    if nothing_learnt(checks):
+        head[2:2] = [
+            "**Nothing was learnt**: every trained layer equals that of the base model.",
+            "",
+        ]
     return "\n".join([*head, *(_check_row(check) for check in checks)])
 
 

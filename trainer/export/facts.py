@@ -17,7 +17,7 @@ class TrainingFacts:
         output_name: name of the result.
         base_model: hub id or plain name of the base model; see `public_name`.
         instance_prompt: the caption of pictures without one of their own.
-        num_images: training pictures.
+        num_images: training pictures; 0 where that is not known.
         width: trained width in pixels.
         height: trained height in pixels.
         captions: caption to the number of pictures that carry it.
@@ -36,8 +36,11 @@ class TrainingFacts:
 
 
 def public_name(model_url: str) -> str:
-    """A base model's hub id, or just the file or folder name where it is a local path."""
+    """A base model's hub id, or just the file or folder name where it is a local path.
+
+    A file keeps its ending, as in sd-scripts' `ss_sd_model_name`.
+    """
     is_place = os.sep in model_url and (
         Path(model_url).exists() or model_url.startswith((os.sep, ".", "~"))
     )
-    return Path(model_url).stem if is_place else model_url
+    return Path(model_url).name if is_place else model_url

@@ -215,10 +215,6 @@ def _require(holds: bool, otherwise: str) -> None:
         raise FormatError(otherwise)
 
 
-def _reads_all(path: Path) -> str | None:
-    return None
-
-
-FORMULA = Reader("formula", _read_diffusers, _reads_all, False)
-PAPER_FORMULA = Reader("formula", _read_paper, _reads_all, False)
-COMFYUI_FORMULA = Reader("comfyui formula", _read_comfyui, _reads_all, False)
+FORMULA = Reader("formula", _read_diffusers)
+PAPER_FORMULA = Reader("formula", _read_paper)
+COMFYUI_FORMULA = Reader("comfyui formula", _read_comfyui)

@@ -166,11 +166,9 @@ def _dora_scale(saved: LayerTensors, weight: Tensor | None) -> Tensor:
 def _network_header(state: AdapterState, convention: DoraConvention) -> dict[str, str]:
     args: dict[str, str] = {"trained_alpha": f"{state.alpha:g}"}
     if state.algorithm != "lora":
-        args |= {
-            "algo": state.algorithm,
-            "conv_dim": str(state.rank),
-            "conv_alpha": str(state.rank),
-        }
+        args["algo"] = state.algorithm
+    if state.algorithm != "lora" or _has_convolutions(state):
+        args |= {"conv_dim": str(state.rank), "conv_alpha": str(state.rank)}
     header: dict[str, str] = {}
     if state.use_dora:
         args |= {"dora_wd": "True", "wd_on_output": "True", CONVENTION_KEY: convention}
@@ -183,6 +181,12 @@ def _network_header(state: AdapterState, convention: DoraConvention) -> dict[str
     }
 
 
+def _has_convolutions(state: AdapterState) -> bool:
+    """Whether LoRA layers have a kernel; sd-scripts counts 1x1 convolutions as linear."""
+    downs = (tensors["lora_A"] for tensors in state.layers().values())
+    return any(down[0, 0].numel() > 1 for down in downs)
+
+
 def _training_header(names: KohyaNames, facts: TrainingFacts) -> dict[str, str]:
     header = {
         "ss_base_model_version": names.base_model_version,
@@ -191,19 +195,15 @@ def _training_header(names: KohyaNames, facts: TrainingFacts) -> dict[str, str]:
     }
     optional: dict[str, Any] = {
         "ss_sd_model_name": facts.base_model,
-        "ss_num_train_images": facts.num_images,
+        "ss_num_train_images": facts.num_images or None,
     }
     if facts.width and facts.height:
         optional["ss_resolution"] = f"({facts.width}, {facts.height})"
     if facts.captions:
         frequencies = {facts.output_name: dict(facts.captions)}
         optional["ss_tag_frequency"] = json.dumps(frequencies, sort_keys=True)
-    optional |= {
-        theirs: facts.settings[ours]
-        for ours, theirs in _HEADER_NAMES.items()
-        if facts.settings.get(ours) is not None
-    }
-    return header | {key: str(value) for key, value in optional.items() if value not in ("", 0)}
+    optional |= {theirs: facts.settings.get(ours) for ours, theirs in _HEADER_NAMES.items()}
+    return header | {key: str(value) for key, value in optional.items() if value not in (None, "")}
 
 
 def _model_spec(

@@ -15,7 +15,13 @@ from trainer.names import KohyaNames
 
 Layer = tuple[str, str]
 
+
+class UnknownStructureError(Exception):
+    """How kohya files call the layers of such a model is not known here."""
+
+
 _DENOISERS = ("unet", "transformer")
+_UNET_PARTS = {"down_blocks", "mid_block", "up_blocks"}
 _RESNET = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
@@ -41,6 +47,9 @@ def expected_names(pipeline: Any, names: KohyaNames) -> dict[str, Layer]:
     Args:
         pipeline: a diffusers pipeline.
         names: says the prefixes, and whether the family renames its denoiser's blocks.
+
+    Raises:
+        UnknownStructureError: the family renames blocks, but the denoiser is no UNet.
     """
     expected: dict[str, Layer] = {}
     denoisers = [model for name, model in pipeline.components.items() if name in _DENOISERS]
@@ -69,6 +78,10 @@ def _in_original(path: str, blocks: Mapping[str, str]) -> str:
 
 def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
     """Resnets, attentions and resamplers in the order in which the original numbers them."""
+    if not dict(unet.named_children()).keys() >= _UNET_PARTS:
+        raise UnknownStructureError(
+            f"the original names of the layers of {type(unet).__name__} cannot be worked out"
+        )
     number = 0
     for i, block in enumerate(_list(unet, "down_blocks")):
         parts = dict(block.named_children())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import peft
 import torch
 import transformers
@@ -55,6 +56,15 @@ class Reading:
     keys: int
 
 
+def reads_all(path: Path) -> str | None:
+    """A reader that takes every file of the roles it is given."""
+    return None
+
+
+def loads_nothing(path: Path) -> None:
+    """A reader that needs no look at the file before it has a base model."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """A program or formula that reads files.
@@ -63,13 +73,20 @@ class Reader:
         name: as `verify.json` calls it.
         read: fresh pipeline, file and names to readings.
         refuses: why it cannot read a file at all, if so.
+        loads: what it does to a file while no base model is held beside it; raises where that
+            goes wrong.
         changes_pipeline: whether a pipeline is spoilt by reading into it.
+        reads_folder: whether it reads the folder of one component, named after it.
+        reads_exactly: whether weights are stored as they are, so that rounding them is known.
     """
 
     name: str
     read: Callable[[Any, Path, KohyaNames], Iterator[Reading]]
-    refuses: Callable[[Path], str | None]
-    changes_pipeline: bool
+    refuses: Callable[[Path], str | None] = reads_all
+    loads: Callable[[Path], None] = loads_nothing
+    changes_pipeline: bool = False
+    reads_folder: bool = False
+    reads_exactly: bool = False
 
 
 def keys_of(path: Path) -> list[str]:
@@ -134,15 +151,30 @@ def _read_peft_folder(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[
     yield from _merged(pipeline)
 
 
-def _read_whole_component(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
-    """A component's folder with `from_pretrained`."""
-    component = path.parent.name
-    base = dict(pipeline.components[component].named_parameters())
-    loaded = type(pipeline.components[component]).from_pretrained(
+def _load_whole_component(path: Path) -> None:
+    """`from_pretrained` gets from a component's folder every tensor of its file, bit for bit."""
+    model = diffusers.AutoModel.from_pretrained(
         str(path.parent), torch_dtype=torch.float32, local_files_only=True
     )
-    for name, parameter in loaded.named_parameters():
-        yield Reading(component, name, base[name].detach(), parameter.detach(), 1)
+    loaded = model.state_dict()
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != loaded.keys():
+            different = sorted(names ^ loaded.keys())
+            raise ValueError(f"{len(different)} tensors too few or many, such as `{different[0]}`")
+        for name in sorted(names):
+            if not torch.equal(loaded[name], file.get_tensor(name).float()):
+                raise ValueError(f"`{name}` is loaded with other values than the file has")
+
+
+def _read_whole_component(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
+    """A component's file, tensor by tensor: loading its folder is `_load_whole_component`."""
+    component = path.parent.name
+    base = pipeline.components[component].state_dict()
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            before, after = base[name].float(), file.get_tensor(name).float()
+            yield Reading(component, name, before, after, 1)
 
 
 def _read_lycoris(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
@@ -196,10 +228,6 @@ def _live(model: nn.Module, key: str) -> str:
     return key if has_step else key.removeprefix("text_model.")
 
 
-def _reads_all(path: Path) -> str | None:
-    return None
-
-
 def _diffusers_refuses(path: Path) -> str | None:
     if any(key.endswith(".dora_scale") for key in keys_of(path)):
         return "diffusers leaves out the DoRA magnitudes of kohya files"
@@ -207,25 +235,34 @@ def _diffusers_refuses(path: Path) -> str | None:
 
 
 def _lycoris_refuses(path: Path) -> str | None:
+    if metadata_of(path).get("dora_convention") == "comfyui":
+        return "the file is marked for ComfyUI; LyCORIS reads magnitudes as in the paper"
     if importlib.util.find_spec("lycoris") is None:
         return "the package `lycoris-lora` is not installed"
-    for key, tensor in load_file(path).items():
-        if key.endswith(".lokr_w1"):
-            other = [n for n in keys_of(path) if n.startswith(key.replace("_w1", "_w2"))]
-            rows = max(load_file(path)[name].shape[0] for name in other if not name.endswith("_b"))
-            if tensor.shape[0] > rows:
-                return "LyCORIS cannot read LoKr whose first factor has more rows than the second"
+    rows = _rows(path)
+    for key in [key for key in rows if key.endswith(".lokr_w1")]:
+        second = key.replace("_w1", "_w2")
+        if rows[key] > max(rows.get(second, 0), rows.get(f"{second}_a", 0)):
+            return "LyCORIS cannot read LoKr whose first factor has more rows than the second"
     return None
 
 
-def _lycoris_never(path: Path) -> str | None:
-    return "the file is marked for ComfyUI; LyCORIS reads magnitudes as in the paper"
+def _rows(path: Path) -> dict[str, int]:
+    """The first size of every tensor that has one, read from the file's header."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return {key: shape[0] for key, shape in shapes.items() if shape}
 
 
-DIFFUSERS = Reader("diffusers", _read_pipeline, _diffusers_refuses, True)
-DIFFUSERS_LOKR = Reader("diffusers", _read_components, _reads_all, True)
-PEFT = Reader("peft", _read_components, _reads_all, True)
-PEFT_FOLDER = Reader("peft", _read_peft_folder, _reads_all, True)
-WHOLE = Reader("diffusers", _read_whole_component, _reads_all, False)
-LYCORIS = Reader("lycoris", _read_lycoris, _lycoris_refuses, False)
-LYCORIS_NEVER = Reader("lycoris", _read_lycoris, _lycoris_never, False)
+DIFFUSERS = Reader("diffusers", _read_pipeline, _diffusers_refuses, changes_pipeline=True)
+DIFFUSERS_LOKR = Reader("diffusers", _read_components, changes_pipeline=True)
+PEFT = Reader("peft", _read_components, changes_pipeline=True)
+PEFT_FOLDER = Reader("peft", _read_peft_folder, changes_pipeline=True, reads_folder=True)
+WHOLE = Reader(
+    "diffusers",
+    _read_whole_component,
+    loads=_load_whole_component,
+    reads_folder=True,
+    reads_exactly=True,
+)
+LYCORIS = Reader("lycoris", _read_lycoris, _lycoris_refuses)

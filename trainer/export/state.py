@@ -91,9 +91,9 @@ class AdapterState:
         beside them, because readers disagree on both. Factors that are powers of two change
         no mantissa bit.
         """
+        fold, scale = FOLDS[self.algorithm], self.scale
         folded = {
-            layer: FOLDS[self.algorithm]({part: _plain(t) for part, t in tensors.items()}, scale)
-            for scale in (self.scale,)
+            layer: fold({part: _plain(tensor) for part, tensor in tensors.items()}, scale)
             for layer, tensors in self.layers().items()
         }
         return self.of_layers(self.algorithm, self.rank, folded)

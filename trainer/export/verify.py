@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from trainer.durable import write_text
 from trainer.events import Event, StageEvent, VerifyEvent
 from trainer.export.formula import COMFYUI_FORMULA, FORMULA, PAPER_FORMULA
+from trainer.export.layer_names import UnknownStructureError
 from trainer.export.readers import (
     DIFFUSERS,
     DIFFUSERS_LOKR,
     LYCORIS,
-    LYCORIS_NEVER,
     PEFT,
     PEFT_FOLDER,
     WHOLE,
@@ -55,13 +56,11 @@ _READERS: Mapping[tuple[Role, str], tuple[Reader, ...]] = {
     ("kohya_lora", "lora"): (DIFFUSERS, LYCORIS, PAPER_FORMULA),
     ("kohya_lora", "lokr"): (LYCORIS, PAPER_FORMULA),
     ("kohya_lora", "hada"): (LYCORIS, PAPER_FORMULA),
-    ("kohya_lora_comfyui", "lora"): (DIFFUSERS, LYCORIS_NEVER, COMFYUI_FORMULA),
+    ("kohya_lora_comfyui", "lora"): (DIFFUSERS, LYCORIS, COMFYUI_FORMULA),
     ("peft_folder", "lora"): (PEFT_FOLDER,),
     ("peft_folder", "lokr"): (PEFT_FOLDER,),
     ("peft_folder", "hada"): (PEFT_FOLDER,),
     ("denoiser_weights", "whole"): (WHOLE,),
-    ("text_encoder_weights", "whole"): (WHOLE,),
-    ("text_encoder_2_weights", "whole"): (WHOLE,),
 }
 
 # What loaders raise on files that they cannot read.
@@ -92,6 +91,8 @@ class Check:
         keys_total: tensors in the file; alphas are not counted.
         largest_difference: over the layers, the error relative to the trained weight.
         largest_change_difference: the same relative to the change that training made.
+        largest_change: over the layers, the change that training made relative to the weight;
+            0 where it is no more than rounding.
         tolerance: the largest share of the change that passes.
         reason: what is wrong, or why the reader does not apply.
     """
@@ -104,6 +105,7 @@ class Check:
     keys_total: int = 0
     largest_difference: float | None = None
     largest_change_difference: float | None = None
+    largest_change: float | None = None
     tolerance: float | None = None
     reason: str = ""
 
@@ -117,6 +119,7 @@ class _Comparison:
     keys: int = 0
     difference: float = 0.0
     change_difference: float = 0.0
+    change: float = 0.0
     checksums_before: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -130,14 +133,14 @@ def verify(
 ) -> Generator[Event, None, list[Check]]:
     """Reads back all result files for which a reader is known.
 
-    Readers that leave a pipeline as it was share one; the others get a fresh one each, so at
-    most one base model is held beside the trained weights.
+    Readers that leave a pipeline as it was share one; the others get a fresh one each, and whole
+    components are loaded before it: at most one model is held beside the trained weights.
 
     Args:
         root: the run folder, to which paths in the report are relative.
         files: role and path of each file.
         trained: the weights that training ended with.
-        fresh_pipeline: makes an untouched base model, fp32 on the CPU.
+        fresh_pipeline: makes an untouched base model on the CPU; what was trained is in fp32.
         names: prefixes of the family's kohya files.
 
     Returns:
@@ -151,17 +154,11 @@ def verify(
         role, path, reader = tasks[number]
         yield StageEvent("verify", done, len(tasks))
         relative = path.relative_to(root).as_posix()
-        refusal = reader.refuses(path)
-        if refusal is None:
-            pipeline = pipelines.untouched()
-            comparison = _compare(reader, path, trained, pipeline, names)
-            if reader.changes_pipeline and not comparison.problems:
-                comparison.problems += pipelines.side_effects(comparison.checksums_before)
-            if reader.changes_pipeline:
-                pipelines.drop()
-            check = _check(relative, role, reader, path, comparison, root)
+        found = _look(reader, path, trained, pipelines, names)
+        if isinstance(found, str):
+            check = Check(relative, role, reader.name, "not checked", reason=found)
         else:
-            check = Check(relative, role, reader.name, "not checked", reason=refusal)
+            check = _check(relative, role, reader, path, found, root)
         results[number] = check
         yield VerifyEvent(relative, reader.name, check.status, check.largest_difference)
     yield StageEvent("verify", len(tasks), len(tasks))
@@ -206,6 +203,12 @@ class _Pipelines:
         self._current = None
 
 
+def nothing_learnt(checks: Iterable[Check]) -> bool:
+    """Whether files were read and every trained layer in them equals that of the base model."""
+    changes = [check.largest_change for check in checks if check.status == "passed"]
+    return bool(changes) and all(change == 0 for change in changes)
+
+
 def write_report(path: Path, checks: Iterable[Check]) -> None:
     """Writes the checks as `verify.json`."""
     entries = [asdict(check) for check in checks]
@@ -223,18 +226,34 @@ def _readers_of(role: Role, path: Path) -> tuple[Reader, ...]:
     return _READERS.get((role, kind), ())
 
 
+def _look(
+    reader: Reader, path: Path, trained: TrainedWeights, pipelines: _Pipelines, names: KohyaNames
+) -> _Comparison | str:
+    """What the reader found in the file, or why it does not apply."""
+    refusal = reader.refuses(path)
+    if refusal is not None:
+        return refusal
+    try:
+        return _compare(reader, path, trained, pipelines, names)
+    except UnknownStructureError as error:
+        return str(error)
+
+
 def _compare(
-    reader: Reader, path: Path, trained: TrainedWeights, pipeline: Any, names: KohyaNames
+    reader: Reader, path: Path, trained: TrainedWeights, pipelines: _Pipelines, names: KohyaNames
 ) -> _Comparison:
     comparison = _Comparison(reader, _coarsest(path))
-    try:
-        with quiet(), torch.no_grad():
-            for reading in reader.read(pipeline, path, names):
-                _add(comparison, reading, trained)
-    except _LOADING_ERRORS as error:
-        comparison.problems.append(f"{type(error).__name__}: {error}".strip())
-    is_folder = reader in (WHOLE, PEFT_FOLDER)
-    for component in [path.parent.name] if is_folder else trained:
+    with _recording_errors(comparison.problems):
+        reader.loads(path)
+    pipeline = pipelines.untouched()
+    with _recording_errors(comparison.problems):
+        for reading in reader.read(pipeline, path, names):
+            _add(comparison, reading, trained)
+    if reader.changes_pipeline:
+        if not comparison.problems:
+            comparison.problems += pipelines.side_effects(comparison.checksums_before)
+        pipelines.drop()
+    for component in [path.parent.name] if reader.reads_folder else trained:
         wanted = [f"{component}.{layer}" for layer in trained[component]]
         missing = [name for name in wanted if name not in comparison.checksums_before]
         if missing:
@@ -242,6 +261,16 @@ def _compare(
                 f"{len(missing)} of {len(wanted)} layers missing, such as `{missing[0]}`"
             )
     return comparison
+
+
+@contextmanager
+def _recording_errors(problems: list[str]) -> Iterator[None]:
+    """Keeps loaders quiet and turns what they raise into a problem of the file."""
+    try:
+        with quiet(), torch.no_grad():
+            yield
+    except _LOADING_ERRORS as error:
+        problems.append(f"{type(error).__name__}: {error}".strip())
 
 
 def _add(comparison: _Comparison, reading: Reading, trained: TrainedWeights) -> None:
@@ -255,14 +284,17 @@ def _add(comparison: _Comparison, reading: Reading, trained: TrainedWeights) -> 
     comparison.keys += reading.keys
     change = _norm(target - reading.before)
     error, size = _norm(reading.after - target), _norm(target)
-    # Whole weights are stored as they are, so rounding them is known exactly.
-    expected = target.to(comparison.dtype).float() if comparison.reader is WHOLE else target
+    is_exact = comparison.reader.reads_exactly
+    expected = target.to(comparison.dtype).float() if is_exact else target
     allowed = TOLERANCES[comparison.dtype] * change + ARITHMETIC_NOISE * size
     if not _norm(reading.after - expected) <= allowed:
         comparison.problems.append(
             f"`{name}` is off by {error / max(change, 1e-30):.1e} of its change"
         )
     comparison.difference = _larger(comparison.difference, error / max(size, 1e-30))
+    # Merging DoRA rounds weights even where nothing was learnt.
+    if not change <= (0.0 if is_exact else ARITHMETIC_NOISE * size):
+        comparison.change = _larger(comparison.change, change / max(size, 1e-30))
     if change > 0:
         comparison.change_difference = _larger(comparison.change_difference, error / change)
 
@@ -287,6 +319,7 @@ def _check(
         keys_total=total,
         largest_difference=_rounded(comparison.difference),
         largest_change_difference=_rounded(comparison.change_difference),
+        largest_change=_rounded(comparison.change) if comparison.checksums_before else None,
         tolerance=TOLERANCES[comparison.dtype],
         reason=shown + more,
     )
@@ -311,7 +344,7 @@ def _fingerprints(pipeline: Any) -> dict[str, int]:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().numpy().data)
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _norm(tensor: Tensor) -> float:

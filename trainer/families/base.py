@@ -37,16 +37,31 @@ class LatentDistribution:
 
 
 @dataclass(frozen=True)
-class SingleFile:
-    """How a family's one-file checkpoints are known and completed.
+class Checkpoints:
+    """How a family's base models are known, and completed where they are one file.
 
     Args:
-        key: a tensor that only this family's checkpoints hold.
-        config: hub repository with the configurations and tokenizers that such a file lacks.
+        denoiser: entries of the denoiser's configuration that set it apart from models of the
+            same pipeline; null and false stand for an absent entry too.
+        file_key: a tensor that only this family's one-file checkpoints hold.
+        file_input: the denoiser's first convolution in such a file; its inputs are counted.
+        file_config: hub repository with the configurations and tokenizers that such a file lacks.
+        vaes: hub ids of well-known VAEs that speak of this family's latents.
     """
 
-    key: str
-    config: str
+    denoiser: Mapping[str, Any]
+    file_key: str
+    file_input: str
+    file_config: str
+    vaes: frozenset[str] = frozenset()
+
+    def difference(self, config: Mapping[str, Any]) -> str | None:
+        """Where a denoiser's configuration is not of this family, in words."""
+        for name, wanted in self.denoiser.items():
+            got = config.get(name)
+            if (got or None) != (wanted or None):
+                return f"has {name} `{got}` where this family has `{wanted}`"
+        return None
 
 
 class Family(ABC):
@@ -61,7 +76,7 @@ class Family(ABC):
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
     unused_components: ClassVar[tuple[str, ...]] = ()
-    single_file: ClassVar[SingleFile]
+    checkpoints: ClassVar[Checkpoints]
     kohya: ClassVar[KohyaNames]
 
     def __init__(self, pipeline: Any) -> None:

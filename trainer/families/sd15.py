@@ -8,11 +8,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from trainer.families.base import (
+    Checkpoints,
     Conditioning,
     Family,
     Geometry,
     LatentDistribution,
-    SingleFile,
     latents_of,
 )
 from trainer.names import KohyaNames
@@ -25,9 +25,17 @@ class StableDiffusion15(Family):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder",)
     unused_components = ("safety_checker", "feature_extractor", "image_encoder")
-    single_file = SingleFile(
-        key="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
-        config="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    checkpoints = Checkpoints(
+        denoiser={
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "use_linear_projection": False,
+            "addition_embed_type": None,
+        },
+        file_key="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        file_input="model.diffusion_model.input_blocks.0.0.weight",
+        file_config="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        vaes=frozenset({"stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"}),
     )
     kohya = KohyaNames(
         denoiser_prefix="lora_unet",

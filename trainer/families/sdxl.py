@@ -8,11 +8,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from trainer.families.base import (
+    Checkpoints,
     Conditioning,
     Family,
     Geometry,
     LatentDistribution,
-    SingleFile,
     latents_of,
 )
 from trainer.names import KohyaNames
@@ -72,9 +72,16 @@ class StableDiffusionXL(Family):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     unused_components = ("feature_extractor", "image_encoder")
-    single_file = SingleFile(
-        key="conditioner.embedders.1.model.ln_final.weight",
-        config="stabilityai/stable-diffusion-xl-base-1.0",
+    checkpoints = Checkpoints(
+        denoiser={
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "addition_embed_type": "text_time",
+        },
+        file_key="conditioner.embedders.1.model.ln_final.weight",
+        file_input="model.diffusion_model.input_blocks.0.0.weight",
+        file_config="stabilityai/stable-diffusion-xl-base-1.0",
+        vaes=frozenset({"madebyollin/sdxl-vae-fp16-fix", "stabilityai/sdxl-vae"}),
     )
     kohya = KohyaNames(
         denoiser_prefix="lora_unet",

@@ -1,0 +1,87 @@
+"""Adapters on layers kept in half precision, and the weights they amount to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from trainer import adapters
+from trainer.config import AdapterConfig
+
+FORMS = [{}, {"use_dora": True}, {"lora_type": "lokr"}, {"lora_type": "loha"}]
+
+
+def denoiser(dtype: torch.dtype) -> UNet2DConditionModel:
+    """A small UNet with attention and convolutions."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return unet.requires_grad_(False).to(dtype)
+
+
+def adapted(form: dict[str, object], dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
+    unet = denoiser(dtype)
+    adapter = AdapterConfig.model_validate({"rank": 4, **form})
+    adapters.make_trainable(unet, adapter, seed=seed, must_match=True)
+    return unet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_adapter_leaves_every_weight_as_it_was(
+    form: dict[str, object], dtype: torch.dtype
+) -> None:
+    weights = adapters.EffectiveWeights(adapted(form, dtype))
+    assert len(weights) > 10
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, weights.base(name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_learns_is_kept_in_32_bits_on_a_half_precision_base(form: dict[str, object]) -> None:
+    unet = adapted(form, torch.bfloat16)
+    learning = {p.dtype for p in unet.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in unet.parameters() if not p.requires_grad}
+    assert (learning, frozen) == ({torch.float32}, {torch.bfloat16})
+
+
+def test_the_seed_decides_the_first_weights_and_leaves_torchs_own_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    unet = denoiser(torch.float32)
+    torch.manual_seed(7)
+    adapters.make_trainable(unet, AdapterConfig(rank=4), seed=1, must_match=True)
+    drawn = torch.rand(3)
+    first, same, other = (
+        adapters.adapter_tensors(adapted({}, torch.float32, seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(drawn, expected)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_tensors_put_an_adapter_back(form: dict[str, object]) -> None:
+    one, two = adapted(form, torch.float32, seed=1), adapted(form, torch.float32, seed=2)
+    saved = {name: tensor + 0.01 for name, tensor in adapters.adapter_tensors(one).items()}
+    adapters.load_adapter_tensors(two, saved)
+    restored = adapters.adapter_tensors(two)
+    assert restored.keys() == saved.keys()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
+
+
+def test_reading_effective_weights_changes_nothing() -> None:
+    unet = adapted({"use_dora": True}, torch.bfloat16)
+    before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
+    dict(adapters.EffectiveWeights(unet))
+    after = dict(unet.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {p.dtype for n, p in after.items() if "base_layer" in n} == {torch.bfloat16}

@@ -1,0 +1,117 @@
+"""The result files of a training: their number formats, DoRA's conventions, and mixed precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import configuration, train
+
+from trainer.events import Event, FileEvent, NoteEvent, VerifyEvent
+from trainer.tensorfile import read_metadata
+
+FORMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "lokr": {"lora_type": "lokr", "lokr_factor": 4},
+    "loha": {"lora_type": "loha"},
+    "full": {"use_lora": False, "learning_rate": 1e-5},
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a file holds in 32 bits whatever its weights are in: few numbers, and all-important ones.
+ALWAYS_32_BITS = (".alpha", ".dora_scale", ".lora_magnitude_vector.weight")
+
+
+def statuses(events: list[Event]) -> dict[str, set[str]]:
+    """Weight file to what its readers found."""
+    found: dict[str, set[str]] = {}
+    for event in events:
+        if isinstance(event, FileEvent) and event.path.endswith(".safetensors"):
+            found[event.path] = set()
+        if isinstance(event, VerifyEvent):
+            found[event.path].add(event.status)
+    return found
+
+
+def warnings(events: list[Event]) -> str:
+    return " ".join(e.message for e in events if isinstance(e, NoteEvent) and e.note == "warning")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("save_dtype", DTYPES)
+def test_save_dtype_is_the_format_of_the_weights_in_every_file(
+    save_dtype: str, form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"save_dtype": save_dtype, "max_train_steps": 2, **FORMS[form]}
+
+    found = statuses(train(configuration(sd15_folder, photo_folder, **leaves), tmp_path))
+
+    assert found
+    assert all(status - {"not checked"} == {"passed"} for status in found.values())
+    for path in found:
+        tensors = load_file(tmp_path / path)
+        fixed = {tensors.pop(k).dtype for k in list(tensors) if k.endswith(ALWAYS_32_BITS)}
+        assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[save_dtype]}
+        assert fixed <= {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kohya_dora", "conventions"),
+    [
+        ("paper", {"lora.safetensors": "paper"}),
+        ("comfyui", {"lora_comfyui.safetensors": "comfyui"}),
+        ("both", {"lora.safetensors": "paper", "lora_comfyui.safetensors": "comfyui"}),
+    ],
+)
+def test_kohya_dora_is_which_files_there_are_and_what_their_headers_say(
+    kohya_dora: str,
+    conventions: dict[str, str],
+    sd15_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+) -> None:
+    leaves = {"use_dora": True, "kohya_dora": kohya_dora, "max_train_steps": 1}
+
+    found = statuses(train(configuration(sd15_folder, photo_folder, **leaves), tmp_path))
+
+    outputs = tmp_path / "outputs"
+    kohya = {path.name for path in outputs.glob("*.safetensors")}
+    kohya.remove("pytorch_lora_weights.safetensors")
+    headers = {name: read_metadata(outputs / name) for name in kohya}
+    assert {name: header["dora_convention"] for name, header in headers.items()} == conventions
+    assert all("passed" in found[f"outputs/{name}"] for name in conventions)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_in_mixed_precision_is_given_back_by_its_files(
+    form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"mixed_precision": "bf16", "max_train_steps": 2, **FORMS[form]}
+
+    events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
+
+    found = statuses(events)
+    assert found
+    assert all(status - {"not checked"} == {"passed"} for status in found.values())
+    assert "nothing was learnt" not in warnings(events)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_that_learnt_nothing_says_so(
+    form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    # The first of ten warm-up steps has a learning rate of zero.
+    warm_up = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10, "max_train_steps": 1}
+    leaves = {**FORMS[form], **warm_up}
+
+    events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
+
+    card = (tmp_path / "outputs" / "README.md").read_text()
+    report = json.loads((tmp_path / "outputs" / "verify.json").read_text())
+    assert "nothing was learnt" in warnings(events)
+    assert "**Nothing was learnt**" in card
+    assert {c["largest_change"] for c in report["checks"] if c["status"] == "passed"} == {0.0}
