@@ -200,3 +200,13 @@ def test_a_wrong_target_or_timestep_is_refused_before_any_picture_is_read(
     with pytest.raises(InputError, match="to_kk"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_delivered_again_in_another_format_without_training(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    train(configuration(sd15_folder, photo_folder), tmp_path)
+    again = train(configuration(sd15_folder, photo_folder, save_dtype="bf16"), tmp_path)
+    written = load_file(tmp_path / "outputs" / "pytorch_lora_weights.safetensors")
+    assert losses(again) == []
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}

@@ -207,6 +207,7 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
     width, height = config.data.resolution_width, config.data.resolution_height
     assert width is not None
     assert height is not None
+    ignored = config.resolved.ignored_options
     return TrainingFacts(
         output_name=config.output.output_name,
         base_model=public_name(config.model.model_url),
@@ -215,7 +216,7 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
         width=width,
         height=height,
         captions=Counter(example.caption for example in training.dataset.examples),
-        settings=config.values(),
+        settings={name: value for name, value in config.values().items() if name not in ignored},
     )
 
 

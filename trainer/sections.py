@@ -402,14 +402,18 @@ class OutputConfig(Section):
         "lora",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,99}$",
         description="Name of the result, in file names and headers (ours).",
+        json_schema_extra=WATCHING_ONLY,
     )
     save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
-        "fp32", description="Number format of the written weights (ours)."
+        "fp32",
+        description="Number format of the written weights (ours).",
+        json_schema_extra=WATCHING_ONLY,
     )
     kohya_dora: Literal["paper", "comfyui", "both"] = Field(
         "both",
         description="Meaning of DoRA magnitudes in the kohya file: the paper's (LyCORIS, PEFT), "
         "ComfyUI's, or one file of each (ours).",
+        json_schema_extra=WATCHING_ONLY,
     )
     debug_dataset: bool = Field(
         False, description="Deliver the pictures exactly as they were trained (fal)."
