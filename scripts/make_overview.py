@@ -1,6 +1,6 @@
 """Puts what a run saw and how it went into one picture: make_overview.py RUN_FOLDER PICTURE
 
-Above, the photographs as they were trained; below, the loss over the steps.
+Above, the photographs upright and at the trained scale; below, the loss over the steps.
 """
 
 from __future__ import annotations

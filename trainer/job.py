@@ -3,7 +3,7 @@
 ```
 config.yaml      the resolved configuration
 events.jsonl     everything the run said, one JSON object a line
-prepared/        the pictures as they are trained, to be looked at
+prepared/        the pictures, upright and at the trained scale, to be looked at
 checkpoints/     step-N folders, each with a manifest
 logs/            TensorBoard
 outputs/         the result files
@@ -136,7 +136,7 @@ class RunFolder:
 
     @property
     def prepared(self) -> Path:
-        """The pictures as they are trained."""
+        """The pictures, upright and at the trained scale."""
         return self.root / "prepared"
 
     @property
