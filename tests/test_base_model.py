@@ -320,3 +320,26 @@ def test_a_variant_that_the_hub_lacks_is_put_down_to_the_variant(hub: str) -> No
     (problem,) = caught.value.problems
     assert problem.field == "variant"
     assert "huggingface.co/owner/tiny/tree/main" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model")],
+)
+def test_a_checkpoint_with_a_missing_weight_is_refused_and_not_completed_with_noise(
+    part: str, name: str, copied: Path
+) -> None:
+    path = copied / part / f"{name}.safetensors"
+    weights = load_file(path)
+    gone = sorted(weights)[3]
+    save_file({key: tensor for key, tensor in weights.items() if key != gone}, path)
+    with pytest.raises(InputError, match="lacks 1 weights"):
+        base_model.load(base_model.locate(settings(copied)), FULL)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model"])
+def test_a_truncated_weight_file_is_refused(part: str, copied: Path) -> None:
+    path = copied / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="could not be loaded"):
+        base_model.load(base_model.locate(settings(copied)), FULL)

@@ -189,7 +189,7 @@ def test_a_run_on_other_base_weights_is_not_gone_on_with(
     model = make_tiny_models.make_sd15(tmp_path / "model", seed=0)
     train(configuration(model, photo_folder), tmp_path / "run")
     make_tiny_models.make_sd15(tmp_path / "model", seed=1)
-    with pytest.raises(CheckpointError, match="base model's weights"):
+    with pytest.raises(CheckpointError, match="base model's contents"):
         train(configuration(model, photo_folder), tmp_path / "run")
 
 
@@ -210,3 +210,37 @@ def test_a_finished_run_is_delivered_again_in_another_format_without_training(
     written = load_file(tmp_path / "outputs" / "pytorch_lora_weights.safetensors")
     assert losses(again) == []
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+def test_a_corrected_noise_schedule_makes_another_run(photo_folder: Path, tmp_path: Path) -> None:
+    model = make_tiny_models.make_sd15(tmp_path / "model")
+    train(configuration(model, photo_folder), tmp_path / "run")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(CheckpointError, match="base model's contents"):
+        train(configuration(model, photo_folder), tmp_path / "run")
+
+
+def test_an_option_without_effect_does_not_make_another_run(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    train(configuration(sd15_folder, photo_folder), tmp_path)
+    again = configuration(sd15_folder, photo_folder, lokr_factor=4, model_family="sd15")
+    assert losses(train(again, tmp_path)) == []
+
+
+def test_a_wish_to_stop_while_files_are_written_is_granted_and_the_next_run_delivers(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sd15_folder, photo_folder)
+    events: list[Any] = []
+
+    def wished() -> bool:
+        return any(isinstance(event, FileEvent) for event in events)
+
+    with pytest.raises(Interrupted, match="before all files"):
+        for event in engine.run(config, RunFolder(tmp_path), wished):
+            events.append(event)
+    again = train(config, tmp_path)
+    assert losses(again) == []
+    assert any(isinstance(event, VerifyEvent) for event in again)

@@ -64,3 +64,14 @@ def test_a_stopped_run_goes_on_on_the_gpu(
             first.append(event)
     rest = train(config, tmp_path / "parts")
     assert losses(rest) == pytest.approx(losses(whole)[2:], rel=1e-3)
+
+
+def test_a_step_whose_fp16_gradients_overflow_is_tried_again_until_it_counts(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    # The scaler starts at 2**16: the first attempts overflow, and still every step is taken.
+    config = configuration(sd15_folder, photo_folder, mixed_precision="fp16")
+    events = train(config, tmp_path)
+    norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
+    assert len(norms) == 4
+    assert all(math.isfinite(norm) for norm in norms)

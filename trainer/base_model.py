@@ -7,14 +7,18 @@ before any weights are touched; `load` then opens the pipeline.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer import vae
@@ -137,14 +141,19 @@ def denoiser_skeleton(base: BaseModel) -> torch.nn.Module:
     return skeleton.requires_grad_(False).eval()
 
 
-def weights_digest(family: Family) -> str:
-    """sha256 over samples of all weights: tells one checkpoint from another in a moment.
+def contents_digest(family: Family) -> str:
+    """sha256 over configurations, vocabularies and samples of all weights, in a moment.
 
     Args:
         family: just loaded, with all its components.
     """
     digest = hashlib.sha256()
     for part, component in sorted(family.pipeline.components.items()):
+        if isinstance(component, ConfigMixin):
+            facts = {k: v for k, v in component.config.items() if not k.startswith("_")}
+            digest.update(f"{part} {json.dumps(facts, sort_keys=True, default=str)}".encode())
+        if isinstance(component, PreTrainedTokenizerBase):
+            digest.update(f"{part} {json.dumps(component.get_vocab(), sort_keys=True)}".encode())
         if not isinstance(component, torch.nn.Module):
             continue
         for name, tensor in component.state_dict().items():
@@ -185,6 +194,7 @@ def load(base: BaseModel, precision: Precision) -> Family:
                 revision=settings.revision,
                 variant=settings.variant,
                 use_safetensors=True,
+                **_text_encoders(base, precision.frozen),
                 **skipped,
             )
     scheduler_class = type(pipeline.scheduler)
@@ -195,11 +205,48 @@ def load(base: BaseModel, precision: Precision) -> Family:
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
+            without_data = [n for n, p in component.named_parameters() if p.is_meta]
+            _refuse_gaps(settings, name, without_data)
             component.requires_grad_(False).eval()
             wanted = dtypes.get(name, precision.frozen)
             if component.dtype != wanted:
                 component.to(wanted)
     return base.family(pipeline)
+
+
+def _text_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The text encoders of a folder or hub id, which transformers would complete with noise.
+
+    Raises:
+        InputError: a weight is missing.
+    """
+    settings = base.settings
+    index = base.configurations.read_json("model_index.json")
+    encoders: dict[str, torch.nn.Module] = {}
+    for name in base.family.text_encoder_names:
+        encoder_class: Any = getattr(transformers, index[name][1])
+        encoder, report = encoder_class.from_pretrained(
+            settings.model_url,
+            subfolder=name,
+            revision=settings.revision,
+            variant=settings.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        _refuse_gaps(settings, name, sorted(report["missing_keys"]))
+        encoders[name] = encoder
+    return encoders
+
+
+def _refuse_gaps(settings: ModelConfig, part: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise InputError.of(
+            "model_url",
+            f"`{part}` of `{settings.model_url}` lacks {len(missing)} weights, "
+            f"such as `{missing[0]}`",
+            "give a complete checkpoint",
+        )
 
 
 def _configurations(settings: ModelConfig, family: type[Family]) -> Source:

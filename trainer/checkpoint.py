@@ -4,7 +4,7 @@
 checkpoints/step-N/
   weights.safetensors   what is learnt
   optimizer.pt          the optimizer's state
-  state.json            learning-rate schedule, gradient scaler
+  state.json            learning-rate schedule, gradient scaler, losses so far
   manifest.json         written last: step, configuration, size and sha256 of the others
 ```
 
@@ -142,7 +142,10 @@ def refuse_other(folder: Path, config_values: Mapping[str, Any]) -> None:
     for step in _steps(folder):
         path = folder / f"{_PREFIX}{step}"
         try:
-            theirs = json.loads((path / MANIFEST).read_bytes())["content"]["config"]
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            if manifest["sha256"] != _digest_of(manifest["content"]):
+                continue
+            theirs = manifest["content"]["config"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         known = {name: theirs.get(name) for name in config_values}

@@ -1,6 +1,7 @@
 """Writing files so that a crash, a full disk or a power cut leaves the old state or the new one.
 
-Every file of a run folder is written here. A failed write becomes a `DiskError`.
+Everything in a run folder that a later run or a reader relies on is written here; logs are
+appended to where they are. A failed write becomes a `DiskError`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One training from a resolved configuration to verified files, as a stream of events.
 
-The only composer: it joins the base model, data, objective, adapter, optimizer, checkpoints and
-exporters, and names no family. Whoever iterates decides what is shown and logged; stopping is
-asked for by a function, so no callbacks are needed.
+With `training` and `results` the only composer: they join the base model, data, objective,
+adapter, optimizer, checkpoints and exporters, and name no family. Whoever iterates decides what
+is shown and logged; stopping is asked for by a function, so no callbacks are needed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event
     Args:
         config: the resolved configuration.
         folder: the run folder; a checkpoint of the same configuration in it is gone on from.
-        stop: asked after every event and step; true ends the run with a checkpoint.
+        stop: asked after every event; true ends the run, after steps with a checkpoint.
 
     Raises:
         TrainerError: of the kind that tells what went wrong.
@@ -68,7 +68,8 @@ def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event
 
 
 def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
-    composed = yield from _interruptible(compose(config, folder), stop)
+    composing = compose(config, folder)
+    composed = yield from _interruptible(composing, stop, "stopped before the first step")
     training = composed.training
     yield from training.resume(folder)
     if training.accelerator.is_main_process:
@@ -80,8 +81,11 @@ def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Even
     training.accelerator.wait_for_everyone()
     training.accelerator.end_training()
     if is_main_process:
-        yield from results.deliver(
+        delivery = results.deliver(
             composed.config, composed.base, composed.precision, training, folder
+        )
+        yield from _interruptible(
+            delivery, stop, "stopped before all files were written and verified"
         )
 
 
@@ -115,7 +119,7 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     examples = yield from _prepare(config, folder, accelerator)
     precision = precision_of(config)
     family = base_model.load(base, precision)
-    weights = base_model.weights_digest(family)
+    contents = base_model.contents_digest(family)
     plan = Plan(
         num_examples=len(examples),
         batch_size=config.run.batch_size,
@@ -130,7 +134,7 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     if config.data.cache_latents:
         pictures = yield from encode_pictures(family, dataset, accelerator.device)
     training = Training(
-        config, family, accelerator, dataset, text=text, pictures=pictures, base_weights=weights
+        config, family, accelerator, dataset, text=text, pictures=pictures, base_contents=contents
     )
     yield from map(_as_event, training.notes)
     config = config.with_notes(*training.notes)
@@ -227,9 +231,9 @@ def _run_event(composed: Composition) -> RunEvent:
 
 
 def _interruptible(
-    stage: Generator[Event, None, Value], stop: Stop
+    stage: Generator[Event, None, Value], stop: Stop, message: str
 ) -> Generator[Event, None, Value]:
-    """A stage that ends early when asked to; nothing is lost, since no step is done yet."""
+    """A stage without steps that ends early when asked to: every step done is in a checkpoint."""
     while True:
         try:
             event = next(stage)
@@ -238,11 +242,12 @@ def _interruptible(
             return value
         yield event
         if stop():
-            raise Interrupted("stopped before the first step", "run the same command to go on")
+            raise Interrupted(message, "run the same command to go on")
 
 
 def _memory_hint(config: TrainingConfig) -> str:
-    """Settings of this configuration that would save memory, the most helpful first."""
+    """Up to three settings that would save memory here, the most helpful first."""
+    adapter, width = config.adapter, config.data.resolution_width
     remedies = [
         (not config.run.gradient_checkpointing, "gradient_checkpointing: true"),
         (
@@ -250,10 +255,11 @@ def _memory_hint(config: TrainingConfig) -> str:
             "batch_size: 1 with gradient_accumulation_steps: "
             f"{config.run.batch_size * config.run.gradient_accumulation_steps}",
         ),
-        (not config.adapter.use_lora, "use_lora: true"),
+        (not adapter.use_lora, "use_lora: true"),
         (config.optim.optimizer == "adamw", "optimizer: adamw8bit"),
-        ((config.data.resolution_width or 0) > 512, "resolution_width and resolution_height: 512"),
+        (width is None or width > 512, "resolution_width and resolution_height: 512"),
         (not config.data.cache_latents, "cache_latents: true"),
-        (config.adapter.rank > 8, "rank: 8"),
+        (adapter.use_lora and adapter.rank > 8, "rank: 8"),
     ]
-    return "try " + ", or ".join([setting for helps, setting in remedies if helps][:3])
+    helpful = [setting for helps, setting in remedies if helps][:3]
+    return "try " + ", or ".join(helpful) if helpful else "a GPU with more memory is needed"

@@ -102,7 +102,7 @@ class CheckpointError(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """Stopped on request after publishing a checkpoint; the same command goes on."""
+    """Stopped on request; every step done is in a checkpoint, and the same command goes on."""
 
     kind = "interrupted"
     exit_code = 75

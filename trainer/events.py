@@ -43,7 +43,7 @@ class RunEvent(Event):
 
 @dataclass(frozen=True)
 class StageEvent(Event):
-    """Progress of a stage such as `read`, `encode` or `verify`: done of total."""
+    """Progress of a stage such as `prepare`, `encode captions` or `verify`: done of total."""
 
     kind = "stage"
     stage: str

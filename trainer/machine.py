@@ -11,7 +11,7 @@ from trainer.base_model import BaseModel, Precision
 from trainer.config import RunConfig, TrainingConfig
 from trainer.errors import InputError
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def device_name() -> str:
@@ -50,7 +50,7 @@ def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
 
 def precision_of(config: TrainingConfig) -> Precision:
     """The number formats of a completed configuration: what learns stays in 32 bits."""
-    frozen = DTYPES[config.run.mixed_precision]
+    frozen = _DTYPES[config.run.mixed_precision]
     return Precision(
         frozen=frozen,
         denoiser=frozen if config.adapter.use_lora else torch.float32,

@@ -20,7 +20,7 @@ class MeasurementKey:
 
     Args:
         family: name of the base model's family.
-        model_url: the base model.
+        model_url: the base model, a local one by its whole path.
         method: form of the adapter, or `all weights`.
         targets: layers that get an adapter, by the end of their name.
         rank: of the adapter.
@@ -31,6 +31,8 @@ class MeasurementKey:
         mixed_precision: `no`, `fp16` or `bf16`.
         gradient_checkpointing: whether activations are recomputed.
         cache_latents: whether pictures are encoded beforehand.
+        upscale_vae_32bit: whether they are encoded in 32 bits.
+        num_workers: processes that read pictures ahead.
         optimizer: name of the update rule.
         device: name of the accelerator, or of the processor.
         num_processes: processes that train together.
@@ -48,6 +50,8 @@ class MeasurementKey:
     mixed_precision: str
     gradient_checkpointing: bool
     cache_latents: bool
+    upscale_vae_32bit: bool
+    num_workers: int
     optimizer: str
     device: str
     num_processes: int
@@ -64,11 +68,11 @@ def measurement_key(
         device: name of the device that trains.
         num_processes: processes that train together.
     """
-    adapter, run = config.adapter, config.run
+    adapter, run, local = config.adapter, config.run, Path(config.model.model_url)
     form = "dora" if adapter.use_dora else adapter.lora_type
     return MeasurementKey(
         family=family,
-        model_url=config.model.model_url,
+        model_url=str(local.resolve()) if local.exists() else config.model.model_url,
         method=form if adapter.use_lora else "all weights",
         targets=",".join(adapter.target_unet_modules) if adapter.use_lora else "",
         rank=adapter.rank if adapter.use_lora else 0,
@@ -79,6 +83,8 @@ def measurement_key(
         mixed_precision=run.mixed_precision,
         gradient_checkpointing=run.gradient_checkpointing,
         cache_latents=config.data.cache_latents,
+        upscale_vae_32bit=config.model.upscale_vae_32bit,
+        num_workers=run.num_workers,
         optimizer=config.optim.optimizer,
         device=device,
         num_processes=num_processes,

@@ -4,6 +4,7 @@ on the way there, said as errors with the next action.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,8 +24,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
-from trainer.errors import InputError
+from trainer.errors import DiskError, InputError, TrainerError
 from trainer.tensorfile import read_header
 
 
@@ -110,39 +113,81 @@ def hub_errors(
     """
     try:
         yield
-    except GatedRepoError as error:
-        hint = f"accept its licence at https://huggingface.co/{url}, then run `hf auth login`"
-        raise InputError.of(field, f"`{url}` is gated", hint) from error
-    except RevisionNotFoundError as error:
-        message = f"`{url}` has no such revision"
-        raise InputError.of("revision", message, "give a branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private one run `hf auth login` or set HF_TOKEN"
-        raise InputError.of(field, f"`{url}` is not on the hub", hint) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        hint = "connect once to download it, or give a local folder or .safetensors file"
-        raise InputError.of(
-            field,
-            f"`{url}` is neither a local path nor in the cache, and the hub is out of reach",
-            hint,
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError.of(
-            field, f"`{url}` lacks a file that a model in diffusers' layout has", "check the id"
-        ) from error
-    except HFValidationError as error:
-        hint = "give an existing folder or file, or a hub id such as `owner/name`"
-        raise InputError.of(field, f"there is no `{url}`", hint) from error
-    except HfHubHTTPError as error:
-        hint = "try again later, or give a local folder"
-        raise InputError.of(field, f"`{url}`: the hub answered {error}", hint) from error
-    except (OSError, ValueError) as error:
+    except tuple(kind for kind, *_ in _HUB_ANSWERS) as error:
+        raise _hub_answer(error, field, url) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(error, field, url, revision=revision, variant=variant) from error
+
+
+# Kind of error, the option at fault where it is not the place itself, message and hint; the
+# first kind that fits counts, so special ones come before those they belong to.
+_HUB_ANSWERS: tuple[tuple[type[Exception], str | None, str, str], ...] = (
+    (
+        GatedRepoError,
+        None,
+        "`{url}` is gated",
+        "accept its licence at https://huggingface.co/{url}, then run `hf auth login`",
+    ),
+    (
+        RevisionNotFoundError,
+        "revision",
+        "`{url}` has no such revision",
+        "give a branch, tag or commit",
+    ),
+    (
+        RepositoryNotFoundError,
+        None,
+        "`{url}` is not on the hub",
+        "check the spelling; for a private one run `hf auth login` or set HF_TOKEN",
+    ),
+    (
+        LocalEntryNotFoundError,
+        None,
+        "`{url}` is neither a local path nor in the cache, and the hub is out of reach",
+        "connect once to download it, or give a local folder or .safetensors file",
+    ),
+    (
+        OfflineModeIsEnabled,
+        None,
+        "`{url}` is neither a local path nor in the cache, and the hub is out of reach",
+        "connect once to download it, or give a local folder or .safetensors file",
+    ),
+    (
+        EntryNotFoundError,
+        None,
+        "`{url}` lacks a file that a model in diffusers' layout has",
+        "check the id",
+    ),
+    (
+        HFValidationError,
+        None,
+        "there is no `{url}`",
+        "give an existing folder or file, or a hub id such as `owner/name`",
+    ),
+    (
+        HfHubHTTPError,
+        None,
+        "`{url}`: the hub answered {error}",
+        "try again later, or give a local folder",
+    ),
+)
+
+
+def _hub_answer(error: Exception, field: str, url: str) -> InputError:
+    for kind, option, message, hint in _HUB_ANSWERS:
+        if isinstance(error, kind):
+            told = message.format(url=url, error=error)
+            return InputError.of(option or field, told, hint.format(url=url))
+    raise AssertionError(error)
 
 
 def _unloadable(
     error: Exception, field: str, url: str, *, revision: str | None, variant: str | None
-) -> InputError:
+) -> TrainerError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(f"there is no room to download `{url}`", "make room, or move HF_HOME")
     reason = str(error).strip().partition("\n")[0]
     # Loaders name the variant, or a file of it, when it is what they miss.
     if variant is not None and (f"variant={variant}" in reason or f".{variant}." in reason):

@@ -7,7 +7,7 @@ families nor the loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -24,30 +24,6 @@ TARGETS: Mapping[str, Target] = {
     "v_prediction": lambda latents, noise, signal, sigma: signal * noise - sigma * latents,
     "sample": lambda latents, noise, signal, sigma: latents,
 }
-
-
-class Objective(Protocol):
-    """How latents are noised and what the denoiser should say of them."""
-
-    prediction_type: str
-
-    def sample_timesteps(
-        self, seed: int, positions: Sequence[int], *, minimum: int, maximum: int
-    ) -> torch.Tensor:
-        """Timesteps (B,), one for each global example position, in [minimum, maximum)."""
-
-    def add_noise(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """Latents (B, C, …) mixed with noise of the same shape at timesteps (B,)."""
-
-    def target(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """What the denoiser should predict, of the latents' shape."""
-
-    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio (B,) at timesteps (B,), in power."""
 
 
 class Ddpm:

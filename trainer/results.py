@@ -6,7 +6,7 @@ Part of the engine's room: it joins the trained weights with the exporters and n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from trainer.durable import fresh_folder, write_text
 from trainer.errors import VerificationError
 from trainer.events import Event, FileEvent, NoteEvent
 from trainer.export.card import CardFile, model_card
-from trainer.export.diffusers import write_diffusers, write_peft_folders
+from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_folders
 from trainer.export.facts import TrainingFacts, public_name
 from trainer.export.full import write_denoiser
 from trainer.export.kohya import DoraConvention, write_kohya
@@ -31,7 +31,7 @@ from trainer.export.verify import TrainedWeights, nothing_learnt, verify, write_
 from trainer.job import Role, RunFolder
 from trainer.training import Training
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SAVED_AS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CONVENTIONS: Mapping[str, tuple[DoraConvention, ...]] = {
     "paper": ("paper",),
     "comfyui": ("comfyui",),
@@ -45,7 +45,7 @@ def deliver(
     precision: Precision,
     training: Training,
     folder: RunFolder,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Writes every result file and reads it back.
 
     Raises:
@@ -106,8 +106,8 @@ def _adapter_files(
     facts: TrainingFacts,
     outputs: Path,
 ) -> Iterator[tuple[Role, Path]]:
-    dtype = _DTYPES[config.output.save_dtype]
-    path = outputs / "pytorch_lora_weights.safetensors"
+    dtype = _SAVED_AS[config.output.save_dtype]
+    path = outputs / FILE_NAME
     write_diffusers(path, state, dtype)
     yield "diffusers_lora", path
     if state.algorithm != "lora":
@@ -140,7 +140,7 @@ def _full_files(
         outputs / base.family.denoiser_name,
         training.trained_tensors(),
         dict(training.denoiser.config),
-        _DTYPES[config.output.save_dtype],
+        _SAVED_AS[config.output.save_dtype],
     ):
         yield "denoiser_weights", path
 

@@ -81,8 +81,9 @@ def supervise(
 ) -> Result:
     """Runs the engine in a locked folder, lets the listeners hear it, and writes `result.json`.
 
-    Of several processes only the main one locks, speaks and writes. A run that is refused before
-    it begins leaves the result of an earlier one, and no folder where there was none.
+    Of several processes only the main one locks, speaks and writes. A run that ends before its
+    first step leaves the result of an earlier one; a refused one leaves no folder where there
+    was none.
 
     Raises:
         InputError: another training is running in the folder.
@@ -93,12 +94,10 @@ def supervise(
         return _listen(tally, engine(config, folder, stop), [])
     made = folder.create()
     with folder.lock():
-        result = _listen(tally, engine(config, folder, stop), [EarlierResult(folder), *listeners])
-        if tally.began or result.error_kind not in REFUSALS:
-            folder.write_result(result)
-        elif made:
+        result = _listen(tally, engine(config, folder, stop), [*listeners, EarlierResult(folder)])
+        if made and not tally.began and result.error_kind in REFUSALS:
             folder.take_back(made)
-        elif not folder.result.exists():
+        elif tally.began or folder.read_result() is None:
             folder.write_result(result)
     return result
 
@@ -158,9 +157,9 @@ def _listen(tally: Tally, events: Iterator[Event], listeners: Sequence[Listener]
             for listener in listeners:
                 stack.enter_context(listener)
             for event in events:
-                tally.count(event)
                 for listener in listeners:
                     listener.hear(event)
+                tally.count(event)
     except TrainerError as error:
         return tally.failed(error)
     return tally.done()

@@ -29,14 +29,18 @@ from trainer.job import RunFolder
 # Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
 _MOST_ATTEMPTS = 24
 
-# Leaves that say where pictures and weights are; what they are has digests of its own.
-_PLACES = ("images_data_url", "captions_file_url", "model_url", "vae_url", "single_file_config")
+# Leaves that say where pictures and base model are; what they hold has digests of its own.
+_PLACES = (
+    *("images_data_url", "captions_file_url"),
+    *("model_url", "model_family", "single_file_config", "revision", "variant", "vae_url"),
+)
 
 
 def identity(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """What of a run's identity is known before its pictures are read."""
-    values = config.result_values() | {"number of processes": accelerator.num_processes}
-    return {name: value for name, value in values.items() if name not in _PLACES}
+    left_out = {*_PLACES, *config.resolved.ignored_options}
+    values = {name: v for name, v in config.result_values().items() if name not in left_out}
+    return values | {"number of processes": accelerator.num_processes}
 
 
 class Training:
@@ -49,7 +53,7 @@ class Training:
         dataset: the batches of this process.
         text: encoded captions.
         pictures: encoded pictures, or nothing where they are encoded in each step.
-        base_weights: digest of the base model's weights.
+        base_contents: digest of the base model's weights, schedule and tokenizers.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Training:
         *,
         text: EncodedCaptions,
         pictures: EncodedPictures | None,
-        base_weights: str,
+        base_contents: str,
     ) -> None:
         self.config = config
         self.family = family
@@ -69,7 +73,7 @@ class Training:
         self.dataset = dataset
         self.text = text
         self.pictures = pictures
-        self.base_weights = base_weights
+        self.base_contents = base_contents
         self.step = 0
         self.losses: list[float] = []
         self.total_steps = dataset.plan.total_steps(
@@ -157,8 +161,8 @@ class Training:
     def _one_step(self, batches: Sequence[Batch], started: float) -> StepEvent:
         learning_rate = float(self.schedule.get_last_lr()[0])
         for _ in range(_MOST_ATTEMPTS):
-            step_loss, grad_norm = self._attempt(batches)
-            if not self.accelerated_optimizer.step_was_skipped:
+            step_loss, grad_norm, updated = self._attempt(batches)
+            if updated:
                 break
         else:
             raise self._non_finite(step_loss, grad_norm, batches)
@@ -174,11 +178,12 @@ class Training:
             seconds=time.perf_counter() - started,
         )
 
-    def _attempt(self, batches: Sequence[Batch]) -> tuple[float, float]:
+    def _attempt(self, batches: Sequence[Batch]) -> tuple[float, float, bool]:
         """Gradients and update of a step; fp16's scaler skips the update where they overflow.
 
         Returns:
-            The step's loss, and the norm of its gradients before clipping.
+            The step's loss, the norm of its gradients before clipping, and whether the
+            weights were updated.
 
         Raises:
             NonFiniteError: the loss, or without a scaler the gradient, is not finite.
@@ -194,12 +199,13 @@ class Training:
         step_loss = float(self.accelerator.reduce(total, "mean"))
         self.accelerator.unscale_gradients(self.accelerated_optimizer)
         grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
-        scaled = self.accelerator.scaler is not None
-        if not math.isfinite(step_loss) or not (scaled or math.isfinite(grad_norm)):
+        scaler = self.accelerator.scaler
+        if not math.isfinite(step_loss) or (scaler is None and not math.isfinite(grad_norm)):
             raise self._non_finite(step_loss, grad_norm, batches)
         self.accelerated_optimizer.step()
         self.accelerated_optimizer.zero_grad(set_to_none=True)
-        return step_loss, grad_norm
+        # With a scaler, gradients that overflowed change nothing: the update is left out.
+        return step_loss, grad_norm, math.isfinite(grad_norm)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device, seed, settings = self.accelerator.device, self.config.run.seed, self.config.loss
@@ -261,7 +267,7 @@ class Training:
         """What must be equal for two runs to be one: settings, processes, pictures, weights."""
         pictures = [(e.name, e.sha256, e.caption) for e in self.dataset.examples]
         digest = hashlib.sha256(repr(pictures).encode()).hexdigest()
-        contents = {"training pictures": digest, "base model's weights": self.base_weights}
+        contents = {"training pictures": digest, "base model's contents": self.base_contents}
         return identity(self.config, self.accelerator) | contents
 
     def _publish(self, folder: RunFolder) -> Iterator[Event]:

@@ -27,8 +27,9 @@ from trainer.export.state import (
     with_text_model,
     without_text_model,
 )
+from trainer.sections import DIFFUSERS_NAME
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
+FILE_NAME = f"{DIFFUSERS_NAME}.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 
 _PEFT_TYPES = {"lora": "LORA", "lokr": "LOKR", "loha": "LOHA"}
