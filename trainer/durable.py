@@ -102,9 +102,8 @@ def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         _sync(path.parent)
 
 
