@@ -345,3 +345,13 @@ def test_a_rank_beyond_the_width_of_a_layer_is_noted(
     notes = [e for e in steps(config, tmp_path) if isinstance(e, NoteEvent) and e.field == "rank"]
     assert [note.note for note in notes] == ["warning"]
     assert "20 is more than" in notes[0].message
+
+
+@pytest.mark.parametrize(("warm_up", "warned"), [(3, []), (9, ["lr_warmup_steps"])])
+def test_a_warm_up_as_long_as_all_epochs_is_warned_of(
+    warm_up: int, warned: list[str], sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"num_train_epochs": 1, "lr_scheduler": "linear", "lr_warmup_steps": warm_up}
+    events = steps(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
+    warnings = [e.field for e in events if isinstance(e, NoteEvent) and e.note == "warning"]
+    assert [field for field in warnings if field == "lr_warmup_steps"] == warned

@@ -144,27 +144,23 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    @singledispatchmethod
     def hear(self, event: Event) -> None:
         """Moves the bar that the event is about."""
-        self._show(event)
 
-    @singledispatchmethod
-    def _show(self, event: Event) -> None:
-        return None
-
-    @_show.register
+    @hear.register
     def _(self, event: StageEvent) -> None:
         self._move(event.stage, event.done, event.total, "")
 
-    @_show.register
+    @hear.register
     def _(self, event: RunEvent) -> None:
         self._move(TRAINING, event.start_step, event.total_steps, "")
 
-    @_show.register
+    @hear.register
     def _(self, event: StepEvent) -> None:
         self._move(TRAINING, event.step, None, figures(event))
 
-    @_show.register
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._progress.console.print(note_line(event), markup=False, highlight=False)
@@ -190,20 +186,16 @@ class ProgressLines(_Plain):
         self._start = 0
         self._seconds = 0.0
 
+    @singledispatchmethod
     def hear(self, event: Event) -> None:
         """Prints a line if the event deserves one."""
-        self._show(event)
 
-    @singledispatchmethod
-    def _show(self, event: Event) -> None:
-        return None
-
-    @_show.register
+    @hear.register
     def _(self, event: StageEvent) -> None:
         if event.done == event.total:
             self._print(f"{event.stage}: {event.done} of {event.total}")
 
-    @_show.register
+    @hear.register
     def _(self, event: RunEvent) -> None:
         self._total = event.total_steps
         self._start = event.start_step
@@ -212,7 +204,7 @@ class ProgressLines(_Plain):
             f"{TRAINING}: {begins}, {event.total_steps} steps in all, {event.num_examples} pictures"
         )
 
-    @_show.register
+    @hear.register
     def _(self, event: StepEvent) -> None:
         self._seconds += event.seconds
         interval = max(1, self._total // 20)
@@ -221,11 +213,11 @@ class ProgressLines(_Plain):
             left = duration(mean * (self._total - event.step))
             self._print(f"step {event.step}/{self._total}  {figures(event)}  {left} left")
 
-    @_show.register
+    @hear.register
     def _(self, event: CheckpointEvent) -> None:
         self._print(f"checkpoint: {event.path}")
 
-    @_show.register
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._print(note_line(event))
@@ -286,21 +278,17 @@ class TensorBoard(_Plain):
         if self._writer is not None:
             self._writer.close()
 
+    @singledispatchmethod
     def hear(self, event: Event) -> None:
         """Adds the points of a step."""
-        self._show(event)
 
-    @singledispatchmethod
-    def _show(self, event: Event) -> None:
-        return None
-
-    @_show.register
+    @hear.register
     def _(self, event: RunEvent) -> None:
         module = importlib.import_module("torch.utils.tensorboard")
         with disk_errors(self._logs):
             self._writer = module.SummaryWriter(str(self._logs), purge_step=event.start_step + 1)
 
-    @_show.register
+    @hear.register
     def _(self, event: StepEvent) -> None:
         with disk_errors(self._logs):
             for name, value in scalars(event).items():
@@ -331,15 +319,11 @@ class WeightsAndBiases(_Plain):
         if self._run is not None:
             self._run.finish(exit_code=int(any(ended)))
 
+    @singledispatchmethod
     def hear(self, event: Event) -> None:
         """Sends the points of a step."""
-        self._show(event)
 
-    @singledispatchmethod
-    def _show(self, event: Event) -> None:
-        return None
-
-    @_show.register
+    @hear.register
     def _(self, event: RunEvent) -> None:
         place = f"{self._config.fingerprint()} {self._folder.root.resolve()}"
         self._folder.logs.mkdir(parents=True, exist_ok=True)
@@ -359,7 +343,7 @@ class WeightsAndBiases(_Plain):
                 "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out",
             ) from error
 
-    @_show.register
+    @hear.register
     def _(self, event: StepEvent) -> None:
         self._run.log(scalars(event), step=event.step)
 
@@ -370,19 +354,15 @@ class Summary(_Plain):
     def __init__(self) -> None:
         self._verdicts: dict[str, list[str]] = {}
 
+    @singledispatchmethod
     def hear(self, event: Event) -> None:
         """Takes note of written and verified files."""
-        self._show(event)
 
-    @singledispatchmethod
-    def _show(self, event: Event) -> None:
-        return None
-
-    @_show.register
+    @hear.register
     def _(self, event: FileEvent) -> None:
         self._verdicts.setdefault(event.path, [])
 
-    @_show.register
+    @hear.register
     def _(self, event: VerifyEvent) -> None:
         self._verdicts.setdefault(event.path, []).append(f"{event.reader}: {event.status}")
 

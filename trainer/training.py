@@ -81,7 +81,7 @@ class Training:
         )
         self.objective = family.objective_class.from_scheduler(family.pipeline.scheduler)
         self.denoiser = family.denoiser
-        self.notes = self._make_trainable()
+        self.notes = (*self._make_trainable(), *self._long_warm_up())
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         family.denoiser = accelerator.prepare_model(self.denoiser)
         if pictures is None:
@@ -157,6 +157,18 @@ class Training:
             seed=self.config.run.seed,
             must_match=self.config.is_explicit("target_unet_modules"),
         )
+
+    def _long_warm_up(self) -> tuple[Note, ...]:
+        """What could not be told before the pictures were counted: epochs as steps."""
+        optimization, in_epochs = self.config.optim, self.config.run.num_train_epochs
+        warms_up = optimization.lr_scheduler != "constant"
+        if in_epochs is None or not warms_up or optimization.lr_warmup_steps < self.total_steps:
+            return ()
+        message = (
+            f"{optimization.lr_warmup_steps} warm-up steps fill the whole run of "
+            f"{self.total_steps}: the full learning rate is never reached"
+        )
+        return (Note(kind="warning", field="lr_warmup_steps", message=message),)
 
     def _one_step(self, batches: Sequence[Batch], started: float) -> StepEvent:
         learning_rate = float(self.schedule.get_last_lr()[0])
