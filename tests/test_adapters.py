@@ -27,10 +27,22 @@ def denoiser(dtype: torch.dtype) -> UNet2DConditionModel:
     return unet.requires_grad_(False).to(dtype)
 
 
+def train_denoiser(unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int) -> None:
+    adapters.make_trainable(
+        unet,
+        adapter,
+        adapter.target_unet_modules,
+        field="target_unet_modules",
+        component="unet",
+        seed=seed,
+        must_match=True,
+    )
+
+
 def adapted(form: dict[str, object], dtype: torch.dtype, seed: int = 0) -> UNet2DConditionModel:
     unet = denoiser(dtype)
     adapter = AdapterConfig.model_validate({"rank": 4, **form})
-    adapters.make_trainable(unet, adapter, seed=seed, must_match=True)
+    train_denoiser(unet, adapter, seed)
     return unet
 
 
@@ -58,7 +70,7 @@ def test_the_seed_decides_the_first_weights_and_leaves_torchs_own_generator_alon
     expected = torch.rand(3)
     unet = denoiser(torch.float32)
     torch.manual_seed(7)
-    adapters.make_trainable(unet, AdapterConfig(rank=4), seed=1, must_match=True)
+    train_denoiser(unet, AdapterConfig(rank=4), 1)
     drawn = torch.rand(3)
     first, same, other = (
         adapters.adapter_tensors(adapted({}, torch.float32, seed)) for seed in (1, 1, 2)

@@ -17,10 +17,10 @@ from trainer.base_model import Precision
 from trainer.config import ModelConfig
 from trainer.errors import InputError
 
-FULL = Precision(torch.float32, torch.float32, torch.float32)
+FULL = Precision(*[torch.float32] * 4)
 
 
-HALF = Precision(torch.bfloat16, torch.bfloat16, vae=torch.float32)
+HALF = Precision(torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16)
 
 
 def settings(model: Path, **leaves: object) -> ModelConfig:
@@ -196,25 +196,27 @@ def test_the_objective_is_known_without_the_weights(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_skeleton_has_the_denoisers_layers_and_no_data(
+def test_a_skeleton_has_a_components_layers_and_no_data(
     family: str, request: pytest.FixtureRequest
 ) -> None:
     located = base_model.locate(settings(request.getfixturevalue(f"{family}_folder")))
-    skeleton = base_model.denoiser_skeleton(located)
-    denoiser = base_model.load(located, FULL).denoiser
-    assert all(parameter.is_meta for parameter in skeleton.parameters())
-    assert {name: p.shape for name, p in skeleton.named_parameters()} == {
-        name: p.shape for name, p in denoiser.named_parameters()
-    }
-    assert [name for name, _ in skeleton.named_modules()] == [
-        name for name, _ in denoiser.named_modules()
-    ]
+    loaded = base_model.load(located, FULL)
+    for component in ("unet", *loaded.text_encoder_names):
+        skeleton = base_model.skeleton(located, component)
+        whole = loaded.pipeline.components[component]
+        assert all(parameter.is_meta for parameter in skeleton.parameters())
+        assert {name: p.shape for name, p in skeleton.named_parameters()} == {
+            name: p.shape for name, p in whole.named_parameters()
+        }
+        assert [name for name, _ in skeleton.named_modules()] == [
+            name for name, _ in whole.named_modules()
+        ]
 
 
 def test_a_skeleton_of_a_contradictory_configuration_is_refused(copied: Path) -> None:
     rewrite(copied / "unet" / "config.json", block_out_channels=[16])
     with pytest.raises(InputError, match="describes no model"):
-        base_model.denoiser_skeleton(base_model.locate(settings(copied)))
+        base_model.skeleton(base_model.locate(settings(copied)), "unet")
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,17 @@ from click.testing import CliRunner
 from trainer import cli as commands
 from trainer.config import LEAVES
 from trainer.config_files import read_config_file
-from trainer.flags import flag_of
+from trainer.flags import configuration, flag_of
 from trainer.job import RunFolder
 from trainer.resolve import Layer, resolve
 
 Output = pytest.CaptureFixture[str]
+
+# The smallest request to a service, and the overrides that make a small trial of it.
+TRIAL = (
+    "configs/payloads/fal_personalization.json",
+    "configs/payloads/fal_personalization_tiny.yaml",
+)
 
 
 def data_of(capsys: Output) -> Any:
@@ -106,17 +112,48 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(
     assert (config["rank"], config["max_train_steps"], config["use_dora"]) == (3, 7, True)
 
 
-def test_a_request_keeps_its_services_defaults_and_yields_to_flags(
+def test_a_request_keeps_its_services_defaults_and_yields_to_files_and_flags(
+    photo_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    last = tmp_path / "last.yaml"
+    last.write_text(f"images_data_url: {photo_folder}\nmax_train_steps: 9\nseed: 1\n")
+
+    config = validated(capsys, *TRIAL, str(last), "--dialect", "fal", "--seed", "3")
+
+    # The service's own default of snr_gamma is 0.5, ours is 5; the trial says 8 steps of batch 2.
+    assert (config["snr_gamma"], config["batch_size"]) == (0.5, 2)
+    assert (config["max_train_steps"], config["seed"]) == (9, 3)
+    assert config["photo_class"] == "Person"
+
+
+def test_a_later_file_wins_over_an_earlier_one(
     tmp_path: Path, photo_folder: Path, capsys: Output
 ) -> None:
-    payload = json.loads(Path("configs/payloads/fal_personalization.json").read_text())
-    request = tmp_path / "request.json"
-    request.write_text(json.dumps(payload | {"images_data_url": str(photo_folder)}))
+    (tmp_path / "one.yaml").write_text(f"images_data_url: {photo_folder}\nrank: 5\nseed: 5\n")
+    (tmp_path / "other.json").write_text('{"rank": 7}')
 
-    config = validated(capsys, str(request), "--dialect", "fal", "--rank", "3")
+    config = validated(capsys, str(tmp_path / "one.yaml"), str(tmp_path / "other.json"))
 
-    # The service's own default of snr_gamma is 0.5, ours is 5.
-    assert (config["rank"], config["snr_gamma"]) == (3, 0.5)
+    assert (config["rank"], config["seed"]) == (7, 5)
+
+
+def test_concepts_are_given_as_json_on_the_command_line(photo_folder: Path) -> None:
+    concepts = json.dumps([{"images_data_url": str(photo_folder)}, {"images_data_url": "b"}])
+    context = commands.train.make_context("train", ["--concepts", concepts])
+
+    with context:
+        config = configuration(None, None, None)
+
+    assert [subject.token for subject in config.subjects()] == ["TOK", "TOK1"]
+
+
+def test_a_fault_inside_concepts_is_named_with_its_place(capsys: Output) -> None:
+    concepts = '[{"images_data_url": "a"}, {"images_data_url": "b", "photo_class": "Dog"}]'
+
+    code = commands.run(["train", "--concepts", concepts])
+
+    assert code == 2
+    assert '`concepts[1].photo_class`: got "Dog" (in command line)' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -342,13 +379,10 @@ def test_a_refused_command_leaves_the_finished_result(
 def test_a_request_leaves_its_services_answer_beside_the_result(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    payload = json.loads(Path("configs/payloads/fal_personalization.json").read_text())
-    request = tmp_path / "request.json"
-    request.write_text(json.dumps(payload | {"images_data_url": str(photo_folder)}))
     flags = [*small_run(sd15_folder, photo_folder), "--max-train-steps", "1"]
 
     code = commands.run(
-        ["train", str(request), "--dialect", "fal", *flags, "--output", str(tmp_path / "run")]
+        ["train", *TRIAL, "--dialect", "fal", *flags, "--output", str(tmp_path / "run")]
     )
 
     answer = json.loads((tmp_path / "run" / "result.fal.json").read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import LEAVES, SECTIONS, Note, TrainingConfig
+from trainer.config import LEAVES, SECTIONS, Concept, Note, TrainingConfig
 from trainer.config_files import (
     as_layers,
     parse_json,
@@ -99,6 +99,13 @@ def test_the_schema_and_the_words_need_no_definitions_from_elsewhere() -> None:
         ("use_dora", "true or false"),
         ("lora_type", "one of lora, lokr, loha"),
         ("lokr_factor", "-1, or a whole number, at least 1"),
+        ("token_abstraction", "names, as a list or separated by commas, none empty"),
+        (
+            "concepts",
+            "a list of concepts, each with images_data_url; also: token, instance_prompt, "
+            "captions_file_url, repeats, with_prior_preservation, prior_loss_weight, photo_class, "
+            "class_prompt, class_images_url, num_class_images, or null",
+        ),
     ],
 )
 def test_a_range_is_said_in_words(leaf: str, words: str) -> None:
@@ -123,6 +130,12 @@ def test_a_range_is_said_in_words(leaf: str, words: str) -> None:
         ("lokr_factor", "-1", -1),
         ("num_train_epochs", "null", None),
         ("vae_url", "None", None),
+        ("concepts", '[{"images_data_url": "a", "repeats": 2}]')
+        + ([{"images_data_url": "a", "repeats": 2}],),
+        ("concepts", "none", None),
+        ("concepts", '{"images_data_url": "a"}', '{"images_data_url": "a"}'),
+        ("concepts", '[{"repeats": 1, "repeats": 2}]', '[{"repeats": 1, "repeats": 2}]'),
+        ("concepts", "photos", "photos"),
     ],
 )
 def test_a_flag_is_read_by_the_type_of_its_leaf(leaf: str, text: str, value: object) -> None:
@@ -278,6 +291,55 @@ def test_a_written_configuration_reads_back_to_itself(tmp_path: Path) -> None:
     assert back == config
     assert back.resolved.explicit == config.resolved.explicit
     assert write_config(back) == write_config(config)
+
+
+CONCEPTS = [
+    {"images_data_url": "a", "photo_class": "woman", "with_prior_preservation": True},
+    {"images_data_url": "b", "token": "TOK9", "repeats": 3, "captions_file_url": "b.jsonl"},
+]
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["chosen", "assumed"])
+def test_concepts_are_written_and_read_back_to_themselves(explicit: bool) -> None:
+    config = resolve([Layer("test", {"concepts": CONCEPTS}, explicit)])
+
+    back = read_back(write_config(config))
+
+    assert back == config
+    assert back.subjects() == config.subjects()
+    assert write_config(back) == write_config(config)
+    assert {note.field for note in config.resolved.notes if note.kind == "yielded"} == {
+        "token_abstraction"
+    }
+
+
+def test_concepts_may_stand_flat_or_in_their_section_in_yaml_and_in_json() -> None:
+    nested = parse_yaml("data:\n  concepts:\n  - images_data_url: a\n    repeats: 2\n", "a.yaml")
+    flat = parse_json('{"concepts": [{"images_data_url": "a", "repeats": 2}]}', "a.json")
+
+    one, other = (resolve(as_layers(content, "file")) for content in (nested, flat))
+
+    assert one == other
+    assert one.subjects()[0].repeats == 2
+
+
+def test_a_concept_decides_what_is_computed() -> None:
+    twice = [{"images_data_url": "a", "repeats": 2}]
+    one, other = (
+        resolve([Layer("test", {"concepts": concepts}, explicit=True)])
+        for concepts in ([{"images_data_url": "a"}], twice)
+    )
+
+    assert one.fingerprint() != other.fingerprint()
+
+
+def test_the_schema_describes_a_concept_and_nothing_beside_it() -> None:
+    (listed, _) = leaf_schema("concepts")["anyOf"]
+
+    assert listed["items"]["additionalProperties"] is False
+    assert listed["items"]["required"] == ["images_data_url"]
+    assert set(listed["items"]["properties"]) == set(Concept.model_fields)
+    assert all(part["description"] for part in listed["items"]["properties"].values())
 
 
 def test_a_note_that_a_dialect_or_the_engine_left_is_not_lost_on_the_way() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 import pytest
+from make_parameter_table import page_with_table
 
 from trainer.cli import cli, run
+from trainer.config import LEAVES, Concept
 from trainer.config_files import as_layers, parse_yaml
 from trainer.dialects import dialect_names
 from trainer.errors import TrainerError
@@ -111,10 +113,12 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     flags = {"model-url": sd15_folder, **TINY_RUN}
     tiny = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     payload = json.loads((ROOT / "configs/payloads/fal_personalization.json").read_text())
-    (configuration,) = blocks("README.md", "yaml")
+    configuration, *_ = blocks("README.md", "yaml")
     shutil.copytree(photo_folder, tmp_path / "photos")
     (tmp_path / "request.json").write_text(json.dumps(payload | {"images_data_url": "photos"}))
     (tmp_path / "photos.yaml").write_text(configuration)
+    overrides = ROOT / "configs/payloads/fal_personalization_tiny.yaml"
+    shutil.copy(overrides, tmp_path / "overrides.yaml")
     monkeypatch.chdir(tmp_path)
 
     for arguments in run_here("README.md"):
@@ -177,3 +181,12 @@ def test_the_exit_codes_on_the_page_are_those_of_the_errors() -> None:
 
     # 0 is success, 130 a second Ctrl-C (128 + SIGINT, as shells count).
     assert {int(row) for row in rows} == kinds | {0, 130}
+
+
+def test_the_table_of_options_is_current_and_has_a_row_for_every_one() -> None:
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+
+    assert page == page_with_table(page), "run scripts/make_parameter_table.py"
+    assert len(LEAVES) > 90
+    assert rows == [*LEAVES, *Concept.model_fields]

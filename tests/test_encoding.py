@@ -1,22 +1,18 @@
-"""Captions on their way to the text encoders: what of them is cut off."""
+"""Captions on their way to the text encoders and on to the denoiser."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
 from trainer import base_model, encoding
 from trainer.base_model import Precision
-from trainer.config import DataConfig, ModelConfig
-from trainer.data.dataset import Dataset
-from trainer.data.plan import Plan
-from trainer.data.prepare import prepare
-from trainer.events import NoteEvent
+from trainer.config import ModelConfig
+from trainer.encoding import Text
 from trainer.families.base import Family
+from trainer.tokens import TokenNames
 
-FULL = Precision(torch.float32, torch.float32, torch.float32)
+FULL = Precision(*[torch.float32] * 4)
 # The tiny tokenizers have one token per letter, two positions of 77 are the caption's marks.
 FITS = "x" * 75
 TOO_LONG = "a man who stands " + "y" * 62 + " " + "z" * 40
@@ -28,39 +24,13 @@ def family(request: pytest.FixtureRequest) -> Family:
     return base_model.load(base_model.locate(ModelConfig(model_url=str(folder))), FULL)
 
 
-def dataset_with(caption: str, photo_folder: Path, tmp_path: Path) -> Dataset:
-    """Five pictures, of which four have the caption."""
-    data = DataConfig(
-        images_data_url=str(photo_folder),
-        instance_prompt=caption,
-        resolution_width=64,
-        resolution_height=64,
-    )
-    preparing = prepare(data, tmp_path / "prepared", width=64, height=64)
-    while True:
-        try:
-            next(preparing)
-        except StopIteration as end:
-            examples = end.value
-            break
-    plan = Plan(
-        num_examples=len(examples),
-        batch_size=1,
-        gradient_accumulation_steps=1,
-        num_processes=1,
-        process_index=0,
-        seed=0,
-    )
-    return Dataset(examples, plan, data, with_pixels=False)
-
-
 def test_a_caption_that_fits_is_not_cut(family: Family) -> None:
-    assert encoding.cut_off(family, FITS) == ""
-    assert encoding.cut_off(family, "") == ""
+    assert encoding.cut_off(family, FITS, None) == ""
+    assert encoding.cut_off(family, "", None) == ""
 
 
 def test_what_is_cut_off_makes_no_difference_to_the_text_encoders(family: Family) -> None:
-    rest = encoding.cut_off(family, TOO_LONG)
+    rest = encoding.cut_off(family, TOO_LONG, None)
     assert rest
     assert TOO_LONG.endswith(rest)
     cut = TOO_LONG.removesuffix(rest).rstrip()
@@ -71,21 +41,43 @@ def test_what_is_cut_off_makes_no_difference_to_the_text_encoders(family: Family
     assert not torch.equal(whole["hidden_states"], shorter["hidden_states"])
 
 
-def test_a_caption_that_is_too_long_is_named_with_what_is_cut_off(
-    family: Family, photo_folder: Path, tmp_path: Path
-) -> None:
-    dataset = dataset_with(TOO_LONG, photo_folder, tmp_path)
-    events = encoding.encode_captions(family, dataset, torch.device("cpu"))
-    notes = [event for event in events if isinstance(event, NoteEvent)]
-    (note,) = notes
+def test_a_caption_that_is_too_long_is_named_with_what_is_cut_off(family: Family) -> None:
+    (note,) = encoding.cut_captions(family, [FITS, TOO_LONG], None, instance_prompt=TOO_LONG)
     assert (note.note, note.field) == ("warning", "instance_prompt")
     assert "`a man who stands yyy" in note.message
     assert "z" * 40 in note.message
 
 
-def test_captions_that_fit_are_encoded_without_a_word(
-    family: Family, photo_folder: Path, tmp_path: Path
-) -> None:
-    dataset = dataset_with(FITS, photo_folder, tmp_path)
-    events = encoding.encode_captions(family, dataset, torch.device("cpu"))
-    assert not [event for event in events if isinstance(event, NoteEvent)]
+def test_new_tokens_take_the_room_of_one_letter_each(family: Family) -> None:
+    names = TokenNames(("TOK",), 2)
+    for name in family.text_encoder_names:
+        encoding.tokenizer_of(family, name).add_tokens(list(names.all_tokens()))
+    # 73 letters and two new tokens fill the 75 positions.
+    assert encoding.cut_off(family, f"{'x' * 73} TOK", names) == ""
+    assert encoding.cut_off(family, f"{'x' * 74} TOK", names) == "<s1>"
+
+
+def captions_of(family: Family, names: TokenNames | None = None) -> Text:
+    captions = ["a TOK", "", "a man"]
+    return Text(family, captions, names, torch.device("cpu"))
+
+
+def test_a_live_batch_has_a_row_for_each_caption_in_its_order(family: Family) -> None:
+    text = captions_of(family)
+    batch = text.of(["a man", "a TOK", "a man"])
+    for row, caption in enumerate(["a man", "a TOK", "a man"]):
+        for name, states in family.encode_text([caption]).items():
+            torch.testing.assert_close(batch[name][row], states[0])
+    assert text.is_live
+
+
+def test_kept_captions_are_what_they_were_and_the_encoders_are_given_up(family: Family) -> None:
+    text = captions_of(family)
+    live = text.of(["a man", "", "a TOK"])
+    events = list(text.keep())
+    assert [(event.done, event.total) for event in events] == [(1, 3), (2, 3), (3, 3)]
+    assert not text.is_live
+    assert all(family.pipeline.components[name] is None for name in family.text_encoder_names)
+    for name, states in text.of(["a man", "", "a TOK"]).items():
+        torch.testing.assert_close(states, live[name])
+        assert not states.requires_grad

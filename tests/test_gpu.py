@@ -28,6 +28,27 @@ FORMS: dict[str, dict[str, Any]] = {
     "all weights": {"use_lora": False, "learning_rate": 1e-5},
     "8-bit": {"optimizer": "adamw8bit"},
     "uncached": {"cache_latents": False, "gradient_checkpointing": True},
+    "pivotal": {
+        "train_text_encoder_ti": True,
+        "with_prior_preservation": True,
+        "photo_class": "Woman",
+        "num_class_images": 2,
+        "class_inference_steps": 2,
+        "segmenter": "luminance",
+        "clip_seg_mask_prompt": "head",
+    },
+    "pivotal, waiting denoiser": {
+        "train_text_encoder_ti": True,
+        "disable_unet_during_ti_training": True,
+        "gradient_checkpointing": True,
+    },
+    "text encoders": {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
+    "all text weights": {
+        "use_lora": False,
+        "train_text_encoder": True,
+        "extract_rank": 4,
+        "learning_rate": 1e-5,
+    },
 }
 
 

@@ -18,23 +18,35 @@ LONGEST_FUNCTION = 60
 
 # Room: (its modules, the rooms it may look into). A folder stands for all modules in it.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
-    "foundation": ({"", "errors", "randomness", "names", "durable", "events", "tensorfile"}, set()),
+    "foundation": (
+        {"", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"},
+        set(),
+    ),
     "configuration": (
         {"fields", "sections", "config", "leaves", "rules", "resolve", "config_files", "presets"},
         {"foundation"},
     ),
     "job": ({"job"}, {"foundation", "configuration"}),
     "objectives": ({"objectives"}, {"foundation", "configuration"}),
-    "mathematics": ({"loss", "optim", "adapters"}, {"foundation", "configuration", "objectives"}),
+    "mathematics": (
+        {"loss", "optim", "adapters", "schedule", "tokens"},
+        {"foundation", "configuration", "objectives"},
+    ),
     "families": ({"families"}, {"foundation", "configuration", "objectives"}),
     "data": ({"data"}, {"foundation", "configuration"}),
     "export": ({"export"}, {"foundation", "configuration", "job"}),
     "pipeline": (
-        {"base_model", "model_files", "vae", "machine", "encoding", "checkpoint"},
-        {"foundation", "configuration", "job", "objectives", "families", "data"},
+        {
+            *("base_model", "model_files", "vae", "machine", "encoding", "checkpoint"),
+            *("sampling", "class_images", "concepts", "trainables"),
+        },
+        {
+            *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
+            "data",
+        },
     ),
     "forecast": (
-        {"estimate", "memory", "measurements"},
+        {"estimate", "memory", "measurements", "inspection"},
         {
             "foundation",
             "configuration",
@@ -46,7 +58,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "engine": (
-        {"engine", "training", "results"},
+        {"engine", "training", "results", "artifacts"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
             *("data", "export", "pipeline", "forecast"),
@@ -77,6 +89,7 @@ WITHOUT_TORCH = [
     "config_files",
     "presets",
     "measurements",
+    "schedule",
     "dialects",
     "dialects.fal_personalization",
     "cli",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from trainer.loss import diffusion_loss, example_losses, min_snr_weights
+from trainer.loss import diffusion_loss, example_losses, latent_weights, min_snr_weights
 from trainer.objectives import Ddpm
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,7 +37,8 @@ def test_a_masked_pixel_does_not_change_the_loss() -> None:
     target = torch.zeros(1, 2, 1, 2)
     near, far = torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1, 2)
     far[..., 1] = 100.0
-    assert torch.equal(example_losses(near, target, mask), example_losses(far, target, mask))
+    weights = latent_weights(mask, (1, 2))
+    assert torch.equal(example_losses(near, target, weights), example_losses(far, target, weights))
 
 
 def test_a_masks_scale_and_area_do_not_change_the_loss_of_a_uniform_error() -> None:
@@ -46,7 +47,8 @@ def test_a_masks_scale_and_area_do_not_change_the_loss_of_a_uniform_error() -> N
     mask[0] = 1.0
     mask[1] = 0.25
     mask[2, :, :2, :2] = 1.0
-    torch.testing.assert_close(example_losses(prediction, target, mask), torch.full((3,), 4.0))
+    weights = latent_weights(mask, (8, 8))
+    torch.testing.assert_close(example_losses(prediction, target, weights), torch.full((3,), 4.0))
 
 
 def test_a_mask_weights_each_pixel_once() -> None:
@@ -54,7 +56,22 @@ def test_a_mask_weights_each_pixel_once() -> None:
     # instead would square the weights.
     prediction = torch.tensor([[[[4.0, 2.0]]]])
     mask = torch.tensor([[[[1.0, 3.0]]]])
-    assert example_losses(prediction, torch.zeros_like(prediction), mask).tolist() == [7.0]
+    weights = latent_weights(mask, (1, 2))
+    assert example_losses(prediction, torch.zeros_like(prediction), weights).tolist() == [7.0]
+
+
+def test_a_mask_becomes_latent_weights_by_its_area_so_that_thin_lines_survive() -> None:
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 3] = 1.0
+    weights = latent_weights(mask, (2, 2))
+    # A line one pixel wide covers an eighth of the left latents, nothing of the right: 1/8, 0
+    # over their mean, 1/16. Taking every eighth pixel would miss it.
+    assert weights.tolist() == [[[[2.0, 0.0], [2.0, 0.0]]]]
+
+
+def test_a_mask_that_leaves_nothing_leaves_no_loss_and_no_nan() -> None:
+    weights = latent_weights(torch.zeros(1, 1, 8, 8), (1, 1))
+    assert example_losses(torch.ones(1, 4, 1, 1), torch.zeros(1, 4, 1, 1), weights).tolist() == [0]
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
@@ -122,7 +139,8 @@ def test_gradients_are_the_weighted_sum_of_the_examples_gradients(gamma: float |
             snr=snr,
             prediction_type="epsilon",
             snr_gamma=snr_gamma,
-            weights=torch.tensor(weights),
+            shares=torch.tensor(weights),
+            is_class=torch.zeros(2, dtype=torch.bool),
         )
         return torch.autograd.grad(loss, layer)[0]
 
@@ -145,7 +163,8 @@ def test_micro_batches_add_up_to_the_mean_over_the_step() -> None:
             snr=snr_at(10, 200, 400, 600, 800)[slots],
             prediction_type="epsilon",
             snr_gamma=5.0,
-            weights=torch.full((count,), 1 / 5),
+            shares=torch.full((count,), 1 / 5),
+            is_class=torch.zeros(count, dtype=torch.bool),
         )
 
     parts = loss_of(slice(0, 2)) + loss_of(slice(2, 4)) + loss_of(slice(4, 5))
@@ -160,9 +179,24 @@ def test_an_example_of_weight_zero_leaves_no_trace() -> None:
         snr=snr_at(10, 10),
         prediction_type="epsilon",
         snr_gamma=None,
-        weights=torch.tensor([1.0, 0.0]),
+        shares=torch.tensor([1.0, 0.0]),
+        is_class=torch.zeros(2, dtype=torch.bool),
     )
     loss.backward()
     assert loss.item() == 1.0
     assert prediction.grad is not None
     assert prediction.grad[1].abs().max() == 0
+
+
+def test_min_snr_weights_the_subject_and_leaves_the_class_alone() -> None:
+    snr = snr_at(50, 50)
+    loss = diffusion_loss(
+        torch.ones(2, 4, 3, 3),
+        torch.zeros(2, 4, 3, 3),
+        snr=snr,
+        prediction_type="epsilon",
+        snr_gamma=0.5,
+        shares=torch.tensor([1.0, 2.5]),
+        is_class=torch.tensor([False, True]),
+    )
+    assert loss.item() == pytest.approx(0.5 / float(snr[0]) + 2.5, rel=1e-6)

@@ -8,10 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny import digests
+import snapshots
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from skimage import data as photographs
+from tiny import SMALL, digests
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -71,12 +79,110 @@ def test_two_processes_train_like_one_with_the_same_global_batch(
     assert result["status"] == "done"
 
 
+# Each needs something of the other process: gradients of rows, of text encoders, class pictures.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "tokens": {
+        "train_text_encoder_ti": True,
+        "with_prior_preservation": True,
+        "photo_class": "Woman",
+        "clip_seg_mask_prompt": "head",
+        "segmenter": "luminance",
+        "gradient_accumulation_steps": 2,
+    },
+    "text encoders": {"train_text_encoder": True, "train_text_encoder_frac": 0.5},
+    "waiting denoiser": {"train_text_encoder_ti": True, "disable_unet_during_ti_training": True},
+    "made class pictures": {
+        "with_prior_preservation": True,
+        "photo_class": "Man",
+        "num_class_images": 3,
+        "class_inference_steps": 2,
+    },
+}
+
+
+@pytest.mark.slow
+def test_two_processes_teach_words_and_share_class_pictures_as_one_does(
+    sdxl_folder: Path, tmp_path: Path
+) -> None:
+    # Five pictures of two a process: the second batch of an epoch leaves the second process idle.
+    subject = snapshots.write_pictures(tmp_path / "subject", 5)
+    of_class = snapshots.write_pictures(tmp_path / "class", 3, photograph=photographs.cat)
+    common = {"model_url": str(sdxl_folder), "images_data_url": str(subject), **SMALL}
+    words = TOGETHER["tokens"] | {"class_images_url": str(of_class)}
+    for processes, batch_size in ((1, 4), (2, 2)):
+        (tmp_path / str(processes)).mkdir()
+        leaves = {
+            name: common | own | {"batch_size": batch_size, "max_train_steps": 4}
+            for name, own in (TOGETHER | {"tokens": words}).items()
+        }
+        (tmp_path / f"{processes}.json").write_text(json.dumps(leaves))
+        cache = {"XDG_CACHE_HOME": str(tmp_path / f"cache-{processes}")}
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        program = str(Path(__file__).parent / "several_processes.py")
+        done = subprocess.run(
+            [
+                *launcher,
+                program,
+                str(tmp_path / f"{processes}.json"),
+                str(tmp_path / str(processes)),
+            ],
+            env=ENVIRONMENT | cache | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    for name in TOGETHER:
+        one, first, second = (
+            tmp_path / place for place in (f"1/{name}.0", f"2/{name}.0", f"2/{name}.1")
+        )
+        facts = [json.loads(Path(f"{path}.json").read_text()) for path in (one, first, second)]
+        tensors = [load_file(f"{path}.safetensors") for path in (one, first, second)]
+        assert len(facts[0]["losses"]) == 4
+        assert facts[1]["losses"] == facts[2]["losses"]
+        assert facts[1]["losses"] == pytest.approx(facts[0]["losses"], rel=2e-6)
+        assert tensors[1].keys() == tensors[2].keys() == tensors[0].keys()
+        assert all(torch.equal(tensors[1][n], tensors[2][n]) for n in tensors[1])
+        assert facts[0]["class_images"] == ([0, 1, 2, 3] if "made" in name else [])
+    # One process made the first and the third picture, the other the second.
+    shares = [
+        json.loads(path.read_text())["class_images"] for path in sorted(made_by_two(tmp_path))
+    ]
+    assert [len(told) - 1 for told in shares] == [2, 1]
+    one, two = (
+        sorted((tmp_path / place / "made class pictures.run" / "class_images").rglob("*.png"))
+        for place in ("1", "2")
+    )
+    assert [path.name for path in one] == [path.name for path in two]
+    assert len(one) == 3
+    for path, other in zip(one, two, strict=True):
+        # Processes may have another number of threads: sums are rounded in another order.
+        assert np.abs(pixels_of(path) - pixels_of(other)).max() <= 1
+
+
+def made_by_two(folder: Path) -> Iterator[Path]:
+    """What each of two processes said of the class pictures that they made."""
+    return (folder / "2").glob("made class pictures.?.json")
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
 @pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bytes(
     sdxl_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     workers = "--cache-latents false --num-workers 2 --random-flip true"
-    flags = f"--checkpointing-steps 2 {workers}".split()
+    # New tokens that learn up to step 4: killed before, gone on with from step 2.
+    pivotal = "--train-text-encoder-ti --train-text-encoder-ti-frac 0.7"
+    masked = "--clip-seg-mask-prompt head --segmenter luminance"
+    flags = f"--checkpointing-steps 2 {workers} {pivotal} {masked}".split()
     whole = run(command(sdxl_folder, photo_folder, tmp_path / "whole", *flags))
     arguments = command(sdxl_folder, photo_folder, tmp_path / "killed", *flags)
     process = start_until_step(arguments, tmp_path / "killed", step=3)

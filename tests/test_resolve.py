@@ -10,9 +10,11 @@ from trainer.config import LEAVES, TrainingConfig
 from trainer.errors import InputError, Problem
 from trainer.leaves import allowed
 from trainer.resolve import Layer, resolve
-from trainer.rules import IDLE, NOT_AVAILABLE_YET
+from trainer.rules import NOT_AVAILABLE_YET
+from trainer.rules.remarks import IDLE
 
 PICTURES = {"images_data_url": "photos"}
+PRIOR = {"with_prior_preservation": True, "photo_class": "Man"}
 
 
 def given(**values: object) -> Layer:
@@ -22,6 +24,15 @@ def given(**values: object) -> Layer:
 def assumed(**values: object) -> Layer:
     """A layer that nobody set on purpose, such as a preset."""
     return Layer("preset", values, explicit=False)
+
+
+def of_concepts(*concepts: dict[str, object], **values: object) -> Layer:
+    """Concepts a, b … with pictures of their own."""
+    listed = [
+        {"images_data_url": folder, **options}
+        for folder, options in zip("abcdef", concepts, strict=False)
+    ]
+    return Layer("train.yaml", {"concepts": listed, **values}, explicit=True)
 
 
 def resolved(*layers: Layer) -> TrainingConfig:
@@ -127,6 +138,21 @@ BAD_VALUES = [
     ("output_name", "../up"),
     ("kohya_dora", "neither"),
     ("model_url", None),
+    ("token_retraction", 1.1),
+    ("ti_pooling", "mean"),
+    ("segmenter", "brightness"),
+    ("use_given_masks", "yes"),
+    ("text_encoder_rank", 0),
+    ("text_encoder_alpha", 0),
+    ("class_prompt", ""),
+    ("class_images_url", ""),
+    ("num_class_images", 0),
+    ("class_inference_steps", 0),
+    ("class_guidance_scale", -1),
+    ("extract_rank", 0),
+    ("concepts", []),
+    ("concepts", "photos"),
+    ("concepts", {"images_data_url": "photos"}),
 ]
 
 
@@ -156,7 +182,8 @@ def test_every_problem_is_named_at_once() -> None:
                 "learning_rate": float("nan"),
                 "min_timestep_trained": 500,
                 "max_timestep_trained": 500,
-                "train_text_encoder_ti": True,
+                "face_aware_cropping": True,
+                "with_prior_preservation": True,
             },
             explicit=True,
         ),
@@ -169,9 +196,10 @@ def test_every_problem_is_named_at_once() -> None:
         "learning_rate",
         "images_data_url",
         "min_timestep_trained",
-        "train_text_encoder_ti",
+        "face_aware_cropping",
+        "photo_class",
     }
-    assert len(problems) == 6
+    assert len(problems) == 7
 
 
 @pytest.mark.parametrize(
@@ -393,6 +421,10 @@ def test_a_text_encoder_rate_that_nothing_uses_is_no_conflict_for_prodigy() -> N
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 100, "max_train_steps": 100},)
         + ("lr_warmup_steps",),
         ({"snr_gamma": 0.5}, "snr_gamma"),
+        ({"use_lora": False, "train_text_encoder": True, "text_encoder_lr": 1e-4},)
+        + ("text_encoder_lr",),
+        ({"train_text_encoder_ti": True, "text_encoder_lr": 1e-6}, "text_encoder_lr"),
+        ({"train_text_encoder_ti": True, "instance_prompt": "TOKYO"}, "instance_prompt"),
     ],
 )
 def test_an_odd_value_is_kept_with_one_warning(options: dict[str, object], leaf: str) -> None:
@@ -415,6 +447,11 @@ def test_an_odd_value_is_kept_with_one_warning(options: dict[str, object], leaf:
         {"snr_gamma": 0},
         {"snr_gamma": None},
         {"noise_offset": 0.1},
+        {"use_lora": False, "train_text_encoder": True, "text_encoder_lr": 1e-6},
+        {"train_text_encoder_ti": True},
+        {"train_text_encoder_ti": True, "token_abstraction": "A,B", "instance_prompt": "a B"},
+        {"train_text_encoder_ti": True, "instance_prompt": "a cat", "captions_file_url": "c.jsonl"},
+        {"instance_prompt": "a cat"},
     ],
 )
 def test_a_usual_value_gives_no_warning(options: dict[str, object]) -> None:
@@ -439,9 +476,22 @@ WAKING: dict[str, dict[str, object]] = {
     "token_abstraction": {"skip_caption_generation": False},
     "text_encoder_lr": {"train_text_encoder": True},
     "adam_weight_decay_text_encoder": {"train_text_encoder_ti": True},
-    "prior_loss_weight": {"with_prior_preservation": True},
-    "photo_class": {"with_prior_preservation": True},
-    "class_image_mask_style": {"with_prior_preservation": True, "clip_seg_mask_prompt": "head"},
+    "token_retraction": {"train_text_encoder_ti": True},
+    "ti_pooling": {"train_text_encoder_ti": True},
+    "text_encoder_rank": {"train_text_encoder": True},
+    "text_encoder_alpha": {"train_text_encoder": True},
+    "extract_rank": {"use_lora": False},
+    "instance_prompt": {},
+    "with_prior_preservation": {},
+    "prior_loss_weight": PRIOR,
+    "photo_class": PRIOR,
+    "class_prompt": PRIOR,
+    "class_images_url": PRIOR,
+    "num_class_images": PRIOR,
+    "class_inference_steps": PRIOR,
+    "class_guidance_scale": PRIOR,
+    "class_image_mask_style": {**PRIOR, "clip_seg_mask_prompt": "head"},
+    "segmenter": {"clip_seg_mask_prompt": "head"},
     "clip_seg_mask_temperature": {"clip_seg_mask_prompt": "head"},
     "clip_seg_mask_bias": {"clip_seg_mask_prompt": "head"},
     "lr_warmup_steps": {"lr_scheduler": "cosine"},
@@ -469,7 +519,30 @@ LULLING: dict[str, dict[str, object]] = {
     "upscale_vae_32bit": {"mixed_precision": "no"},
     "revision": {"model_url": "model.safetensors"},
     "variant": {"model_url": "model.safetensors"},
+    **{
+        leaf: {
+            "images_data_url": None,
+            "concepts": [{"images_data_url": "a", leaf: value}],
+        }
+        for leaf, value in {"instance_prompt": "a TOK", "with_prior_preservation": False}.items()
+    },
 }
+MORE_LULLING: list[tuple[str, dict[str, object], str]] = [
+    ("target_text_encoder_modules", {"train_text_encoder": True, "use_lora": False}, "all weights"),
+    ("text_encoder_rank", {"train_text_encoder": True, "use_lora": False}, "all weights"),
+    ("text_encoder_alpha", {"train_text_encoder": True, "use_lora": False}, "all weights"),
+    ("num_class_images", {**PRIOR, "class_images_url": "men"}, "class_images_url"),
+    ("class_inference_steps", {**PRIOR, "class_images_url": "men"}, "class_images_url"),
+    ("class_guidance_scale", {**PRIOR, "class_images_url": "men"}, "class_images_url"),
+    ("photo_class", {**PRIOR, "class_prompt": "a dog"}, "class_prompt"),
+    ("class_image_mask_style", {"clip_seg_mask_prompt": "head"}, "no class pictures"),
+    ("class_image_mask_style", PRIOR, "no class pictures with masks"),
+    (
+        "class_image_mask_style",
+        {**PRIOR, "class_images_url": "men", "use_given_masks": False},
+        "no class pictures with masks",
+    ),
+]
 
 
 def test_every_idle_option_has_a_waking_case() -> None:
@@ -483,6 +556,37 @@ def test_an_option_is_listed_as_ignored_exactly_where_it_is_idle(leaf: str) -> N
     assert leaf not in ignored(resolved(given(**WAKING[leaf])))
 
 
+@pytest.mark.parametrize(("leaf", "options", "reason"), MORE_LULLING)
+def test_an_idle_option_is_ignored_for_the_reason_that_holds(
+    leaf: str, options: dict[str, object], reason: str
+) -> None:
+    assert reason in resolved(given(**options)).resolved.ignored_options[leaf]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "options"),
+    [
+        ("text_encoder_lr", {"train_text_encoder": True, "use_lora": False}),
+        ("train_text_encoder_frac", {"train_text_encoder": True, "use_lora": False}),
+        ("class_image_mask_style", {**PRIOR, "class_images_url": "men"}),
+        ("class_prompt", {**PRIOR, "class_images_url": "men"}),
+    ],
+)
+def test_an_option_that_acts_is_not_ignored(leaf: str, options: dict[str, object]) -> None:
+    assert leaf not in ignored(resolved(given(**options)))
+
+
+def test_an_option_has_one_reason_to_be_ignored() -> None:
+    notes = [
+        note.field
+        for note in resolved(of_concepts({"prior_loss_weight": 2.0})).resolved.notes
+        if note.kind == "ignored"
+    ]
+
+    assert "prior_loss_weight" in notes
+    assert len(notes) == len(set(notes))
+
+
 def test_a_local_folder_has_no_revision(tmp_path: Path) -> None:
     config = resolved(given(model_url=str(tmp_path), revision="main"))
 
@@ -492,17 +596,12 @@ def test_a_local_folder_has_no_revision(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------- not available yet
 
-ASKING: dict[str, object] = {
-    "train_text_encoder_ti": True,
-    "train_text_encoder": True,
-    "with_prior_preservation": True,
-    "clip_seg_mask_prompt": "head",
-    "random_rotation_start": -2,
-    "random_rotation_end": 2,
-    "face_aware_cropping": True,
-    "debug_dataset": True,
-    "debug_loss_masks": True,
-}
+ASKING: dict[str, object] = {"face_aware_cropping": True, "clip_seg_mask_prompt": "head"}
+OFF: dict[str, object] = {"face_aware_cropping": False, "clip_seg_mask_prompt": ""}
+
+
+def test_what_cannot_act_yet_has_a_case_here() -> None:
+    assert set(ASKING) == set(OFF) == set(NOT_AVAILABLE_YET)
 
 
 @pytest.mark.parametrize("leaf", NOT_AVAILABLE_YET)
@@ -511,13 +610,33 @@ def test_what_cannot_act_yet_is_refused_with_the_value_that_switches_it_off(leaf
 
     assert problem.field == leaf
     assert "not available yet" in problem.message
-    assert problem.hint.startswith(f"set `{leaf}: ")
+    assert f"`{leaf}: " in problem.hint
 
 
 def test_the_value_named_by_a_refusal_is_accepted() -> None:
-    off = {leaf: value for leaf, (value, _) in NOT_AVAILABLE_YET.items()}
+    assert resolve([assumed(**ASKING), given(**OFF)]).resolved.explicit
 
-    assert resolve([assumed(**ASKING), given(**off)]).resolved.explicit
+
+def test_a_mask_prompt_is_refused_only_where_clipseg_should_find_it() -> None:
+    (problem,) = problems_of(given(clip_seg_mask_prompt="head"), refuse=True)
+
+    assert problem.hint == 'set `segmenter: luminance` or `clip_seg_mask_prompt: ""`'
+    assert resolve([given(clip_seg_mask_prompt="head", segmenter="luminance")])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_text_encoder_ti": True},
+        {"train_text_encoder": True},
+        {"train_text_encoder": True, "use_lora": False},
+        PRIOR,
+        {"random_rotation_start": -2, "random_rotation_end": 2, "cache_latents": False},
+        {"debug_dataset": True, "debug_loss_masks": True},
+    ],
+)
+def test_every_other_method_can_be_asked_for(options: dict[str, object]) -> None:
+    assert resolve([given(**options)])
 
 
 def test_what_has_yielded_is_not_refused() -> None:
@@ -526,3 +645,215 @@ def test_what_has_yielded_is_not_refused() -> None:
     )
 
     assert yielded(config) == {"random_rotation_start", "random_rotation_end"}
+
+
+# ------------------------------------------------------------------------------- several concepts
+
+
+def test_pictures_and_concepts_exclude_each_other() -> None:
+    (problem,) = problems_of(given(concepts=[{"images_data_url": "a"}]))
+
+    assert problem.field == "concepts"
+    assert problem.message.startswith('got [{"images_data_url": "a"}] with `images_data_url`')
+    assert problem.hint == "set `concepts: null` or `images_data_url: null`"
+
+
+@pytest.mark.parametrize(
+    ("explicit", "default"),
+    [
+        ({"images_data_url": "photos"}, {"concepts": [{"images_data_url": "a"}]}),
+        ({"concepts": [{"images_data_url": "a"}]}, {"images_data_url": "photos"}),
+    ],
+)
+def test_the_weaker_of_pictures_and_concepts_yields(
+    explicit: dict[str, object], default: dict[str, object]
+) -> None:
+    config = resolved(assumed(**default), Layer("train.yaml", explicit, explicit=True))
+
+    assert config.leaf(next(iter(explicit))) is not None
+    assert config.leaf(next(iter(default))) is None
+    assert yielded(config) == set(default)
+
+
+def test_every_fault_inside_concepts_is_named_with_its_place() -> None:
+    problems = {
+        problem.field: problem
+        for problem in problems_of(
+            Layer(
+                "train.yaml",
+                {
+                    "concepts": [
+                        {"images_data_url": "a", "photo_clas": "Man", "repeats": 0},
+                        {"photo_class": "Dog"},
+                        3,
+                    ],
+                    "with_prior_preservation": True,
+                    "rank": 0,
+                },
+                explicit=True,
+            )
+        )
+    }
+
+    assert set(problems) == {
+        "concepts[0].photo_clas",
+        "concepts[0].repeats",
+        "concepts[1].images_data_url",
+        "concepts[1].photo_class",
+        "concepts[2]",
+        "rank",
+    }
+    assert problems["concepts[0].photo_clas"].hint == "did you mean `photo_class`?"
+    assert problems["concepts[0].repeats"].message == (
+        "got 0 (in train.yaml); allowed: a whole number, at least 1"
+    )
+    assert "is missing" in problems["concepts[1].images_data_url"].message
+    assert problems["concepts[1].photo_class"].message == (
+        'got "Dog" (in train.yaml); allowed: one of Man, Woman, Person, Boy, Girl, Baby, or null'
+    )
+    assert "each" not in problems["concepts[2]"].message
+    assert "got 3" in problems["concepts[2]"].message
+
+
+def test_concepts_without_tokens_are_called_by_their_places() -> None:
+    config = resolved(of_concepts({}, {}, {}))
+
+    assert config.token.token_abstraction == ("TOK", "TOK1", "TOK2")
+    assert [subject.token for subject in config.subjects()] == ["TOK", "TOK1", "TOK2"]
+    assert [subject.instance_prompt for subject in config.subjects()] == [
+        "A photograph of a TOK",
+        "A photograph of a TOK1",
+        "A photograph of a TOK2",
+    ]
+    assert yielded(config) == {"token_abstraction"}
+
+
+def test_tokens_of_concepts_become_the_identifiers_and_may_be_shared() -> None:
+    config = resolved(of_concepts({"token": "ohwx"}, {"token": "ohwx"}, {}, {"token": "TOK2"}))
+
+    assert config.token.token_abstraction == ("ohwx", "TOK3", "TOK2")
+    assert [subject.token for subject in config.subjects()] == ["ohwx", "ohwx", "TOK3", "TOK2"]
+    assert [subject.instance_prompt for subject in config.subjects()] == [
+        f"A photograph of a {token}" for token in ("ohwx", "ohwx", "TOK3", "TOK2")
+    ]
+    assert yielded(config) == {"token_abstraction", "instance_prompt"}
+
+
+def test_explicit_identifiers_are_handed_out_by_place() -> None:
+    config = resolved(
+        of_concepts({}, {"token": "A"}, {}, token_abstraction="A,B,C", instance_prompt="an A, AB")
+    )
+
+    assert [subject.token for subject in config.subjects()] == ["A", "A", "C"]
+    assert config.subjects()[2].instance_prompt == "an C, AB"
+    assert not yielded(config)
+
+
+def test_a_token_that_is_no_explicit_identifier_is_refused_and_so_is_a_place_without_one() -> None:
+    problems = problems_of(of_concepts({"token": "X"}, {}, {}, token_abstraction="A,B"))
+
+    assert [problem.field for problem in problems] == ["concepts[0].token", "concepts[2].token"]
+    assert all("allowed: one of A, B" in problem.message for problem in problems)
+
+
+def test_a_captions_file_beside_concepts_is_sent_into_one_of_them() -> None:
+    (problem,) = problems_of(of_concepts({}, captions_file_url="captions.jsonl"))
+    config = resolved(assumed(captions_file_url="captions.jsonl"), of_concepts({}))
+
+    assert problem.field == "captions_file_url"
+    assert "concepts[0].captions_file_url" in problem.hint
+    assert "captions_file_url" in yielded(config)
+    assert config.data.captions_file_url is None
+
+
+def test_the_caption_key_acts_where_a_concept_has_a_captions_file() -> None:
+    config = resolved(of_concepts({}, {"captions_file_url": "b.jsonl"}))
+
+    assert "caption_column" not in ignored(config)
+
+
+def test_a_concept_takes_from_the_run_what_it_leaves_open() -> None:
+    run = {**PRIOR, "class_images_url": "men", "prior_loss_weight": 0.5, "num_class_images": 7}
+    config = resolved(
+        of_concepts({}, {"photo_class": "woman", "num_class_images": 3, "repeats": 2}, **run)
+    )
+
+    man, woman = config.subjects()
+    assert (man.photo_class, man.class_prompt) == ("Man", "a photo of a man")
+    assert (man.class_images_url, man.num_class_images, man.repeats) == ("men", 7, 1)
+    assert (woman.photo_class, woman.class_prompt) == ("Woman", "a photo of a woman")
+    # The run's pictures show men, so they are none of another class.
+    assert (woman.class_images_url, woman.num_class_images, woman.repeats) == (None, 3, 2)
+    assert (woman.prior_loss_weight, woman.with_prior_preservation) == (0.5, True)
+
+
+def test_pictures_without_concepts_are_one_subject() -> None:
+    (subject,) = resolved(given(**PRIOR, captions_file_url="c.jsonl")).subjects()
+
+    assert (subject.images_data_url, subject.captions_file_url) == ("photos", "c.jsonl")
+    assert (subject.token, subject.class_prompt) == ("TOK", "a photo of a man")
+
+
+@pytest.mark.parametrize(
+    ("layer", "fields"),
+    [
+        (given(with_prior_preservation=True), ["photo_class"]),
+        (given(with_prior_preservation=True, class_images_url="dogs"), ["photo_class"]),
+        (of_concepts({}, {}, with_prior_preservation=True), ["photo_class"]),
+        (
+            of_concepts({"photo_class": "Man"}, {}, with_prior_preservation=True),
+            ["concepts[1].photo_class"],
+        ),
+        (of_concepts({}, {"with_prior_preservation": True}), ["concepts[1].photo_class"]),
+    ],
+)
+def test_prior_preservation_without_a_class_is_one_problem(layer: Layer, fields: list[str]) -> None:
+    problems = problems_of(layer)
+
+    assert [problem.field for problem in problems] == fields
+    assert "allowed: one of Man, Woman, Person, Boy, Girl, Baby" in problems[0].message
+    assert "class_prompt" in problems[0].hint
+
+
+def test_a_wrong_class_is_told_once() -> None:
+    (problem,) = problems_of(given(with_prior_preservation=True, photo_class="Dog"))
+
+    assert problem.field == "photo_class"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        given(with_prior_preservation=True, class_prompt="a photo of a dog"),
+        given(with_prior_preservation=True, class_prompt="a dog", class_images_url="dogs"),
+        of_concepts({"class_prompt": "a dog", "with_prior_preservation": True}, {}),
+    ],
+)
+def test_words_for_the_class_are_enough(layer: Layer) -> None:
+    assert resolved(layer)
+
+
+def test_a_concept_may_switch_prior_preservation_on_by_itself() -> None:
+    config = resolved(of_concepts({}, {"with_prior_preservation": True}, photo_class="Man"))
+
+    assert [subject.with_prior_preservation for subject in config.subjects()] == [False, True]
+    assert not {"photo_class", "prior_loss_weight", "num_class_images"} & ignored(config)
+    assert "with_prior_preservation" not in ignored(config)
+
+
+def test_what_each_concept_has_of_its_own_is_ignored_for_the_run() -> None:
+    own = {"photo_class": "Woman", "num_class_images": 3, "instance_prompt": "TOK"}
+    config = resolved(of_concepts(own, with_prior_preservation=True, class_prompt="a man"))
+
+    assert {"photo_class", "num_class_images", "instance_prompt", "class_prompt"} <= ignored(config)
+    assert not {"prior_loss_weight", "class_inference_steps"} & ignored(config)
+
+
+def test_a_prompt_of_a_concept_without_its_token_is_warned_of() -> None:
+    config = resolved(
+        of_concepts({}, {"instance_prompt": "a TOK"}, train_text_encoder_ti=True),
+    )
+
+    (note,) = [note for note in config.resolved.notes if note.kind == "warning"]
+    assert note.field == "concepts"
+    assert "`concepts[1].instance_prompt`" in note.message

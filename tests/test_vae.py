@@ -17,7 +17,7 @@ from trainer.base_model import Precision
 from trainer.config import ModelConfig
 from trainer.errors import InputError
 
-FULL = Precision(torch.float32, torch.float32, torch.float32)
+FULL = Precision(*[torch.float32] * 4)
 
 
 def settings(model: Path, vae: Path | str) -> ModelConfig:

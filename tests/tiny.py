@@ -12,6 +12,7 @@ from trainer.config import TrainingConfig
 from trainer.events import Event, StepEvent
 from trainer.job import RunFolder
 from trainer.resolve import Layer, resolve
+from trainer.training import Training
 
 SMALL = {"rank": 4, "max_train_steps": 4, "learning_rate": 1e-3, "tensorboard": False}
 
@@ -32,16 +33,21 @@ def train(config: TrainingConfig, folder: Path, stop: Callable[[], bool] = never
     return list(engine.run(config, RunFolder(folder), stop))
 
 
-def steps(config: TrainingConfig, folder: Path) -> list[Event]:
-    """Composes a training and runs its steps, without result files and their verification."""
+def compose(config: TrainingConfig, folder: Path) -> tuple[Training, list[Event]]:
+    """A training before its first step, and what was said on the way there."""
     composing = engine.compose(config, RunFolder(folder))
     events: list[Event] = []
     while True:
         try:
             events.append(next(composing))
         except StopIteration as end:
-            training = end.value.training
-            return [*events, *training.steps(RunFolder(folder), never)]
+            return end.value.training, events
+
+
+def steps(config: TrainingConfig, folder: Path) -> list[Event]:
+    """Composes a training and runs its steps, without result files and their verification."""
+    training, events = compose(config, folder)
+    return [*events, *training.steps(RunFolder(folder), never)]
 
 
 def losses(events: list[Event]) -> list[float]:

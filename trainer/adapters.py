@@ -65,13 +65,23 @@ FORMS: Mapping[str, Callable[[AdapterConfig, list[str]], PeftConfig]] = {
 
 
 def make_trainable(
-    denoiser: torch.nn.Module, adapter: AdapterConfig, *, seed: int, must_match: bool
+    module: torch.nn.Module,
+    adapter: AdapterConfig,
+    targets: tuple[str, ...],
+    *,
+    field: str,
+    component: str,
+    seed: int,
+    must_match: bool,
 ) -> tuple[Note, ...]:
-    """Makes learn what the configuration says: an adapter, or all weights of the denoiser.
+    """Makes learn what the configuration says: an adapter, or all weights of a model.
 
     Args:
-        denoiser: changed in place.
-        adapter: what learns.
+        module: changed in place.
+        adapter: form, rank and strength.
+        targets: see `target_layers`.
+        field: the option the targets come from.
+        component: the module's name in its pipeline; first weights differ by it.
         seed: the run's seed.
         must_match: see `target_layers`.
 
@@ -82,19 +92,18 @@ def make_trainable(
         InputError: a target matches no layer.
     """
     if not adapter.use_lora:
-        denoiser.requires_grad_(True)
+        module.requires_grad_(True)
         return ()
-    layers, notes = target_layers(
-        denoiser, adapter.target_unet_modules, field="target_unet_modules", must_match=must_match
-    )
-    narrow = [name for name in layers if adapter.rank > min(_matrix(denoiser, name).shape)]
+    layers, notes = target_layers(module, targets, field=field, must_match=must_match)
+    narrow = [name for name in layers if adapter.rank > min(_matrix(module, name).shape)]
     if narrow and adapter.lora_type == "lora":
         message = (
-            f"{adapter.rank} is more than {len(narrow)} of {len(layers)} layers have rows or "
-            f"columns, such as `{narrow[0]}`: there it costs memory without learning more"
+            f"{adapter.rank} is more than {len(narrow)} of {len(layers)} layers of {component} "
+            f"have rows or columns, such as `{narrow[0]}`: there it costs memory without "
+            "learning more"
         )
         notes.append(Note(kind="warning", field="rank", message=message))
-    add_adapter(denoiser, adapter, layers, seed=seed)
+    add_adapter(module, adapter, layers, component=component, seed=seed)
     return tuple(notes)
 
 
@@ -140,7 +149,12 @@ def target_layers(
 
 
 def add_adapter(
-    module: torch.nn.Module, adapter: AdapterConfig, layers: list[str], *, seed: int
+    module: torch.nn.Module,
+    adapter: AdapterConfig,
+    layers: list[str],
+    *,
+    component: str,
+    seed: int,
 ) -> None:
     """Puts an adapter that changes nothing yet on the named layers, the only part that learns.
 
@@ -148,11 +162,12 @@ def add_adapter(
         module: the model, changed in place.
         adapter: form, rank and strength.
         layers: full layer names.
-        seed: the run's seed; the same seed gives the same first weights.
+        component: the module's name in its pipeline.
+        seed: the run's seed; the same seed and component give the same first weights.
     """
     # PEFT initialises from torch's global generator: give it one state, and give ours back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(randomness.key(seed, "adapter"))
+        torch.manual_seed(randomness.key(seed, f"adapter {component}"))
         inject_adapter_in_model(FORMS[adapter.lora_type](adapter, layers), module, ADAPTER)
     for parameter in module.parameters():
         if parameter.requires_grad:

@@ -7,13 +7,13 @@ before any weights are touched; `load` then opens the pipeline.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from diffusers.configuration_utils import ConfigMixin
@@ -45,11 +45,13 @@ class Precision:
         frozen: of everything that does not learn.
         denoiser: of the denoiser; 32 bits where its own weights learn.
         vae: of the VAE.
+        text_encoders: of the text encoders; 32 bits where their own weights learn.
     """
 
     frozen: torch.dtype
     denoiser: torch.dtype
     vae: torch.dtype
+    text_encoders: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -124,21 +126,26 @@ def objective_of(base: BaseModel) -> Ddpm:
     return base.family.objective_class.from_config(base.scheduler_config)
 
 
-def denoiser_skeleton(base: BaseModel) -> torch.nn.Module:
-    """The denoiser with its layers and their shapes, but no weights: all on the meta device.
+def skeleton(base: BaseModel, component: str) -> torch.nn.Module:
+    """A component with its layers and their shapes, but no weights: all on the meta device.
 
     Raises:
         InputError: its configuration contradicts itself.
     """
-    config = dict(base.denoiser_config)
-    model_class: Any = getattr(diffusers, config["_class_name"])
+    library, class_name = base.configurations.read_json("model_index.json")[component]
+    config = base.configurations.read_json(f"{component}/config.json")
+    model_class: Any = getattr(importlib.import_module(library), class_name)
     with torch.device("meta"):
         try:
-            skeleton: torch.nn.Module = model_class.from_config(config)
+            model: torch.nn.Module = (
+                model_class.from_config(config)
+                if issubclass(model_class, ConfigMixin)
+                else model_class(model_class.config_class.from_dict(config))
+            )
         except (ValueError, TypeError) as error:
-            message = f"`{base.family.denoiser_name}/config.json` describes no model: {error}"
+            message = f"`{component}/config.json` describes no model: {error}"
             raise InputError.of(base.configurations.field, message, "correct it") from error
-    return skeleton.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def contents_digest(family: Family) -> str:
@@ -174,6 +181,7 @@ def load(base: BaseModel, precision: Precision) -> Family:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     dtypes = {base.family.denoiser_name: precision.denoiser, "vae": precision.vae}
+    dtypes |= dict.fromkeys(base.family.text_encoder_names, precision.text_encoders)
     skipped: dict[str, None] = dict.fromkeys(base.family.unused_components)
     with hub_errors(
         "model_url", settings.model_url, revision=settings.revision, variant=settings.variant
@@ -194,7 +202,7 @@ def load(base: BaseModel, precision: Precision) -> Family:
                 revision=settings.revision,
                 variant=settings.variant,
                 use_safetensors=True,
-                **_text_encoders(base, precision.frozen),
+                **_text_encoders(base, precision.text_encoders),
                 **skipped,
             )
     scheduler_class = type(pipeline.scheduler)

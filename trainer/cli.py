@@ -40,6 +40,7 @@ INTERRUPTED_AT_ONCE = 130
 MET_BY_EVERY_PROCESS = ("input", "interrupted", "checkpoint")
 
 request_argument = click.argument("request", required=False, type=click.Path(path_type=Path))
+overrides_argument = click.argument("overrides", nargs=-1, type=click.Path(path_type=Path))
 preset_option = click.option("--preset", metavar="NAME", help="Start from a preset.")
 dialect_option = click.option(
     "--dialect", metavar="NAME", help="REQUEST is a JSON request to this service, such as fal."
@@ -55,6 +56,7 @@ def cli() -> None:
 
 @cli.command(cls=HyperparameterCommand)
 @request_argument
+@overrides_argument
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -65,6 +67,7 @@ def cli() -> None:
 @json_option
 def train(
     request: Path | None,
+    overrides: tuple[Path, ...],
     output: Path | None,
     preset: str | None,
     dialect: str | None,
@@ -73,14 +76,15 @@ def train(
     """Train: photographs in, verified files out.
 
     REQUEST is a configuration file (.yaml or .json), or with --dialect a request to that
-    service. Flags win over the file, the file over the preset, the preset over the defaults.
+    service; OVERRIDES are configuration files over it. Flags win over files, a later file over an
+    earlier one, files over the preset, the preset over the defaults.
     """
     from trainer.job import RunFolder
     from trainer.listeners import Summary, logs_for, progress_for
     from trainer.runner import is_main_process, stop_on_signals, supervise
 
     with stop_on_signals() as stop:
-        config = configuration(request, preset, dialect)
+        config = configuration(request, preset, dialect, overrides)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
@@ -95,15 +99,22 @@ def train(
 
 @cli.command(cls=HyperparameterCommand)
 @request_argument
+@overrides_argument
 @preset_option
 @dialect_option
 @json_option
-def validate(request: Path | None, preset: str | None, dialect: str | None, as_json: bool) -> None:
+def validate(
+    request: Path | None,
+    overrides: tuple[Path, ...],
+    preset: str | None,
+    dialect: str | None,
+    as_json: bool,
+) -> None:
     """Check configuration and pictures, without loading a model."""
-    config = configuration(request, preset, dialect)
-    from trainer.data.prepare import inspect as inspect_data
+    config = configuration(request, preset, dialect, overrides)
+    from trainer.inspection import inspect_pictures
 
-    report = inspect_data(config.data)
+    report = inspect_pictures(config)
     notes = [note.model_dump() for note in config.resolved.notes]
     _emit(
         {
@@ -119,6 +130,7 @@ def validate(request: Path | None, preset: str | None, dialect: str | None, as_j
 
 @cli.command(cls=HyperparameterCommand)
 @request_argument
+@overrides_argument
 @preset_option
 @dialect_option
 @click.option(
@@ -129,13 +141,14 @@ def validate(request: Path | None, preset: str | None, dialect: str | None, as_j
 @json_option
 def estimate(
     request: Path | None,
+    overrides: tuple[Path, ...],
     preset: str | None,
     dialect: str | None,
     hourly: float | None,
     as_json: bool,
 ) -> None:
     """Tell steps, memory, time and cost of a training before it runs."""
-    config = configuration(request, preset, dialect)
+    config = configuration(request, preset, dialect, overrides)
     _hush_libraries()
     from trainer.estimate import estimate as estimate_training
 

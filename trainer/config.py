@@ -13,22 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
-from trainer.fields import Names, Section
-from trainer.sections import (
-    AdapterConfig,
-    DataConfig,
-    LossConfig,
-    MaskConfig,
-    ModelConfig,
-    OptimConfig,
-    OutputConfig,
-    PriorConfig,
-    RunConfig,
-    TokenConfig,
-)
+from trainer.fields import Names, Section, as_tuple
+from trainer.sections.data import Concept, DataConfig, MaskConfig
+from trainer.sections.learning import AdapterConfig, LossConfig, PriorConfig, TokenConfig
+from trainer.sections.model import ModelConfig
+from trainer.sections.running import OptimConfig, OutputConfig, RunConfig
+from trainer.sections.subjects import subjects_of
 
 __all__ = [
     "AdapterConfig",
+    "Concept",
     "DataConfig",
     "LEAVES",
     "Leaf",
@@ -47,10 +41,6 @@ __all__ = [
     "TokenConfig",
     "TrainingConfig",
 ]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Note(Section):
@@ -77,7 +67,7 @@ class Resolution(Section):
     """
 
     explicit: Names = ()
-    notes: Annotated[tuple[Note, ...], BeforeValidator(_as_tuple)] = ()
+    notes: Annotated[tuple[Note, ...], BeforeValidator(as_tuple)] = ()
 
     @property
     def ignored_options(self) -> dict[str, str]:
@@ -107,6 +97,10 @@ class TrainingConfig(Section):
             KeyError: there is no such leaf.
         """
         return getattr(getattr(self, LEAVES[name].section), name)
+
+    def subjects(self) -> tuple[Concept, ...]:
+        """Every concept with all its options; pictures without concepts are one concept."""
+        return subjects_of({name: self.leaf(name) for name in LEAVES})
 
     def with_leaf(self, name: str, value: Any, note: Note | None = None) -> TrainingConfig:
         """A copy in which one leaf has another value, and a note says so."""

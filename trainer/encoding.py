@@ -1,12 +1,16 @@
-"""What is computed once before the first step: captions as conditioning, pictures as latents.
+"""Captions as conditioning and pictures as latents.
 
-Each caption and each picture is encoded by itself, so that the values do not depend on what
-else is in the data set. Afterwards the encoders are given up and their memory is free.
+Each caption is encoded once for all its uses in a batch, and for good once no text encoder and no
+new token learns any more; a picture is encoded by itself, so that its latents do not depend on
+what else is in the data set. Encoders that have done their work are given up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +18,7 @@ from trainer.data.dataset import Dataset
 from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteEvent, StageEvent
 from trainer.families.base import Conditioning, Family, LatentDistribution
+from trainer.tokens import TokenNames
 
 # Caption to its conditioning, rows of one, on the processor.
 EncodedCaptions = Mapping[str, Conditioning]
@@ -24,39 +29,107 @@ EncodedPictures = Mapping[tuple[int, bool], LatentDistribution]
 _SHOWN = 40
 
 
-def encode_captions(
-    family: Family, dataset: Dataset, device: torch.device
-) -> Generator[Event, None, EncodedCaptions]:
-    """Encodes every caption that a step may ask for and gives up the text encoders.
+class Text:
+    """The conditioning of captions, computed in each step while it may change, else kept.
 
-    A caption that is longer than a tokenizer's limit is cut there, and that is said.
+    Args:
+        family: with its text encoders.
+        captions: every caption that a step may ask for, as the user wrote it.
+        names: of the new tokens in them, if there are any.
+        device: of the text encoders while they are needed.
+        autocast: makes the context that sets the number formats of encoding.
     """
-    for name in family.text_encoder_names:
-        family.pipeline.components[name].to(device)
-    captions = dataset.all_captions()
-    encoded: dict[str, Conditioning] = {}
-    for done, caption in enumerate(captions, start=1):
-        rest = cut_off(family, caption)
-        if rest:
-            yield _cut_caption(caption, rest, dataset.data.instance_prompt)
-        with torch.no_grad():
-            conditioning = family.encode_text([caption])
-        encoded[caption] = {name: states.cpu() for name, states in conditioning.items()}
-        yield StageEvent("encode captions", done, len(captions))
-    family.pipeline.register_modules(**dict.fromkeys(family.text_encoder_names))
-    return encoded
+
+    def __init__(
+        self,
+        family: Family,
+        captions: Sequence[str],
+        names: TokenNames | None,
+        device: torch.device,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._family = family
+        self._captions = tuple(captions)
+        self._names = names
+        self._device = device
+        self._autocast = autocast
+        self._kept: EncodedCaptions | None = None
+        self._move_encoders(device)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether captions are still encoded in each step."""
+        return self._kept is None
+
+    def of(self, captions: Sequence[str]) -> Conditioning:
+        """The conditioning of a batch, in the order of its captions; differentiable while live."""
+        if self._kept is not None:
+            return stack_conditioning(self._kept, captions, self._device)
+        unique = list(dict.fromkeys(captions))
+        rows = torch.tensor([unique.index(caption) for caption in captions], device=self._device)
+        with self._autocast():
+            conditioning = self._encode(unique)
+        return {name: states.index_select(0, rows) for name, states in conditioning.items()}
+
+    def keep(self) -> Generator[Event, None, None]:
+        """Encodes every caption once and for all, and gives up the text encoders."""
+        kept: dict[str, Conditioning] = {}
+        for done, caption in enumerate(self._captions, start=1):
+            with torch.no_grad(), self._autocast():
+                conditioning = self._encode([caption])
+            kept[caption] = {name: states.cpu() for name, states in conditioning.items()}
+            yield StageEvent("encode captions", done, len(self._captions))
+        self._kept = kept
+        # Trained ones are held elsewhere, and read again when the result is written.
+        self._move_encoders(torch.device("cpu"))
+        self._family.pipeline.register_modules(**dict.fromkeys(self._family.text_encoder_names))
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        names = self._names
+        return self._family.encode_text([names.replaced(c) if names else c for c in captions])
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for name in self._family.text_encoder_names:
+            self._family.pipeline.components[name].to(device)
 
 
-def cut_off(family: Family, caption: str) -> str:
+@dataclass(frozen=True)
+class Encodings:
+    """What captions and pictures are to the denoiser.
+
+    Args:
+        text: the conditioning of the captions.
+        pictures: encoded pictures, or nothing where they are encoded in each step.
+    """
+
+    text: Text
+    pictures: EncodedPictures | None
+
+
+def tokenizer_of(family: Family, text_encoder: str) -> Any:
+    """The tokenizer beside a text encoder, by the names that diffusers' pipelines give them."""
+    return family.pipeline.components[text_encoder.replace("text_encoder", "tokenizer")]
+
+
+def cut_captions(
+    family: Family, captions: Sequence[str], names: TokenNames | None, instance_prompt: str
+) -> list[NoteEvent]:
+    """What the user should know of captions longer than a tokenizer's limit: they are cut there."""
+    ends = {caption: cut_off(family, caption, names) for caption in captions}
+    return [_cut_caption(c, rest, instance_prompt) for c, rest in ends.items() if rest]
+
+
+def cut_off(family: Family, caption: str, names: TokenNames | None) -> str:
     """The end of a caption that a tokenizer of the family has no room for, or nothing.
 
     Where several cut the caption, it is the longest end.
     """
     ends = [""]
-    for name, tokenizer in family.pipeline.components.items():
-        if not name.startswith("tokenizer") or tokenizer is None:
-            continue
-        tokens = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+    text = names.replaced(caption) if names else caption
+    for text_encoder in family.text_encoder_names:
+        tokenizer = tokenizer_of(family, text_encoder)
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
         ends.append(tokenizer.decode(tokens[room:]).strip())
     return max(ends, key=len)

@@ -8,8 +8,8 @@ is shown and logged; stopping is asked for by a function, so no callbacks are ne
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,18 +24,24 @@ from accelerate.utils import (
 
 from trainer import adapters, base_model, checkpoint, results
 from trainer.base_model import BaseModel, Precision
+from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
 from trainer.config_files import write_config
+from trainer.data.captions import listed
 from trainer.data.dataset import Dataset
-from trainer.data.plan import Plan
-from trainer.data.prepare import Example, prepare
+from trainer.data.plan import Plan, Portion
+from trainer.data.prepare import Example
 from trainer.durable import write_text
-from trainer.encoding import encode_captions, encode_pictures
+from trainer.encoding import Encodings, Text, cut_captions, encode_pictures, tokenizer_of
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
-from trainer.events import Event, NoteEvent, RunEvent, StepEvent
+from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
+from trainer.families.base import Family
 from trainer.job import RunFolder
 from trainer.machine import completed, device_name, mixed_precision_of, precision_of
 from trainer.measurements import measurement_key, record_measurement
+from trainer.schedule import Schedule
+from trainer.tokens import TokenNames, pool_at_end_of_text, token_names
+from trainer.trainables import build as trainables_of
 from trainer.training import Training, identity
 
 Value = TypeVar("Value")
@@ -116,29 +122,53 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
         folder.create()
-    examples = yield from _prepare(config, folder, accelerator)
+    instances, classes = yield from prepare_concepts(config, folder, accelerator)
+    plan = _plan(config.run, accelerator, joined(config.subjects(), instances, classes)[1])
+    total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
+    schedule = Schedule.of(config.token, config.adapter, total_steps)
     precision = precision_of(config)
     family = base_model.load(base, precision)
     contents = base_model.contents_digest(family)
-    plan = Plan(
-        num_examples=len(examples),
-        batch_size=config.run.batch_size,
-        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        seed=config.run.seed,
-    )
+    classes |= yield from make_classes(config, folder, accelerator, family, contents)
+    examples, portions = joined(config.subjects(), instances, classes)
+    plan = replace(plan, portions=portions)
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
-    text = yield from encode_captions(family, dataset, accelerator.device)
+    names = token_names(config.token)
+    trainables = trainables_of(config, family, names)
+    notes = [*trainables.notes, *_notes_on_tokens(config, family, names, examples)]
+    text = Text(
+        family, dataset.all_captions(), names, accelerator.device, autocast=accelerator.autocast
+    )
+    yield from cut_captions(family, dataset.all_captions(), names, config.data.instance_prompt)
+    if not schedule.text_learns_at(0):
+        yield from text.keep()
     pictures = None
     if config.data.cache_latents:
         pictures = yield from encode_pictures(family, dataset, accelerator.device)
     training = Training(
-        config, family, accelerator, dataset, text=text, pictures=pictures, base_contents=contents
+        config,
+        family,
+        accelerator,
+        dataset,
+        trainables=trainables,
+        schedule=schedule,
+        encodings=Encodings(text, pictures),
+        base_contents=contents,
     )
-    yield from map(_as_event, training.notes)
-    config = config.with_notes(*training.notes)
-    return Composition(config, base, precision, training)
+    notes += training.notes
+    yield from map(_as_event, notes)
+    return Composition(config.with_notes(*notes), base, precision, training)
+
+
+def _plan(run: RunConfig, accelerator: Accelerator, portions: tuple[Portion, ...]) -> Plan:
+    return Plan(
+        portions=portions,
+        batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=run.seed,
+    )
 
 
 def _accelerator(run: RunConfig) -> Accelerator:
@@ -163,51 +193,88 @@ def _accelerator(run: RunConfig) -> Accelerator:
 def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
     """What would only fail in the first step, found before any weights are read."""
     base_model.objective_of(base).check_maximum(config.loss.max_timestep_trained)
-    if config.adapter.use_lora:
+    adapter = config.adapter
+    if not adapter.use_lora:
+        return
+    targets = {base.family.denoiser_name: ("target_unet_modules", adapter.target_unet_modules)}
+    if adapter.train_text_encoder:
+        ours = ("target_text_encoder_modules", adapter.target_text_encoder_modules)
+        targets |= dict.fromkeys(base.family.text_encoder_names, ours)
+    for component, (field, names) in targets.items():
         adapters.target_layers(
-            base_model.denoiser_skeleton(base),
-            config.adapter.target_unet_modules,
-            field="target_unet_modules",
-            must_match=config.is_explicit("target_unet_modules"),
+            base_model.skeleton(base, component),
+            names,
+            field=field,
+            must_match=config.is_explicit(field),
         )
+
+
+def _notes_on_tokens(
+    config: TrainingConfig,
+    family: Family,
+    names: TokenNames | None,
+    examples: Sequence[Example],
+) -> list[Note]:
+    """Pictures that teach the new tokens nothing, and a pooling that makes no difference."""
+    if names is None:
+        return []
+    without = [e.name for e in examples if not e.is_class and not names.occurs_in(e.caption)]
+    notes = []
+    if without:
+        message = (
+            f"{len(without)} pictures have captions without {' or '.join(names.identifiers)} and "
+            f"teach the new tokens nothing: {listed(without)}"
+        )
+        notes.append(Note(kind="warning", field="token_abstraction", message=message))
+    if config.token.ti_pooling == "eos" and not _pooled_at_end(family, names):
+        message = "this base model takes nothing from a pooled vector that new tokens could move"
+        notes.append(Note(kind="ignored", field="ti_pooling", message=message))
+    return notes
+
+
+def _pooled_at_end(family: Family, names: TokenNames) -> bool:
+    """Pools at the end of the text from now on; whether that changes any conditioning."""
+    caption = "".join(names.all_tokens())
+    with torch.no_grad():
+        before = family.encode_text([caption])
+        for name in family.text_encoder_names:
+            pool_at_end_of_text(family.pipeline.components[name], tokenizer_of(family, name))
+        after = family.encode_text([caption])
+    return any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def _as_event(note: Note) -> NoteEvent:
     return NoteEvent(note.kind, note.field, note.message)
 
 
-def _prepare(
-    config: TrainingConfig, folder: RunFolder, accelerator: Accelerator
-) -> Generator[Event, None, tuple[Example, ...]]:
-    """Prepares the pictures in one process; the others then find them ready."""
-    width, height = config.data.resolution_width, config.data.resolution_height
-    assert width is not None
-    assert height is not None
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-    examples = yield from prepare(config.data, folder.prepared, width=width, height=height)
-    if accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-    return examples
-
-
 def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
     """The steps, whose usual time is remembered for estimates of trainings like this one."""
-    seconds: list[float] = []
+    phases: list[list[float]] = [[]]
     for event in steps:
+        if isinstance(event, PhaseEvent):
+            phases.append([])
         if isinstance(event, StepEvent):
-            seconds.append(event.seconds)
+            phases[-1].append(event.seconds)
         yield event
     accelerator = composed.training.accelerator
-    settled = seconds[_WARM_UP_STEPS:]
-    if settled and accelerator.is_main_process:
+    usual = _usual_seconds(phases)
+    if usual is not None and accelerator.is_main_process:
         key = measurement_key(
             composed.config,
             family=composed.base.family_name,
             device=device_name(),
             num_processes=accelerator.num_processes,
         )
-        record_measurement(key, statistics.median(settled))
+        record_measurement(key, usual)
+
+
+def _usual_seconds(phases: Sequence[Sequence[float]]) -> float | None:
+    """The mean over the phases of each one's usual time of a step, weighted by their steps."""
+    settled = [phase[_WARM_UP_STEPS:] for phase in phases if len(phase) > _WARM_UP_STEPS]
+    if not settled:
+        return None
+    steps = sum(map(len, settled))
+    return sum(statistics.median(phase) * len(phase) for phase in settled) / steps
 
 
 def _run_event(composed: Composition) -> RunEvent:

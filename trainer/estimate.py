@@ -6,20 +6,21 @@ measurement of the same training on this machine. What is not known stays unknow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainer import base_model
-from trainer.base_model import BaseModel
-from trainer.config import TrainingConfig
-from trainer.data.plan import Plan
+from trainer.config import Concept, TrainingConfig
+from trainer.data.plan import Plan, Portion
 from trainer.data.prepare import inspect
 from trainer.errors import InputError
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
 from trainer.memory import Footprint, training_footprint
+from trainer.sections.subjects import data_of
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Estimate:
     """What a training will take; None stands for unknown.
 
     Args:
-        num_examples: pictures that are trained.
+        num_examples: pictures that an epoch shows, each as often as it is repeated.
         steps: optimizer steps.
         epochs: passes over the pictures, the last one perhaps in part.
         device: what the figures hold for.
         footprint: memory on that device and trained parameters.
-        seconds: for all steps, without loading, encoding and writing.
+        seconds: for all steps, without loading, class pictures, encoding and writing.
         hourly: price of this machine per hour, where it was given.
-        notes: why something is unknown.
+        notes: why something is unknown or left out.
     """
 
     num_examples: int
@@ -81,7 +82,7 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         InputError: the pictures cannot be used.
     """
     plan = Plan(
-        num_examples=inspect(config.data).num_usable,
+        portions=_portions(config),
         batch_size=config.run.batch_size,
         gradient_accumulation_steps=config.run.gradient_accumulation_steps,
         num_processes=1,
@@ -89,12 +90,13 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         seed=config.run.seed,
     )
     steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
-    notes: list[str] = []
+    notes = _notes_on_class_images(config.subjects())
     footprint, seconds = None, None
     try:
         base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
         config = completed(config, base)
-        footprint = _footprint(config, base)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        footprint = training_footprint(base, precision_of(config), device, config)
     except (InputError, OSError) as error:
         reason = str(error).removeprefix("error[input]: ")
         notes.append(f"memory and time are unknown: {reason}")
@@ -119,13 +121,26 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     )
 
 
-def _footprint(config: TrainingConfig, base: BaseModel) -> Footprint:
-    return training_footprint(
-        base,
-        precision_of(config),
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        adapter=config.adapter,
-        data=config.data,
-        optimizer=config.optim,
-        run=config.run,
-    )
+def _portions(config: TrainingConfig) -> tuple[Portion, ...]:
+    """Each concept's part of an epoch; class pictures change nothing of the steps."""
+    portions = []
+    start = 0
+    for concept in config.subjects():
+        end = start + inspect(data_of(concept, config.data), config.mask).num_usable
+        portions.append(Portion(instances=tuple(range(start, end)), repeats=concept.repeats))
+        start = end
+    return tuple(portions)
+
+
+def _notes_on_class_images(concepts: Sequence[Concept]) -> list[str]:
+    counts: dict[str | None, int] = {}
+    for concept in concepts:
+        if concept.with_prior_preservation and concept.class_images_url is None:
+            wanted = concept.num_class_images or 0
+            counts[concept.class_prompt] = max(wanted, counts.get(concept.class_prompt, 0))
+    if not counts:
+        return []
+    count = sum(counts.values())
+    return [
+        f"{count} class pictures are made first, once for all trainings: their time is left out"
+    ]

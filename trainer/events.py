@@ -74,6 +74,22 @@ class StepEvent(Event):
 
 
 @dataclass(frozen=True)
+class PhaseEvent(Event):
+    """From the next step on other parts learn than before.
+
+    Args:
+        step: steps done.
+        learning: the parts that learn now: `denoiser`, `text_encoders`, `tokens`.
+        frozen: the parts that learnt before and stay as they are from now on.
+    """
+
+    kind = "phase"
+    step: int
+    learning: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class NoteEvent(Event):
     """Something the user should know: kind as in `config.Note`, field and message."""
 

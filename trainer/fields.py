@@ -5,7 +5,7 @@ Knows no hyperparameter; those stand in `trainer.sections`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.config import JsonDict
@@ -16,6 +16,11 @@ def _split_commas(value: object) -> object:
     """A list of names, whether it comes as a sequence or as one comma-separated string."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    return as_tuple(value)
+
+
+def as_tuple(value: object) -> object:
+    """A list as a tuple; anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -32,6 +37,7 @@ def capitalized(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 NAMES_SCHEMA = {"type": ["array", "string"], "items": {"type": "string", "minLength": 1}}
 Names = Annotated[tuple[Text, ...], BeforeValidator(_split_commas), WithJsonSchema(NAMES_SCHEMA)]
+PhotoClass = Literal["Man", "Woman", "Person", "Boy", "Girl", "Baby"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 # Marks leaves that change how a run is watched or stored, never what it computes.

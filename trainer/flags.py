@@ -1,12 +1,12 @@
 """Command-line flags for the hyperparameters, made from their declarations.
 
 `--snr-gamma 5` and `--snr_gamma 5` both mean the leaf `snr_gamma`; nothing is listed by hand.
-Together with a file, a preset or a service's request they are one configuration.
+Together with files, a preset or a service's request they are one configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,16 @@ def given_flags() -> Mapping[str, Any]:
     return values
 
 
-def configuration(request: Path | None, preset: str | None, dialect: str | None) -> TrainingConfig:
-    """The configuration that file, preset, dialect and flags mean together.
+def configuration(
+    request: Path | None,
+    preset: str | None,
+    dialect: str | None,
+    overrides: Sequence[Path] = (),
+) -> TrainingConfig:
+    """The configuration that files, preset, dialect and flags mean together.
+
+    Args:
+        overrides: configuration files over the request; a later one wins.
 
     Raises:
         InputError: with everything that is wrong.
@@ -51,6 +59,8 @@ def configuration(request: Path | None, preset: str | None, dialect: str | None)
     if preset is not None:
         defaults = [layer for layer in layers if not layer.explicit]
         layers = [*defaults, load_preset(preset), *layers[len(defaults) :]]
+    for file in overrides:
+        layers += read_config_file(file)
     layers.append(Layer("command line", given_flags(), explicit=True))
     return resolve(layers)
 

@@ -4,6 +4,7 @@
 config.yaml      the resolved configuration
 events.jsonl     everything the run said, one JSON object a line
 prepared/        the pictures, upright and at the trained scale, to be looked at
+class_images/    what the base model shows of a class, for prior preservation
 checkpoints/     step-N folders, each with a manifest
 logs/            TensorBoard
 outputs/         the result files
@@ -41,9 +42,14 @@ Role = Literal[
     "kohya_lora_comfyui",
     "peft_folder",
     "denoiser_weights",
+    "denoiser_config",
     "text_encoder_weights",
+    "text_encoder_config",
     "text_encoder_2_weights",
+    "text_encoder_2_config",
     "embeddings",
+    "token_embedding",
+    "extraction_report",
     "config",
     "model_card",
     "loss_plot",
@@ -138,6 +144,11 @@ class RunFolder:
     def prepared(self) -> Path:
         """The pictures, upright and at the trained scale."""
         return self.root / "prepared"
+
+    @property
+    def class_images(self) -> Path:
+        """The class pictures that the base model made, a folder for each class."""
+        return self.root / "class_images"
 
     @property
     def checkpoints(self) -> Path:

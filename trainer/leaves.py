@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
 from trainer.config import LEAVES, SECTIONS, TrainingConfig
 
 # Keys of a configuration file beside the sections and leaves: what a preset says of itself,
@@ -51,12 +53,23 @@ def leaf_schema(name: str) -> Mapping[str, Any]:
 
 def allowed(name: str) -> str:
     """What a leaf may hold, in words: `a number, above 0, or null`."""
-    return _in_words(leaf_schema(name))
+    return in_words(leaf_schema(name))
+
+
+def parts(schema: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The named parts of a value, such as those of a concept, with their schemas."""
+    return next((c["properties"] for c in _choices(schema) if "properties" in c), {})
+
+
+def items(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of the items of a list whose items have parts; empty for anything else."""
+    found = (choice["items"] for choice in _choices(schema) if "items" in choice)
+    return next((item for item in found if parts(item)), {})
 
 
 def shown(value: object) -> str:
     """A given value as a message quotes it: JSON, cut when long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
 
 
@@ -114,14 +127,35 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True, exclude_none=True)
+    return str(value)
+
+
 def _read_boolean(text: str) -> bool:
     return _BOOLEANS[text.lower()]
+
+
+def _read_list(text: str) -> list[Any]:
+    """A list in JSON, in which no name stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands there twice")
+        return dict(pairs)
+
+    value = json.loads(text, object_pairs_hook=once)
+    if not isinstance(value, list):
+        raise ValueError("not a list")
+    return value
 
 
 _READERS: Mapping[str, Callable[[str], Any]] = {
     "boolean": _read_boolean,
     "integer": int,
     "number": float,
+    "array": _read_list,
 }
 
 
@@ -141,15 +175,29 @@ def _types(schema: Mapping[str, Any]) -> set[str]:
     return {str(choice["type"]) for choice in _choices(schema)}
 
 
-def _in_words(schema: Mapping[str, Any]) -> str:
+def in_words(schema: Mapping[str, Any]) -> str:
+    """What a schema allows, in words."""
     if "anyOf" in schema:
-        words = [_in_words(choice) for choice in _choices(schema)]
-        return ", or ".join(words)
+        return ", or ".join(in_words(choice) for choice in _choices(schema))
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
         return str(schema["const"])
     if "items" in schema:
-        return "names, as a list or separated by commas, none empty"
+        return _list_in_words(items(schema))
+    if parts(schema):
+        return f"names with values: {_in_parts(schema)}"
     bounds = [words.format(schema[key]) for key, words in _BOUND_WORDS.items() if key in schema]
     return ", ".join([_TYPE_WORDS[schema["type"]], *bounds])
+
+
+def _list_in_words(item: Mapping[str, Any]) -> str:
+    if not item:
+        return "names, as a list or separated by commas, none empty"
+    return f"a list of {item['title'].lower()}s, each with {_in_parts(item)}"
+
+
+def _in_parts(schema: Mapping[str, Any]) -> str:
+    required = schema.get("required", [])
+    others = [name for name in parts(schema) if name not in required]
+    return f"{', '.join(required)}; also: {', '.join(others)}"

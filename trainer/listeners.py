@@ -36,6 +36,7 @@ from trainer.events import (
     Event,
     FileEvent,
     NoteEvent,
+    PhaseEvent,
     RunEvent,
     StageEvent,
     StepEvent,
@@ -161,6 +162,10 @@ class ProgressBar:
         self._move(TRAINING, event.step, None, figures(event))
 
     @hear.register
+    def _(self, event: PhaseEvent) -> None:
+        self._progress.console.print(phase_line(event), markup=False, highlight=False)
+
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._progress.console.print(note_line(event), markup=False, highlight=False)
@@ -218,6 +223,10 @@ class ProgressLines(_Plain):
         self._print(f"checkpoint: {event.path}")
 
     @hear.register
+    def _(self, event: PhaseEvent) -> None:
+        self._print(phase_line(event))
+
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._print(note_line(event))
@@ -245,6 +254,17 @@ def figures(event: StepEvent) -> str:
 def note_line(event: NoteEvent) -> str:
     """A note as one line."""
     return f"{event.note}: `{event.field}`: {event.message}"
+
+
+_PARTS = {"denoiser": "the denoiser", "text_encoders": "text encoders", "tokens": "new tokens"}
+
+
+def phase_line(event: PhaseEvent) -> str:
+    """What learns from here on, as one line."""
+    learning = ", ".join(_PARTS[part] for part in event.learning)
+    frozen = ", ".join(_PARTS[part] for part in event.frozen)
+    line = f"from step {event.step + 1} on: {learning} learning"
+    return f"{line}; {frozen} frozen" if frozen else line
 
 
 def duration(seconds: float) -> str:

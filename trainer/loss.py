@@ -1,4 +1,4 @@
-"""The training loss: squared error per example, min-SNR weights, masks and example weights.
+"""The training loss: squared error per example, min-SNR weights, masks, prior preservation.
 
 Values and tensors in, tensors out; knows neither models nor configuration.
 """
@@ -20,22 +20,35 @@ MIN_SNR_WEIGHTS: Mapping[str, Weights] = {
 }
 
 
+def latent_weights(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The loss weight of each latent pixel (B, 1, h, w): area mean, then mean 1 in each example.
+
+    Normalised, a small subject counts as much as a large one, and a mask changes what is learnt,
+    not how strongly. An example whose mask is all 0 has nothing to learn: its weights are 0.
+
+    Args:
+        mask: (B, 1, H, W) weights of pixels, at least 0.
+        size: (h, w) of the latents.
+    """
+    means = torch.nn.functional.adaptive_avg_pool2d(mask.float(), size)
+    whole = means.flatten(1).mean(1).view(-1, 1, 1, 1)
+    return torch.where(whole > 0, means / whole, 0.0)
+
+
 def example_losses(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Mean squared error of each example (B,), in fp32.
 
     Args:
         prediction: (B, C, …).
         target: of the same shape.
-        mask: (B, 1, …) weights of pixels, at least 0, not all 0; divided by their mean in each
-            example, so that a small subject counts as much as a large one. None: all alike.
+        weights: (B, 1, …) of latent pixels, see `latent_weights`. None: all 1.
     """
     errors = (prediction.float() - target.float()).square()
-    if mask is None:
-        return errors.flatten(1).mean(1)
-    weights = mask.float() / mask.float().flatten(1).mean(1).view(-1, *[1] * (mask.ndim - 1))
-    return (errors * weights).flatten(1).mean(1)
+    if weights is not None:
+        errors = errors * weights
+    return errors.flatten(1).mean(1)
 
 
 def min_snr_weights(snr: torch.Tensor, gamma: float | None, prediction_type: str) -> torch.Tensor:
@@ -58,7 +71,8 @@ def diffusion_loss(
     snr: torch.Tensor,
     prediction_type: str,
     snr_gamma: float | None,
-    weights: torch.Tensor,
+    shares: torch.Tensor,
+    is_class: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of one micro-batch: a sum, so that micro-batches of a step add up.
@@ -69,9 +83,15 @@ def diffusion_loss(
         snr: (B,) signal-to-noise ratios of the examples.
         prediction_type: what the denoiser predicts.
         snr_gamma: see `min_snr_weights`.
-        weights: (B,) share of each example in the step's mean; 0 for a slot that only fills up.
-        mask: see `example_losses`.
+        shares: (B,) share of each example in the step's mean, for class pictures times the
+            weight of prior preservation; 0 for a slot that only fills up.
+        is_class: (B,) true for class pictures, whose loss min-SNR leaves alone (diffusers'
+            advanced scripts).
+        mask: (B, 1, H, W) weights of pixels, see `latent_weights`. None: all alike.
     """
-    losses = example_losses(prediction, target, mask)
-    scale = min_snr_weights(snr, snr_gamma, prediction_type) * weights
+    height, width = target.shape[-2:]
+    weights = None if mask is None else latent_weights(mask, (height, width))
+    losses = example_losses(prediction, target, weights)
+    scale = min_snr_weights(snr, snr_gamma, prediction_type)
+    scale = torch.where(is_class, 1.0, scale) * shares
     return (losses * scale.to(losses)).sum()

@@ -51,8 +51,10 @@ def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
 def precision_of(config: TrainingConfig) -> Precision:
     """The number formats of a completed configuration: what learns stays in 32 bits."""
     frozen = _DTYPES[config.run.mixed_precision]
+    whole_text_encoders = config.adapter.train_text_encoder and not config.adapter.use_lora
     return Precision(
         frozen=frozen,
         denoiser=frozen if config.adapter.use_lora else torch.float32,
         vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
+        text_encoders=torch.float32 if whole_text_encoders else frozen,
     )

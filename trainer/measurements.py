@@ -6,12 +6,12 @@ One JSON object a line in the user's cache folder. Knows no torch.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.config import TrainingConfig
+from trainer.cache import cache_folder
+from trainer.config import AdapterConfig, TokenConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,17 @@ class MeasurementKey:
         method: form of the adapter, or `all weights`.
         targets: layers that get an adapter, by the end of their name.
         rank: of the adapter.
+        text_method: what learns beside the denoiser: `new tokens`, `all weights` of the text
+            encoders, the form of their adapter, or nothing.
+        text_targets: layers of the text encoders that get an adapter.
+        text_rank: of their adapter, or the number of new tokens.
+        text_share: of the steps in which it learns.
+        denoiser_waits: whether the denoiser learns in the other steps alone.
         width: in pixels.
         height: in pixels.
         examples_per_step: over all processes.
-        batch_size: of one forward pass.
+        batch_size: pictures of one forward pass.
+        forward_examples: the same with the class pictures that may stand beside them.
         mixed_precision: `no`, `fp16` or `bf16`.
         gradient_checkpointing: whether activations are recomputed.
         cache_latents: whether pictures are encoded beforehand.
@@ -43,10 +50,16 @@ class MeasurementKey:
     method: str
     targets: str
     rank: int
+    text_method: str
+    text_targets: str
+    text_rank: int
+    text_share: float
+    denoiser_waits: bool
     width: int | None
     height: int | None
     examples_per_step: int
     batch_size: int
+    forward_examples: int
     mixed_precision: str
     gradient_checkpointing: bool
     cache_latents: bool
@@ -69,17 +82,25 @@ def measurement_key(
         num_processes: processes that train together.
     """
     adapter, run, local = config.adapter, config.run, Path(config.model.model_url)
-    form = "dora" if adapter.use_dora else adapter.lora_type
+    has_prior = any(concept.with_prior_preservation for concept in config.subjects())
+    text_method, text_targets, text_rank, text_share = _text(adapter, config.token)
     return MeasurementKey(
         family=family,
         model_url=str(local.resolve()) if local.exists() else config.model.model_url,
-        method=form if adapter.use_lora else "all weights",
+        method=_form(adapter),
         targets=",".join(adapter.target_unet_modules) if adapter.use_lora else "",
         rank=adapter.rank if adapter.use_lora else 0,
+        text_method=text_method,
+        text_targets=text_targets,
+        text_rank=text_rank,
+        text_share=text_share,
+        denoiser_waits=config.token.train_text_encoder_ti
+        and config.token.disable_unet_during_ti_training,
         width=config.data.resolution_width,
         height=config.data.resolution_height,
         examples_per_step=run.batch_size * run.gradient_accumulation_steps * num_processes,
         batch_size=run.batch_size,
+        forward_examples=run.batch_size * (2 if has_prior else 1),
         mixed_precision=run.mixed_precision,
         gradient_checkpointing=run.gradient_checkpointing,
         cache_latents=config.data.cache_latents,
@@ -92,9 +113,8 @@ def measurement_key(
 
 
 def measurements_file() -> Path:
-    """Where measurements are kept: below `XDG_CACHE_HOME`, or `.cache` of the user's home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(os.path.expanduser(cache)) / "tok-trainer" / "measurements.jsonl"
+    """Where measurements are kept: in the user's cache folder."""
+    return cache_folder() / "measurements.jsonl"
 
 
 def record_measurement(key: MeasurementKey, seconds_per_step: float) -> None:
@@ -125,3 +145,22 @@ def measured_seconds_per_step(key: MeasurementKey) -> float | None:
             if measurement["key"] == asdict(key):
                 return float(measurement["seconds_per_step"])
     return None
+
+
+def _form(adapter: AdapterConfig) -> str:
+    if not adapter.use_lora:
+        return "all weights"
+    return "dora" if adapter.use_dora else adapter.lora_type
+
+
+def _text(adapter: AdapterConfig, token: TokenConfig) -> tuple[str, str, int, float]:
+    """What learns beside the denoiser: method, targets, rank, share of the steps."""
+    if token.train_text_encoder_ti:
+        count = len(token.token_abstraction) * token.num_new_tokens_per_abstraction
+        return "new tokens", "", count, token.train_text_encoder_ti_frac
+    if not adapter.train_text_encoder:
+        return "", "", 0, 0.0
+    if not adapter.use_lora:
+        return _form(adapter), "", 0, adapter.train_text_encoder_frac
+    targets, rank = ",".join(adapter.target_text_encoder_modules), adapter.for_text_encoders().rank
+    return _form(adapter), targets, rank, adapter.train_text_encoder_frac

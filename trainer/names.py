@@ -43,6 +43,7 @@ class KohyaNames:
         base_model_version: `ss_base_model_version`.
         architecture: `modelspec.architecture`, without the `/lora` ending.
         implementation: `modelspec.implementation`.
+        embedding_keys: text encoder to the key of its new token vectors in embedding files.
     """
 
     denoiser_prefix: str
@@ -51,6 +52,7 @@ class KohyaNames:
     architecture: str
     implementation: str
     layers: Mapping[str, str] = field(default_factory=dict)
+    embedding_keys: Mapping[str, str] = field(default_factory=dict)
 
     def of_layer(self, component: str, path: str) -> str:
         """The key prefix of one adapted layer: `unet`, `mid_block.…to_q` → `lora_unet_…to_q`."""

@@ -6,7 +6,7 @@ together stands in `trainer.rules`; where layers come from is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import ValidationError, create_model
 
 from trainer.config import LEAVES, SECTIONS, Note, Resolution, Section, TrainingConfig
 from trainer.errors import InputError, Problem
-from trainer.leaves import allowed, nearest, shown
+from trainer.leaves import in_words, items, leaf_schema, nearest, parts, shown
 from trainer.rules import Draft, refusals, settle
 
 
@@ -53,14 +53,7 @@ def resolve(layers: Sequence[Layer], *, refuse: bool = True) -> TrainingConfig:
     problems += _unknown(layers)
     draft = _merge(layers)
     problems += _check_leaves(draft, layers)
-    if not draft.values["images_data_url"] and not _names(problems, "images_data_url"):
-        problems.append(
-            Problem(
-                "images_data_url",
-                "no training pictures are given; allowed: a folder, an archive or a data: URI",
-                "set `images_data_url` to your pictures",
-            )
-        )
+    draft.wrong |= {problem.field for problem in problems}
     settle(draft)
     config, clashes = _build(draft, _earlier_notes(layers, draft))
     problems += [*draft.problems, *clashes]
@@ -69,10 +62,6 @@ def resolve(layers: Sequence[Layer], *, refuse: bool = True) -> TrainingConfig:
     if problems:
         raise InputError(problems)
     return config
-
-
-def _names(problems: Iterable[Problem], leaf: str) -> bool:
-    return any(problem.field == leaf for problem in problems)
 
 
 def _unknown(layers: Sequence[Layer]) -> list[Problem]:
@@ -118,16 +107,50 @@ def _check_leaves(draft: Draft, layers: Sequence[Layer]) -> list[Problem]:
         try:
             check.model_validate(given)
         except ValidationError as error:
-            wrong = list(dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()))
+            places = [detail["loc"] for detail in error.errors()]
+            wrong = list(dict.fromkeys(str(place[0]) for place in places))
             for name in wrong:
                 source = layers[draft.origins[name] - 1].name
-                message = f"got {shown(given[name])} (in {source}); allowed: {allowed(name)}"
-                problems.append(Problem(name, message))
+                inside = [place[1:] for place in places if place[0] == name]
+                problems += _problems_of(name, inside, given[name], source)
                 given[name] = LEAVES[name].info.default
             draft.explicit -= set(wrong)
+            draft.wrong |= set(wrong)
         checked = check.model_validate(given)
         draft.values.update(dict(checked))
     return problems
+
+
+def _problems_of(
+    leaf: str, places: Sequence[tuple[int | str, ...]], value: Any, source: str
+) -> list[Problem]:
+    """The problems of one leaf: of its whole value, or of each wrong part inside.
+
+    Args:
+        places: the way to each wrong part, from the leaf on; empty for the leaf itself.
+    """
+    found = [_problem(leaf, place, value, source) for place in places]
+    inside = [problem for problem in found if problem.field != leaf]
+    return list({problem.field: problem for problem in inside or found}.values())
+
+
+def _problem(leaf: str, place: Sequence[int | str], value: Any, source: str) -> Problem:
+    field, schema = leaf, leaf_schema(leaf)
+    for step in place:
+        if isinstance(step, int) and items(schema):
+            field, schema, value = f"{field}[{step}]", items(schema), value[step]
+        elif step in parts(schema):
+            field, schema = f"{field}.{step}", parts(schema)[str(step)]
+            if step not in value:
+                return Problem(field, f"is missing (in {source}); allowed: {in_words(schema)}")
+            value = value[step]
+        elif parts(schema):
+            name = f"{field}.{step}"
+            hint = nearest(str(step), parts(schema))
+            return Problem(name, f"there is no such option (in {source})", hint)
+        else:
+            break
+    return Problem(field, f"got {shown(value)} (in {source}); allowed: {in_words(schema)}")
 
 
 def _earlier_notes(layers: Sequence[Layer], draft: Draft) -> list[Note]:

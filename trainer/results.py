@@ -1,42 +1,44 @@
-"""From a finished training to verified files: what the exporters write, in which order.
+"""From a finished training to verified files: which files there are, in which order.
 
 Part of the engine's room: it joins the trained weights with the exporters and names no family.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from trainer import base_model
-from trainer.adapters import EffectiveWeights
+from trainer import base_model, loss
+from trainer.artifacts import Artifacts
 from trainer.base_model import BaseModel, Precision
 from trainer.config import TrainingConfig
 from trainer.config_files import write_config
+from trainer.data.debug import TrainedExample, trained_examples
 from trainer.durable import fresh_folder, write_text
 from trainer.errors import VerificationError
 from trainer.events import Event, FileEvent, NoteEvent
-from trainer.export.card import CardFile, model_card
-from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_folders
+from trainer.export.archive import write_archive
+from trainer.export.card import model_card
+from trainer.export.card_loading import CardFile
+from trainer.export.debug import dataset_entries, mask_entries
+from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts, public_name
-from trainer.export.full import write_denoiser
-from trainer.export.kohya import DoraConvention, write_kohya
 from trainer.export.plot import write_loss_plot
-from trainer.export.state import AdapterState
-from trainer.export.verify import TrainedWeights, nothing_learnt, verify, write_report
+from trainer.export.verify import Check, WrittenFile, nothing_learnt, verify, write_report
 from trainer.job import Role, RunFolder
+from trainer.tokens import token_names
 from trainer.training import Training
 
-_SAVED_AS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_CONVENTIONS: Mapping[str, tuple[DoraConvention, ...]] = {
-    "paper": ("paper",),
-    "comfyui": ("comfyui",),
-    "both": ("paper", "comfyui"),
-}
+# Examples that the debug archives show at least, and one whole epoch if it has more: the rest of
+# a long run shows the same pictures again.
+DEBUG_EXAMPLES = 256
 
 
 def deliver(
@@ -52,41 +54,29 @@ def deliver(
         VerificationError: a reader does not get the trained model from a file.
     """
     outputs = fresh_folder(folder.outputs)
-    state = _adapter_state(config, base, training)
     facts = _facts(config, training)
-    weights: list[tuple[Role, Path]] = []
-    written = (
-        _full_files(config, base, training, outputs)
-        if state is None
-        else _adapter_files(config, base, training, state, facts, outputs)
-    )
-    for role, path in written:
-        weights.append((role, path))
-        yield _written(folder, role, path)
-    write_text(outputs / "config.yaml", write_config(config))
-    yield _written(folder, "config", outputs / "config.yaml")
-    losses = list(enumerate(training.losses, start=1))
-    write_loss_plot(outputs / "loss.png", losses, config.output.output_name)
-    yield _written(folder, "loss_plot", outputs / "loss.png")
     fresh = _fresh_pipeline(config, base, precision)
-    trained = _trained(config, base, training)
-    checks = yield from verify(folder.root, weights, trained, fresh, base.family.kohya)
-    if nothing_learnt(checks):
-        yield NoteEvent(
-            "warning",
-            "learning_rate",
-            "nothing was learnt: every trained layer equals that of the base model; look at "
-            "learning_rate, lr_warmup_steps and max_train_steps",
-        )
-    write_report(outputs / "verify.json", checks)
-    yield _written(folder, "verification", outputs / "verify.json")
-    card_files = [CardFile(role, path.relative_to(outputs).as_posix()) for role, path in weights]
+    artifacts = Artifacts(training.trainables, base, facts, config.adapter, config.output, outputs)
+    files: list[WrittenFile] = []
+    state = artifacts.state()
+    extraction: Extraction | None = None
+    if state is not None:
+        yield from _collected(artifacts.adapter_files(state), files, folder)
+    else:
+        yield from _collected(artifacts.full_files(), files, folder)
+    if state is None and config.output.extract_rank is not None:
+        extraction = yield from _extracted(artifacts, fresh, files, folder)
+    yield from _collected(artifacts.token_files(), files, folder)
+    yield from _records(config, training, folder)
+    checks = yield from _verified(files, fresh, base, folder)
     card = model_card(
         facts,
-        card_files,
+        [CardFile(file.role, file.path.relative_to(outputs).as_posix()) for file in files],
         checks,
         pipeline_class=base.family.pipeline_class.__name__,
+        names=base.family.kohya,
         state=state,
+        extraction=extraction,
     )
     write_text(outputs / "README.md", card)
     yield _written(folder, "model_card", outputs / "README.md")
@@ -98,88 +88,90 @@ def deliver(
         )
 
 
-def _adapter_files(
-    config: TrainingConfig,
-    base: BaseModel,
-    training: Training,
-    state: AdapterState,
-    facts: TrainingFacts,
-    outputs: Path,
-) -> Iterator[tuple[Role, Path]]:
-    dtype = _SAVED_AS[config.output.save_dtype]
-    path = outputs / FILE_NAME
-    write_diffusers(path, state, dtype)
-    yield "diffusers_lora", path
-    if state.algorithm != "lora":
-        for path in write_peft_folders(outputs / "peft", state, dtype):
-            yield "peft_folder", path
-    effective = EffectiveWeights(training.denoiser)
-    wanted = _CONVENTIONS[config.output.kohya_dora] if state.use_dora else ("paper",)
-    for convention in wanted:
-        suffix = "" if convention == "paper" else f"_{convention}"
-        path = outputs / f"{config.output.output_name}{suffix}.safetensors"
-        write_kohya(
-            path,
-            state,
-            base.family.kohya,
-            facts,
-            dtype,
-            convention=convention,
-            base_weight=lambda component, layer: effective.base(layer),
-        )
-        yield "kohya_lora" if convention == "paper" else "kohya_lora_comfyui", path
-
-
-def _full_files(
-    config: TrainingConfig,
-    base: BaseModel,
-    training: Training,
-    outputs: Path,
-) -> Iterator[tuple[Role, Path]]:
-    for path in write_denoiser(
-        outputs / base.family.denoiser_name,
-        training.trained_tensors(),
-        dict(training.denoiser.config),
-        _SAVED_AS[config.output.save_dtype],
-    ):
-        yield "denoiser_weights", path
-
-
-def _adapter_state(
-    config: TrainingConfig, base: BaseModel, training: Training
-) -> AdapterState | None:
-    adapter = config.adapter
-    if not adapter.use_lora:
-        return None
-    return AdapterState(
-        algorithm=adapter.lora_type,
-        use_dora=adapter.use_dora,
-        rank=adapter.rank,
-        alpha=adapter.scale * adapter.rank,
-        components={base.family.denoiser_name: training.trained_tensors()},
+def _extracted(
+    artifacts: Artifacts, fresh: Callable[[], Any], files: list[WrittenFile], folder: RunFolder
+) -> Generator[Event, None, Extraction]:
+    """A LoRA beside fully trained weights, and how much of them it holds."""
+    pipeline = fresh()
+    original = {name: pipeline.components[name].state_dict() for name in artifacts.components}
+    extraction = artifacts.extraction(original)
+    yield from _collected(artifacts.extracted_files(extraction, original), files, folder)
+    message = (
+        f"the extracted LoRA of rank {extraction.rank} leaves out {extraction.residual:.1%} of the "
+        f"change of its layers (norm); {extraction.left_out_share:.1%} of the whole squared change "
+        "lies in parameters that no LoRA holds; outputs/extraction.json has each layer"
     )
+    yield NoteEvent("warning", "extract_rank", message)
+    return extraction
 
 
-def _trained(config: TrainingConfig, base: BaseModel, training: Training) -> TrainedWeights:
-    if config.adapter.use_lora:
-        return {base.family.denoiser_name: EffectiveWeights(training.denoiser)}
-    return {base.family.denoiser_name: _WholeWeights(training.trained_tensors())}
+def _records(config: TrainingConfig, training: Training, folder: RunFolder) -> Iterator[Event]:
+    """What tells of the training beside its weights."""
+    write_text(folder.outputs / "config.yaml", write_config(config))
+    yield _written(folder, "config", folder.outputs / "config.yaml")
+    losses = list(enumerate(training.losses, start=1))
+    write_loss_plot(folder.outputs / "loss.png", losses, config.output.output_name)
+    yield _written(folder, "loss_plot", folder.outputs / "loss.png")
+    yield from _debug_archives(config, training, folder)
 
 
-class _WholeWeights(Mapping[str, torch.Tensor]):
-    """Trained tensors in 32 bits on the processor, one at a time."""
+def _verified(
+    files: list[WrittenFile], fresh: Callable[[], Any], base: BaseModel, folder: RunFolder
+) -> Generator[Event, None, list[Check]]:
+    """What each reader found in each file, told and written down."""
+    checks = yield from verify(folder.root, files, fresh, base.family.kohya)
+    if nothing_learnt(checks):
+        yield NoteEvent(
+            "warning",
+            "learning_rate",
+            "nothing was learnt: every trained layer equals that of the base model; look at "
+            "learning_rate, lr_warmup_steps and max_train_steps",
+        )
+    write_report(folder.outputs / "verify.json", checks)
+    yield _written(folder, "verification", folder.outputs / "verify.json")
+    return checks
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name].float().cpu()
+def _collected(
+    writing: Iterator[WrittenFile], files: list[WrittenFile], folder: RunFolder
+) -> Iterator[Event]:
+    for file in writing:
+        files.append(file)
+        yield _written(folder, file.role, file.path)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
 
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _debug_archives(
+    config: TrainingConfig, training: Training, folder: RunFolder
+) -> Iterator[Event]:
+    """What the first steps were shown, made again from their numbers."""
+    output, plan = config.output, training.dataset.plan
+    if not output.debug_dataset and not output.debug_loss_masks:
+        return
+    enough = max(plan.steps_per_epoch, math.ceil(DEBUG_EXAMPLES / plan.examples_per_step))
+    steps = range(min(enough, training.total_steps))
+    container, outputs = output.data_archive_format, folder.outputs
+    if output.debug_dataset:
+        entries = dataset_entries(trained_examples(training.dataset, steps))
+        path = write_archive(outputs / "debug_dataset", entries, container)
+        yield _written(folder, "debug_dataset", path)
+    if output.debug_loss_masks:
+        side = training.family.pipeline.vae_scale_factor
+        examples = trained_examples(training.dataset, steps)
+        masks = mask_entries((example, _latent_weights(example, side)) for example in examples)
+        path = write_archive(outputs / "debug_masks", masks, container)
+        yield _written(folder, "debug_masks", path)
+
+
+def _latent_weights(example: TrainedExample, side: int) -> NDArray[np.float32] | None:
+    """The weights that the loss gave an example's latent pixels, each `side` pixels wide."""
+    if example.mask is None:
+        return None
+    height, width = example.mask.shape
+    mask = torch.from_numpy(example.mask).view(1, 1, height, width)
+    weights: NDArray[np.float32] = loss.latent_weights(mask, (height // side, width // side))[
+        0, 0
+    ].numpy()
+    return weights
 
 
 def _fresh_pipeline(
@@ -187,17 +179,20 @@ def _fresh_pipeline(
 ) -> Callable[[], Any]:
     """Makes base models without the parts that no result file touches.
 
-    The denoiser is in 32 bits; text encoders stay where an adapter file could reach them.
+    What was trained is in 32 bits; text encoders stay where a file could reach them.
     """
-    denoiser = base.family.denoiser_name
-    kept = {denoiser, *(base.family.text_encoder_names if config.adapter.use_lora else ())}
+    denoiser, text_encoders = base.family.denoiser_name, base.family.text_encoder_names
+    text_learns = config.adapter.train_text_encoder or config.token.train_text_encoder_ti
+    kept = {denoiser, *(text_encoders if text_learns or config.adapter.use_lora else ())}
+    learnt = [denoiser, *(text_encoders if text_learns else ())]
 
     def make() -> Any:
         pipeline = base_model.load(base, precision).pipeline
         for name, component in pipeline.components.items():
             if name not in kept and isinstance(component, torch.nn.Module):
                 pipeline.register_modules(**{name: None})
-        pipeline.components[denoiser].float()
+        for name in learnt:
+            pipeline.components[name].float()
         return pipeline
 
     return make
@@ -208,15 +203,20 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
     assert width is not None
     assert height is not None
     ignored = config.resolved.ignored_options
+    own = [example for example in training.dataset.examples if not example.is_class]
+    prompt = config.subjects()[0].instance_prompt or ""
+    names = token_names(config.token)
     return TrainingFacts(
         output_name=config.output.output_name,
         base_model=public_name(config.model.model_url),
-        instance_prompt=config.data.instance_prompt,
-        num_images=len(training.dataset.examples),
+        instance_prompt=prompt,
+        num_images=len(own),
         width=width,
         height=height,
-        captions=Counter(example.caption for example in training.dataset.examples),
+        captions=Counter(example.caption for example in own),
         settings={name: value for name, value in config.values().items() if name not in ignored},
+        tokens={} if names is None else {name: names.tokens_of(name) for name in names.identifiers},
+        token_prompt="" if names is None else names.replaced(prompt),
     )
 
 

@@ -17,21 +17,23 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from trainer import adapters, checkpoint, encoding, loss, objectives, optim
+from trainer import checkpoint, encoding, loss, objectives, optim, tokens
 from trainer.config import Note, TrainingConfig
 from trainer.data.dataset import Batch, Dataset
-from trainer.encoding import EncodedCaptions, EncodedPictures
+from trainer.encoding import Encodings
 from trainer.errors import Interrupted, NonFiniteError
-from trainer.events import CheckpointEvent, Event, NoteEvent, StepEvent
+from trainer.events import CheckpointEvent, Event, NoteEvent, PhaseEvent, StepEvent
 from trainer.families.base import Family, LatentDistribution
 from trainer.job import RunFolder
+from trainer.schedule import Part, Schedule
+from trainer.trainables import Trainables
 
 # Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
 _MOST_ATTEMPTS = 24
 
 # Leaves that say where pictures and base model are; what they hold has digests of its own.
 _PLACES = (
-    *("images_data_url", "captions_file_url"),
+    *("images_data_url", "captions_file_url", "class_images_url"),
     *("model_url", "model_family", "single_file_config", "revision", "variant", "vae_url"),
 )
 
@@ -40,6 +42,11 @@ def identity(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]
     """What of a run's identity is known before its pictures are read."""
     left_out = {*_PLACES, *config.resolved.ignored_options}
     values = {name: v for name, v in config.result_values().items() if name not in left_out}
+    if values.get("concepts"):
+        values["concepts"] = [
+            {name: value for name, value in concept.items() if name not in _PLACES}
+            for concept in values["concepts"]
+        ]
     return values | {"number of processes": accelerator.num_processes}
 
 
@@ -48,11 +55,12 @@ class Training:
 
     Args:
         config: the resolved configuration.
-        family: the loaded base model; its denoiser gets the adapter.
+        family: the loaded base model.
         accelerator: device, processes and precision.
         dataset: the batches of this process.
-        text: encoded captions.
-        pictures: encoded pictures, or nothing where they are encoded in each step.
+        trainables: what learns in it.
+        schedule: which part learns in which step.
+        encodings: of captions and pictures.
         base_contents: digest of the base model's weights, schedule and tokenizers.
     """
 
@@ -63,49 +71,42 @@ class Training:
         accelerator: Accelerator,
         dataset: Dataset,
         *,
-        text: EncodedCaptions,
-        pictures: EncodedPictures | None,
+        trainables: Trainables,
+        schedule: Schedule,
+        encodings: Encodings,
         base_contents: str,
     ) -> None:
         self.config = config
         self.family = family
         self.accelerator = accelerator
         self.dataset = dataset
-        self.text = text
-        self.pictures = pictures
+        self.trainables = trainables
+        self.schedule = schedule
+        self.text = encodings.text
+        self.pictures = encodings.pictures
         self.base_contents = base_contents
         self.step = 0
         self.losses: list[float] = []
-        self.total_steps = dataset.plan.total_steps(
-            config.run.max_train_steps, config.run.num_train_epochs
-        )
         self.objective = family.objective_class.from_scheduler(family.pipeline.scheduler)
         self.denoiser = family.denoiser
-        self.notes = (*self._make_trainable(), *self._long_warm_up())
-        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        family.denoiser = accelerator.prepare_model(self.denoiser)
-        if pictures is None:
+        self.notes = self._long_warm_up()
+        self.parameters = trainables.all_parameters()
+        self._spread_denoiser = accelerator.prepare_model(self.denoiser)
+        if self.pictures is None:
             family.pipeline.vae.to(accelerator.device)
-        group = optim.ParameterGroup(
-            name="denoiser",
-            parameters=self.parameters,
-            learning_rate=config.optim.learning_rate,
-            weight_decay=config.optim.adam_weight_decay,
-        )
-        self.optimizer = optim.build_optimizer([group], config.optim)
-        self.schedule = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
+        self.optimizer = optim.build_optimizer(trainables.groups(config.optim), config.optim)
+        self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
         self.accelerated_optimizer = accelerator.prepare_optimizer(self.optimizer)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.total_steps
 
     @property
     def num_trained_parameters(self) -> int:
         """How many numbers are learnt."""
         return sum(parameter.numel() for parameter in self.parameters)
-
-    def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything learnt so far, by name."""
-        if self.config.adapter.use_lora:
-            return adapters.adapter_tensors(self.denoiser)
-        return {name: tensor.detach() for name, tensor in self.denoiser.state_dict().items()}
 
     def resume(self, folder: RunFolder) -> Iterator[Event]:
         """Goes to the newest usable checkpoint in the run folder, if there is one.
@@ -136,7 +137,11 @@ class Training:
         self.denoiser.train()
         every = self.config.run.checkpointing_steps
         loading = iter(batches_of_steps)
+        parts: frozenset[Part] | None = None
         while self.step < self.total_steps:
+            earlier, parts = parts, self.schedule.parts_at(self.step)
+            if parts != earlier:
+                yield from self._enter_phase(parts)
             started = time.perf_counter()
             yield self._one_step(next(loading), started)
             stopping = self.step < self.total_steps and self._any_process(stop())
@@ -148,15 +153,17 @@ class Training:
                     "run the same command to go on from there",
                 )
 
-    def _make_trainable(self) -> tuple[Note, ...]:
-        if self.config.run.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
-        return adapters.make_trainable(
-            self.denoiser,
-            self.config.adapter,
-            seed=self.config.run.seed,
-            must_match=self.config.is_explicit("target_unet_modules"),
-        )
+    def _enter_phase(self, parts: frozenset[Part]) -> Iterator[Event]:
+        """Lets these parts learn, and freezes for good what has learnt enough."""
+        self.trainables.learn(parts)
+        # A denoiser that learns nothing has no gradients for its processes to wait for.
+        learns = "denoiser" in parts
+        self.family.denoiser = self._spread_denoiser if learns else self.denoiser
+        if self.schedule.parts_at(0) != {"denoiser"}:
+            earlier = self.schedule.parts_at(self.step - 1) if self.step > 0 else frozenset()
+            yield PhaseEvent(self.step, tuple(sorted(parts)), tuple(sorted(earlier - parts)))
+        if self.text.is_live and not self.schedule.text_learns_at(self.step):
+            yield from self.text.keep()
 
     def _long_warm_up(self) -> tuple[Note, ...]:
         """What could not be told before the pictures were counted: epochs as steps."""
@@ -171,14 +178,17 @@ class Training:
         return (Note(kind="warning", field="lr_warmup_steps", message=message),)
 
     def _one_step(self, batches: Sequence[Batch], started: float) -> StepEvent:
-        learning_rate = float(self.schedule.get_last_lr()[0])
+        learning_rate = float(self.course.get_last_lr()[0])
         for _ in range(_MOST_ATTEMPTS):
             step_loss, grad_norm, updated = self._attempt(batches)
             if updated:
                 break
         else:
             raise self._non_finite(step_loss, grad_norm, batches)
-        self.schedule.step()
+        if "tokens" in self.schedule.parts_at(self.step):
+            for new_tokens in self.trainables.new_tokens.values():
+                tokens.retract(new_tokens, self.config.token.token_retraction)
+        self.course.step()
         self.step += 1
         self.losses.append(step_loss)
         return StepEvent(
@@ -208,6 +218,7 @@ class Training:
                 batch_loss = self._loss(batch)
                 self.accelerator.backward(batch_loss)
             total += batch_loss.detach()
+        self._average_text_gradients()
         step_loss = float(self.accelerator.reduce(total, "mean"))
         self.accelerator.unscale_gradients(self.accelerated_optimizer)
         grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
@@ -228,17 +239,27 @@ class Training:
         noise = objectives.noise_for(seed, batch.positions, shape, settings.noise_offset).to(device)
         timesteps = self._timesteps(batch).to(device)
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
-        text = encoding.stack_conditioning(self.text, batch.captions, device)
+        text = self.text.of(batch.captions)
         geometry = {name: sizes.to(device) for name, sizes in batch.geometry.items()}
         prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
         return loss.diffusion_loss(
             prediction,
             self.objective.target(latents, noise, timesteps),
-            weights=batch.weights.to(device),
+            shares=batch.weights.to(device),
+            is_class=batch.is_class.to(device),
+            mask=None if batch.masks is None else batch.masks.to(device),
             snr=self.objective.snr(timesteps),
             snr_gamma=settings.snr_gamma,
             prediction_type=self.objective.prediction_type,
         )
+
+    def _average_text_gradients(self) -> None:
+        """The mean over the processes of gradients that the denoiser's wrapper does not see."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.trainables.text_parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _distribution(self, batch: Batch) -> LatentDistribution:
         device = self.accelerator.device
@@ -277,7 +298,9 @@ class Training:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: settings, processes, pictures, weights."""
-        pictures = [(e.name, e.sha256, e.caption) for e in self.dataset.examples]
+        pictures = [
+            (e.name, e.sha256, e.caption, e.mask_sha256, e.is_class) for e in self.dataset.examples
+        ]
         digest = hashlib.sha256(repr(pictures).encode()).hexdigest()
         contents = {"training pictures": digest, "base model's contents": self.base_contents}
         return identity(self.config, self.accelerator) | contents
@@ -289,10 +312,14 @@ class Training:
                 folder.checkpoints,
                 checkpoint.Checkpoint(
                     step=self.step,
-                    tensors=self.trained_tensors(),
+                    tensors={
+                        f"{component}.{name}": tensor
+                        for component, tensors in self.trainables.tensors().items()
+                        for name, tensor in tensors.items()
+                    },
                     optimizer=self.optimizer.state_dict(),
                     state={
-                        "lr_scheduler": self.schedule.state_dict(),
+                        "lr_scheduler": self.course.state_dict(),
                         "scaler": scaler.state_dict() if scaler else None,
                         "losses": self.losses,
                     },
@@ -304,12 +331,13 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        if self.config.adapter.use_lora:
-            adapters.load_adapter_tensors(self.denoiser, saved.tensors)
-        else:
-            self.denoiser.load_state_dict(saved.tensors)
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in saved.tensors.items():
+            component, _, rest = name.partition(".")
+            tensors.setdefault(component, {})[rest] = tensor
+        self.trainables.load(tensors)
         self.optimizer.load_state_dict(saved.optimizer)
-        self.schedule.load_state_dict(saved.state["lr_scheduler"])
+        self.course.load_state_dict(saved.state["lr_scheduler"])
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.losses = list(saved.state["losses"])

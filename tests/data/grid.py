@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Plan, Portion
 from trainer.data.prepare import Example
 
 
@@ -56,12 +57,18 @@ def write_folder(root: Path, files: Mapping[str, bytes | str]) -> Path:
 
 
 def grid_examples(
-    folder: Path, count: int, *, height: int, width: int, original: int = 500
+    folder: Path,
+    count: int,
+    *,
+    height: int,
+    width: int,
+    original: int = 500,
+    num_class_images: int = 0,
 ) -> tuple[Example, ...]:
-    """Prepared grid pictures; blue is the picture's number."""
+    """Prepared grid pictures; blue is the picture's number, the last ones are of the class."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    for number in range(count):
+    for number in range(count + num_class_images):
         path = folder / f"{number:03d}.png"
         grid_image(height, width, blue=number).save(path)
         examples.append(
@@ -74,15 +81,31 @@ def grid_examples(
                 sha256=str(number),
                 original_size=(original, original + 1),
                 size=(height, width),
+                is_class=number >= count,
             )
         )
     return tuple(examples)
 
 
-def plan_of(count: int, **changes: int) -> Plan:
-    """One process, one picture a step, unless told otherwise."""
+def with_mask(example: Example, mask: np.ndarray) -> Example:
+    """The example with a mask of its prepared size."""
+    path = example.path.with_suffix(".mask.npy")
+    np.save(path, mask.astype(np.float32))
+    return dataclasses.replace(example, mask_path=path)
+
+
+def plan_of(*portions: Portion | int, **changes: int) -> Plan:
+    """One process, one picture a step, unless told otherwise.
+
+    Args:
+        portions: the subjects' pictures; a number means so many, once each.
+        changes: other fields of the plan.
+    """
     values = {
-        "num_examples": count,
+        "portions": tuple(
+            portion if isinstance(portion, Portion) else Portion(tuple(range(portion)))
+            for portion in portions
+        ),
         "batch_size": 1,
         "gradient_accumulation_steps": 1,
         "num_processes": 1,

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from grid import grid_image
+from PIL import Image
 
 from trainer.data.crop import (
     Placement,
@@ -94,3 +95,88 @@ def test_the_corner_of_a_mirrored_picture_is_mirrored() -> None:
     assert Placement(window).crop_top_left((40, 50)) == (5, 7)
     # 50 - 30 - 7: what lies left of the window in the mirrored picture.
     assert Placement(window, flipped=True).crop_top_left((40, 50)) == (5, 13)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_no_turn_cuts_the_pixels_out_bit_for_bit() -> None:
+    pixels, weights = noise(40, 50), noise(40, 50)[..., 0].astype(np.float32) / 255
+    placement = Placement(Window(3, 4, 20, 21), angle=0.0)
+
+    np.testing.assert_array_equal(placement.apply(pixels), pixels[3:23, 4:25])
+    np.testing.assert_array_equal(placement.apply(weights), weights[3:23, 4:25])
+    assert (placement.valid((40, 50)) == 1).all()
+
+
+@pytest.mark.parametrize(("angle", "quarters"), [(90, 1), (180, 2), (-90, 3), (-180, 2)])
+@pytest.mark.parametrize("side", [32, 33])
+def test_a_quarter_turn_of_a_square_is_exactly_that_of_numpy(
+    angle: int, quarters: int, side: int
+) -> None:
+    pixels = noise(side, side)
+    placement = Placement(Window(0, 0, side, side), angle=angle)
+
+    turned = placement.apply(pixels)
+
+    assert turned.dtype == np.uint8
+    np.testing.assert_array_equal(turned, np.rot90(pixels, quarters))
+    assert (placement.valid((side, side)) == 1).all()
+
+
+def test_a_window_turns_about_its_own_middle_and_sees_what_lies_around_it() -> None:
+    pixels = noise(60, 70)
+    # The middle is (30, 40); 20 high and 10 wide, on its side it is 10 high and 20 wide.
+    placement = Placement(Window(20, 35, 20, 10), angle=90)
+
+    np.testing.assert_array_equal(placement.apply(pixels), np.rot90(pixels[25:35, 30:50]))
+
+
+def test_a_turn_is_bilinear_and_counter_clockwise_as_pillows() -> None:
+    pixels = noise(64, 64)
+
+    turned = Placement(Window(0, 0, 64, 64), angle=17.3).apply(pixels)
+
+    pillows = np.asarray(Image.fromarray(pixels).rotate(17.3, Image.Resampling.BILINEAR))
+    # Pillow works with fixed-point numbers; away from the corners, which it paints black.
+    difference = np.abs(turned.astype(int) - pillows)[12:-12, 12:-12]
+    assert difference.max() <= 1
+
+
+def test_outside_the_picture_its_edge_is_repeated_and_counts_nothing() -> None:
+    pixels = np.full((32, 32, 3), 200, np.uint8)
+    placement = Placement(Window(0, 0, 32, 32), angle=45)
+
+    valid = placement.valid((32, 32))
+
+    assert (placement.apply(pixels) == 200).all()
+    assert valid.dtype == np.float32
+    assert set(np.unique(valid)) == {0, 1}
+    # A square in a turned equal square keeps the octagon: 2 * (sqrt(2) - 1) = 0.828 of it.
+    assert valid.mean() == pytest.approx(0.828, abs=0.01)
+    assert valid[0, 0] == valid[-1, -1] == valid[0, -1] == valid[-1, 0] == 0
+    assert valid[16, 16] == valid[0, 16] == 1
+
+
+def test_turned_then_mirrored_is_the_mirror_of_turned() -> None:
+    pixels, window = noise(64, 80), Window(2, 3, 50, 50)
+
+    mirrored = Placement(window, flipped=True, angle=20)
+    plain = Placement(window, angle=20)
+
+    np.testing.assert_array_equal(mirrored.apply(pixels), plain.apply(pixels)[:, ::-1])
+    np.testing.assert_array_equal(mirrored.valid((64, 80)), plain.valid((64, 80))[:, ::-1])
+
+
+def test_a_mask_turns_with_its_picture_without_rounding() -> None:
+    pixels = np.asarray(grid_image(100, 100))
+    weights = pixels[..., 0].astype(np.float32) / 255
+    placement = Placement(Window(20, 20, 60, 60), angle=33, flipped=True)
+
+    turned = placement.apply(weights)
+
+    assert turned.dtype == np.float32
+    # The picture is rounded to whole numbers, the mask is not.
+    np.testing.assert_allclose(turned * 255, placement.apply(pixels)[..., 0], atol=0.501)
+    assert np.abs(turned * 255 - np.rint(turned * 255)).max() > 0.4

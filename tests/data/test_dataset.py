@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from grid import bytes_of, grid_examples, plan_of, seen
+from grid import bytes_of, encoded, grid_examples, plan_of, seen, with_mask, write_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from trainer.config import DataConfig
-from trainer.data.dataset import Batch, Dataset
-from trainer.data.plan import Plan
-from trainer.data.prepare import Example
+from trainer.config import DataConfig, MaskConfig
+from trainer.data.dataset import Batch, Dataset, has_fixed_window
+from trainer.data.plan import Plan, Portion
+from trainer.data.prepare import Example, prepare
 
 Examples = tuple[Example, ...]
 HEIGHT, WIDTH = 80, 100  # of the prepared pictures; the trained size is 64 x 64
@@ -26,6 +28,7 @@ RANDOM = {
     "random_crop_offset_x": 3,
     "random_crop_offset_y": 2,
 }
+TURNED = {"random_rotation_start": -40, "random_rotation_end": 40}
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def batches_of(dataset: Dataset, steps: int) -> list[Batch]:
 
 
 def assert_equal(left: Batch, right: Batch) -> None:
-    for name in ("numbers", "positions", "captions", "flipped"):
+    for name in ("numbers", "positions", "captions", "flipped", "angles"):
         assert getattr(left, name) == getattr(right, name)
     assert left.geometry.keys() == right.geometry.keys()
     for name, sizes in left.geometry.items():
@@ -59,6 +62,10 @@ def assert_equal(left: Batch, right: Batch) -> None:
     assert left.pixels is not None
     assert right.pixels is not None
     assert torch.equal(left.pixels, right.pixels)
+    assert (left.masks is None) == (right.masks is None)
+    if left.masks is not None:
+        assert torch.equal(left.masks, right.masks)
+    assert torch.equal(left.is_class, right.is_class)
 
 
 def test_captions_and_geometry_belong_to_the_pixels_over_shuffled_epochs(
@@ -201,8 +208,8 @@ def test_the_pixels_for_cached_latents_are_those_of_the_uncached_run(examples: E
 def test_the_seed_decides_every_draw(examples: Examples) -> None:
     def draws(seed: int) -> list[object]:
         plan = plan_of(5, seed=seed)
-        batches = batches_of(dataset_of(examples, plan=plan, **RANDOM), 10)
-        return [(b.numbers, b.captions, seen(b.pixels[0])) for b in batches]
+        batches = batches_of(dataset_of(examples, plan=plan, **RANDOM, **TURNED), 10)
+        return [(b.numbers, b.captions, b.angles, seen(b.pixels[0])) for b in batches]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -210,7 +217,7 @@ def test_the_seed_decides_every_draw(examples: Examples) -> None:
 
 def test_two_processes_see_the_same_slots_with_the_same_draws_as_one(examples: Examples) -> None:
     def by_position(**layout: int) -> dict[int, tuple[object, ...]]:
-        dataset = dataset_of(examples, plan=plan_of(5, **layout), **RANDOM)
+        dataset = dataset_of(examples, plan=plan_of(5, **layout), **RANDOM, **TURNED)
         return {
             position: (batch.numbers[row], batch.captions[row], bytes_of(pixels).tobytes())
             for batch in batches_of(dataset, 6)
@@ -230,7 +237,7 @@ def test_two_processes_see_the_same_slots_with_the_same_draws_as_one(examples: E
 
 
 def test_the_number_of_workers_changes_nothing(examples: Examples) -> None:
-    dataset = dataset_of(examples, plan=plan_of(5, batch_size=2), **RANDOM)
+    dataset = dataset_of(examples, plan=plan_of(5, batch_size=2), **RANDOM, **TURNED)
 
     def batches(num_workers: int) -> list[Batch]:
         loader = DataLoader(dataset, batch_size=None, sampler=range(4), num_workers=num_workers)
@@ -241,9 +248,260 @@ def test_the_number_of_workers_changes_nothing(examples: Examples) -> None:
 
 
 def test_a_step_can_be_asked_for_in_any_order_and_after_pickling(examples: Examples) -> None:
-    dataset = dataset_of(examples, **RANDOM)
+    dataset = dataset_of(examples, **RANDOM, **TURNED)
     late = dataset[7]
 
     again = pickle.loads(pickle.dumps(dataset))
 
     assert_equal(late[0], again[7][0])
+
+
+def with_class(folder: Path, count: int, class_count: int) -> tuple[Examples, Plan]:
+    """Grid pictures of which the last ones are of the class, one batch an epoch."""
+    examples = grid_examples(
+        folder, count, height=HEIGHT, width=WIDTH, num_class_images=class_count
+    )
+    portion = Portion(tuple(range(count)), class_images=tuple(range(count, count + class_count)))
+    return examples, plan_of(portion, batch_size=count)
+
+
+def test_the_class_half_follows_with_captions_and_geometry_of_its_own(tmp_path: Path) -> None:
+    examples, plan = with_class(tmp_path, 3, 4)
+    dataset = dataset_of(examples, plan=plan, **RANDOM | {"caption_dropout": 0})
+
+    for batch in batches_of(dataset, 8):
+        assert batch.is_class.tolist() == [False] * 3 + [True] * 3
+        assert batch.is_class.dtype == torch.bool
+        for row, pixels in enumerate(batch.pixels):
+            top, left, mirrored, number = seen(pixels)
+            assert batch.numbers[row] == number
+            assert (number >= 3) == bool(batch.is_class[row])
+            assert batch.captions[row] == f"caption {number}"
+            corner = WIDTH - 64 - left if mirrored else left
+            assert batch.geometry["crop_top_left"][row].tolist() == [top, corner]
+
+
+def test_a_class_picture_has_draws_of_its_own(tmp_path: Path) -> None:
+    examples, plan = with_class(tmp_path, 1, 1)
+    batches = batches_of(dataset_of(examples, plan=plan, **RANDOM, **TURNED), 64)
+
+    assert any(batch.flipped[0] != batch.flipped[1] for batch in batches)
+    assert all(batch.angles[0] != batch.angles[1] for batch in batches)
+
+
+def test_captions_of_class_pictures_are_never_dropped(tmp_path: Path) -> None:
+    examples, plan = with_class(tmp_path, 2, 2)
+    dataset = dataset_of(examples, plan=plan, with_pixels=False, caption_dropout=1.0)
+
+    for batch in batches_of(dataset, 10):
+        assert batch.captions[:2] == ("", "")
+        assert set(batch.captions[2:]) == {"caption 2", "caption 3"}
+
+
+def test_class_pictures_can_be_encoded_before_too(tmp_path: Path) -> None:
+    examples, plan = with_class(tmp_path, 2, 3)
+    dataset = dataset_of(examples, plan=plan, with_pixels=False, random_flip=True)
+
+    assert {number for number, _ in dataset.all_views()} == {0, 1, 2, 3, 4}
+    assert "caption 4" in dataset.all_captions()
+
+
+@pytest.mark.parametrize(("start", "end"), [(-20, 20), (5, 15), (-30, -29)])
+def test_random_rotation_turns_within_its_range_and_hides_what_it_makes_up(
+    tmp_path: Path, start: int, end: int
+) -> None:
+    examples = grid_examples(tmp_path, 1, height=200, width=200)
+    dataset = dataset_of(
+        examples,
+        resolution_width=192,
+        resolution_height=192,
+        random_rotation_start=start,
+        random_rotation_end=end,
+    )
+    down, across = np.mgrid[:192, :192] - 95.5
+    inner = np.maximum(np.abs(down), np.abs(across)) < 64
+    places = np.stack([across, down, np.ones_like(down)], axis=-1)
+
+    angles = []
+    for batch in batches_of(dataset, 20):
+        shown = bytes_of(batch.pixels[0]).astype(float)
+        # Red is the column and green the row of the picture: planes, turned.
+        of_column, of_row = np.linalg.lstsq(places[inner], shown[inner][:, :2], rcond=None)[0].T
+        angle = math.degrees(math.atan2(of_row[0] - of_column[1], of_column[0] + of_row[1]))
+        angles.append(angle)
+        assert batch.angles[0] == pytest.approx(angle, abs=0.2)
+        # Drawn on to the window's corners, the planes say where the picture ends.
+        outside = np.maximum(abs(places @ of_column - 99.5), abs(places @ of_row - 99.5)) - 100
+        mask = np.ones((192, 192)) if batch.masks is None else batch.masks[0, 0].numpy()
+        assert (mask[outside > 1] == 0).all()
+        assert (mask[outside < -1] == 1).all()
+    assert start - 0.3 <= min(angles) <= max(angles) <= end + 0.3
+    assert max(angles) - min(angles) > 0.6 * (end - start) - 0.3
+
+
+def test_a_fixed_quarter_turn_is_exactly_that_of_numpy(tmp_path: Path) -> None:
+    examples = [with_mask(e, ramp()) for e in grid_examples(tmp_path, 2, height=64, width=64)]
+    quarter = {"random_rotation_start": 90, "random_rotation_end": 90}
+    upright = {b.numbers[0]: b for b in batches_of(dataset_of(examples), 2)}
+
+    for batch in batches_of(dataset_of(examples, **quarter), 2):
+        straight = upright[batch.numbers[0]]
+        assert batch.angles == (90.0,)
+        assert torch.equal(batch.pixels, torch.rot90(straight.pixels, 1, (2, 3)))
+        assert torch.equal(batch.masks, torch.rot90(straight.masks, 1, (2, 3)))
+
+
+def test_no_rotation_leaves_every_pixel(tmp_path: Path) -> None:
+    examples = grid_examples(tmp_path, 1, height=HEIGHT, width=WIDTH)
+
+    (batch,) = dataset_of(examples)[0]
+
+    with Image.open(examples[0].path) as image:
+        np.testing.assert_array_equal(bytes_of(batch.pixels[0]), np.asarray(image)[8:72, 18:82])
+    assert batch.angles == (0.0,)
+    assert batch.masks is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [
+        ({}, True),
+        ({"random_flip": True}, True),
+        ({"random_rotation_start": 3, "random_rotation_end": 3}, True),
+        ({"random_rotation_start": -2, "random_rotation_end": 2}, False),
+        ({"random_crop_offset_y": 1}, False),
+        ({"center_crop": False}, False),
+    ],
+)
+def test_latents_can_be_cached_where_nothing_but_the_mirror_is_drawn(
+    options: dict[str, object], fixed: bool
+) -> None:
+    assert has_fixed_window(DataConfig(**options)) == fixed
+
+
+def test_a_fixed_angle_is_seen_by_cached_latents_too(examples: Examples) -> None:
+    turned = {"random_rotation_start": 30, "random_rotation_end": 30}
+    cached = dataset_of(examples, with_pixels=False, **turned)
+
+    (batch,) = dataset_of(examples, **turned)[0]
+
+    assert torch.equal(cached.pixels_of(batch.numbers[0], False), batch.pixels[0])
+    (without,) = cached[0]
+    assert batch.masks is not None
+    assert torch.equal(without.masks, batch.masks)
+
+
+def ramp(height: int = 64, width: int = 64) -> np.ndarray:
+    """A mask that tells its places apart, from 0.1 to 1."""
+    return np.linspace(0.1, 1, height * width, dtype=np.float32).reshape(height, width)
+
+
+def test_masks_follow_the_window_the_mirror_and_the_jitter_of_their_pictures(
+    examples: Examples,
+) -> None:
+    weights = ramp(HEIGHT, WIDTH)
+    masked = [with_mask(example, weights) for example in examples]
+
+    for batch in batches_of(dataset_of(masked, **RANDOM | {"center_crop": True}), 40):
+        top, left, mirrored, _ = seen(batch.pixels[0])
+        expected = weights[top : top + 64, left : left + 64]
+        np.testing.assert_array_equal(
+            batch.masks[0, 0].numpy(), expected[:, ::-1] if mirrored else expected
+        )
+
+
+def test_masks_are_there_with_cached_latents_and_never_rounded(examples: Examples) -> None:
+    weights = np.full((HEIGHT, WIDTH), 0.001, np.float32)
+    weights[40, 50] = 1
+    masked = [with_mask(example, weights) for example in examples]
+
+    (batch,) = dataset_of(masked, with_pixels=False)[0]
+
+    assert batch.masks.shape == (1, 1, 64, 64)
+    assert batch.masks.dtype == torch.float32
+    assert float(batch.masks.min()) == np.float32(0.001)
+
+
+def test_there_are_no_masks_where_every_weight_is_one(examples: Examples) -> None:
+    ones = [with_mask(example, np.ones((HEIGHT, WIDTH))) for example in examples]
+
+    assert dataset_of(examples)[0][0].masks is None
+    assert dataset_of(ones)[0][0].masks is None
+
+
+def test_a_picture_without_a_mask_counts_wholly_beside_one_with_a_mask(examples: Examples) -> None:
+    mixed = [with_mask(examples[0], ramp(HEIGHT, WIDTH)), *examples[1:]]
+
+    (batch,) = dataset_of(mixed, plan=plan_of(5, batch_size=5))[0]
+
+    for row, number in enumerate(batch.numbers):
+        assert bool((batch.masks[row] == 1).all()) == (number != 0)
+
+
+def test_a_window_without_anything_of_the_subject_weighs_nothing(examples: Examples) -> None:
+    # The middle window begins at column 18 and row 8.
+    corner = np.zeros((HEIGHT, WIDTH), np.float32)
+    corner[:4, :4] = 1
+    masked = [with_mask(examples[0], corner), *examples[1:]]
+
+    (batch,) = dataset_of(masked, plan=plan_of(5, batch_size=5))[0]
+
+    shares = [0.0 if number == 0 else 0.2 for number in batch.numbers]
+    assert batch.weights.tolist() == pytest.approx(shares)
+    # A loss cannot be normalised by a mask of zeros.
+    assert batch.masks is None or bool((batch.masks.flatten(1).sum(1) > 0).all())
+
+
+@pytest.fixture(scope="module")
+def luminance_examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    """Smooth pictures with the luminance of each as its mask."""
+    root = tmp_path_factory.mktemp("luminance")
+    files = {}
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((200, 160), Image.Resampling.BICUBIC)
+        files[f"{number}.png"] = encoded(image)
+    write_folder(root / "set", files)
+    mask = MaskConfig(clip_seg_mask_prompt="head", segmenter="luminance", clip_seg_mask_bias=0.0)
+    data = DataConfig(images_data_url=str(root / "set"))
+    stage = prepare(data, mask, root / "prepared", width=80, height=80)
+    while True:
+        try:
+            next(stage)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"center_crop": False, "random_flip": True},
+        {"random_crop_offset_x": 5, "random_crop_offset_y": 4, "random_flip": True},
+        {"random_rotation_start": 90, "random_rotation_end": 90},
+        {"center_crop": False, "random_flip": True, **TURNED},
+    ],
+)
+def test_the_luminance_of_the_final_pixels_is_the_mask(
+    luminance_examples: Examples, options: dict[str, object]
+) -> None:
+    largest = {}
+    for example in luminance_examples:
+        with Image.open(example.path) as image:
+            largest[example.number] = luminance_of(np.asarray(image)).max()
+
+    for batch in batches_of(dataset_of(luminance_examples, **options), 12):
+        number, pixels = batch.numbers[0], bytes_of(batch.pixels[0])
+        mask = batch.masks[0, 0].numpy()
+        valid = mask > 0
+        expected = luminance_of(pixels) / largest[number]
+        assert valid.mean() > 0.6
+        # The picture is resized by LANCZOS and rounded, the mask by neither.
+        assert np.abs(mask - expected)[valid].max() < 0.03
+        # It could have failed: the mirror of a picture is not its mask.
+        assert np.abs(mask - expected[:, ::-1])[valid].max() > 0.1
+
+
+def luminance_of(pixels: np.ndarray) -> np.ndarray:
+    """ITU-R BT.601."""
+    return pixels.astype(float) @ np.array([0.299, 0.587, 0.114]) / 255

@@ -10,7 +10,7 @@ import pytest
 from grid import encoded, grid_bytes, grid_image, write_folder, zip_bytes
 from PIL import Image
 
-from trainer.config import DataConfig
+from trainer.config import DataConfig, MaskConfig
 from trainer.data.prepare import Example, inspect, prepare
 from trainer.errors import DiskError, InputError
 from trainer.events import Event, NoteEvent, StageEvent
@@ -21,7 +21,7 @@ def run(
 ) -> tuple[list[Event], tuple[Example, ...]]:
     data = DataConfig(images_data_url=str(location), **options)
     events = []
-    stage = prepare(data, folder, width=width, height=height)
+    stage = prepare(data, MaskConfig(), folder, width=width, height=height)
     while True:
         try:
             events.append(next(stage))
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None
 def test_inspect_tells_what_prepare_would_find_without_writing(messy: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
 
-    report = inspect(DataConfig(images_data_url=str(messy)))
+    report = inspect(DataConfig(images_data_url=str(messy)), MaskConfig())
 
     assert sorted(tmp_path.rglob("*")) == before
     assert report.num_usable == 3
@@ -292,7 +292,7 @@ def test_inspect_refuses_what_prepare_refuses(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", {"a.jpg": "text"})
 
     with pytest.raises(InputError, match="no picture can be used"):
-        inspect(DataConfig(images_data_url=str(folder)))
+        inspect(DataConfig(images_data_url=str(folder)), MaskConfig())
 
 
 def test_resizing_a_grid_keeps_its_directions(tmp_path: Path) -> None:

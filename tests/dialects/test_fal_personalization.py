@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.config import LEAVES
-from trainer.config_files import as_layers, parse_yaml, write_config
+from trainer.config_files import as_layers, parse_yaml, read_config_file, write_config
 from trainer.dialects import dialect_names, load_dialect
 from trainer.dialects.fal_personalization import (
     NOT_USED,
@@ -137,14 +137,8 @@ ENUMS = {
     "lora_type": ["lora", "lokr", "loha"],
 }
 MINIMAL = {"images_data_url": "photographs.zip", "photo_class": "Man"}
-SWITCHED_OFF = {
-    "train_text_encoder_ti": False,
-    "with_prior_preservation": False,
-    "clip_seg_mask_prompt": "",
-    "random_rotation_start": 0,
-    "random_rotation_end": 0,
-    "face_aware_cropping": False,
-}
+SWITCHED_OFF = {"clip_seg_mask_prompt": "", "face_aware_cropping": False}
+PAYLOADS = ROOT / "configs" / "payloads"
 
 
 def ignored(payload: dict[str, Any]) -> dict[str, str]:
@@ -221,11 +215,41 @@ def test_a_request_with_those_switched_off_resolves() -> None:
     assert not config.data.center_crop
 
 
-def test_the_shipped_example_request_resolves() -> None:
-    payload = json.loads((ROOT / "configs" / "payloads" / "fal_personalization.json").read_text())
+def test_the_shipped_example_is_the_smallest_request() -> None:
+    payload = json.loads((PAYLOADS / "fal_personalization.json").read_text())
 
-    assert resolve(to_layers(payload)).prior.photo_class == "Person"
+    assert set(payload) == set(REQUIRED)
     assert not [name for name in ignored(payload) if name.startswith("request.")]
+
+
+def test_the_shipped_trial_changes_nothing_but_size_and_what_is_not_available() -> None:
+    payload = json.loads((PAYLOADS / "fal_personalization.json").read_text())
+    overrides = read_config_file(PAYLOADS / "fal_personalization_tiny.yaml")
+
+    config = resolve([*to_layers(payload), *overrides])
+
+    plain = resolve(to_layers(payload), refuse=False)
+    changed = {name for name in LEAVES if config.leaf(name) != plain.leaf(name)}
+    assert changed == {
+        *("resolution_width", "resolution_height", "max_train_steps", "batch_size"),
+        *("num_class_images", "class_inference_steps"),
+        *("segmenter", "face_aware_cropping", "skip_caption_generation", "vae_url"),
+    }
+    assert changed == set(overrides[0].values)
+    assert config.token.train_text_encoder_ti
+    assert config.prior.with_prior_preservation
+    assert not [note for note in config.resolved.notes if note.kind == "yielded"]
+
+
+def test_concepts_are_more_than_the_service_can_say() -> None:
+    concepts = [{"images_data_url": "a", "photo_class": "Man"}]
+
+    with pytest.raises(InputError) as caught:
+        to_request(resolve([Layer("train.yaml", {"concepts": concepts}, explicit=True)]))
+
+    (problem,) = caught.value.problems
+    assert problem.field == "concepts"
+    assert "which fal-ai/personalization does not take" in problem.message
 
 
 @pytest.mark.parametrize(

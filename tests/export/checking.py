@@ -12,7 +12,7 @@ from trained_adapters import TrainedAdapter
 
 from trainer import tensorfile
 from trainer.events import Event
-from trainer.export.verify import Check, verify
+from trainer.export.verify import Check, TrainedWeights, WrittenFile, verify
 
 Change = Callable[[dict[str, Tensor], dict[str, str]], None]
 
@@ -21,13 +21,28 @@ def run_verification(
     root: Path, files: list[tuple[str, Path]], adapter: TrainedAdapter
 ) -> tuple[list[Check], list[Event]]:
     """The checks, and the events on the way."""
-    stage = verify(root, files, adapter.weights, adapter.fresh, adapter.names)
+    written = [WrittenFile(role, path, _holds(role, path, adapter)) for role, path in files]
+    return run_checks(root, written, adapter)
+
+
+def run_checks(
+    root: Path, files: list[WrittenFile], adapter: TrainedAdapter
+) -> tuple[list[Check], list[Event]]:
+    """The same for files of any content."""
+    stage = verify(root, files, adapter.fresh, adapter.names)
     events = []
     while True:
         try:
             events.append(next(stage))
         except StopIteration as end:
             return end.value, events
+
+
+def _holds(role: str, path: Path, adapter: TrainedAdapter) -> TrainedWeights:
+    """A PEFT folder has the adapter of the one component after which it is named."""
+    if role != "peft_folder":
+        return adapter.weights
+    return {path.parent.name: adapter.weights[path.parent.name]}
 
 
 def rewrite(path: Path, change: Change) -> None:

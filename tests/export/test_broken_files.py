@@ -186,6 +186,9 @@ LOKR: dict[str, Change] = {
 LOKR_DIFFUSERS = {**LOKR, "no header": without_header}
 LOHA: dict[str, Change] = {
     "alpha not folded": scaled("hada_w1_a", 2),
+    "another alpha, folded for it": both(
+        scaled(".alpha", 2), scaled("hada_w1_a", 0.5), with_header("ss_network_alpha", "8.0")
+    ),
     "no convolutions": without_convolutions,
     "second product missing": without("hada_w2_b"),
 }

@@ -12,12 +12,16 @@ import torch
 import yaml
 from checking import run_verification
 from peft.tuners.tuners_utils import BaseTunerLayer
-from trained_adapters import TrainedAdapter
+from trained_adapters import SD15, TrainedAdapter
 
-from trainer.export.card import CardFile, model_card
+from trainer.export.card import model_card
+from trainer.export.card_loading import CardFile
 from trainer.export.diffusers import FILE_NAME, write_diffusers
+from trainer.export.embeddings import write_token_files
+from trainer.export.extraction import extract
 from trainer.export.facts import TrainingFacts
-from trainer.export.full import write_denoiser
+from trainer.export.full import write_denoiser, write_text_encoder
+from trainer.export.state import Strength
 from trainer.export.verify import Check
 
 FEW = ("attn2.to_k", "attn2.to_v", "conv1")
@@ -38,7 +42,13 @@ def test_the_front_matter_is_what_the_hub_reads(
     state = trained("sd15", targets=FEW, use_dora=True).state
 
     card = model_card(
-        facts, FILES, [], pipeline_class="StableDiffusionPipeline", state=state, tags=["tiny"]
+        facts,
+        FILES,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=state,
+        tags=["tiny"],
     )
 
     found = front_matter(card)
@@ -51,7 +61,9 @@ def test_the_front_matter_is_what_the_hub_reads(
 def test_a_local_base_model_is_no_hub_id(facts: TrainingFacts) -> None:
     local = replace(facts, base_model="my-model")
 
-    card = model_card(local, [], [], pipeline_class="StableDiffusionPipeline", state=None)
+    card = model_card(
+        local, [], [], pipeline_class="StableDiffusionPipeline", names=SD15, state=None
+    )
 
     assert "base_model" not in front_matter(card)
     assert "`my-model`" in card
@@ -76,6 +88,7 @@ def test_the_cards_code_says_where_a_base_model_of_ones_own_has_to_be_put(
         [CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors")],
         [],
         pipeline_class="StableDiffusionPipeline",
+        names=SD15,
         state=None,
     )
 
@@ -93,7 +106,9 @@ def test_the_card_says_when_nothing_was_learnt(
         for change in changes
     ]
 
-    card = model_card(facts, FILES, checks, pipeline_class="StableDiffusionPipeline", state=None)
+    card = model_card(
+        facts, FILES, checks, pipeline_class="StableDiffusionPipeline", names=SD15, state=None
+    )
 
     assert ("Nothing was learnt" in card) is said
 
@@ -104,7 +119,9 @@ def test_the_card_says_what_dora_means_in_each_file(
     states = [trained("sd15", targets=FEW, use_dora=dora).state for dora in (True, False)]
 
     with_dora, without = (
-        model_card(facts, FILES, [], pipeline_class="StableDiffusionPipeline", state=state)
+        model_card(
+            facts, FILES, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=state
+        )
         for state in states
     )
 
@@ -121,7 +138,12 @@ def test_the_card_lists_what_was_checked(
     checks, _ = run_verification(tmp_path, [("diffusers_lora", path)], adapter)
 
     card = model_card(
-        facts, FILES, checks, pipeline_class="StableDiffusionPipeline", state=adapter.state
+        facts,
+        FILES,
+        checks,
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=adapter.state,
     )
 
     rows = [line for line in card.splitlines() if line.startswith(f"| `{FILE_NAME}`")]
@@ -135,7 +157,9 @@ def test_the_card_holds_no_place_and_is_the_same_every_time(
     state = trained("sd15", targets=FEW).state
 
     cards = {
-        model_card(facts, FILES, [], pipeline_class="StableDiffusionPipeline", state=state)
+        model_card(
+            facts, FILES, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=state
+        )
         for _ in range(2)
     }
 
@@ -156,7 +180,7 @@ def test_the_cards_code_loads_the_adapter(
     write_diffusers(tmp_path / FILE_NAME, adapter.state, torch.float32)
     here = replace(facts, base_model=sd15_folder.name)
     card = model_card(
-        here, FILES, [], pipeline_class="StableDiffusionPipeline", state=adapter.state
+        here, FILES, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=adapter.state
     )
     monkeypatch.chdir(tmp_path)
 
@@ -184,13 +208,206 @@ def test_the_cards_code_loads_a_whole_denoiser(
     write_denoiser(tmp_path / "unet", changed, unet.config, torch.float32)
     here = replace(facts, base_model=sd15_folder.name)
     files = [CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors")]
-    card = model_card(here, files, [], pipeline_class="StableDiffusionPipeline", state=None)
+    card = model_card(
+        here, files, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=None
+    )
     monkeypatch.chdir(tmp_path)
 
     pipeline = _run(card, sd15_folder)
 
     found = pipeline.unet.state_dict()
     assert all(torch.equal(found[name], changed[name]) for name in changed)
+
+
+@pytest.mark.parametrize("pooling", ["diffusers", "eos"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_cards_code_loads_adapter_and_new_tokens(
+    family: str,
+    pooling: str,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = request.getfixturevalue(f"{family}_folder")
+    adapter = trained(family, targets=FEW)
+    here = replace(_with_tokens(facts, pooling), base_model=folder.name)
+    rows = {
+        component: torch.randn(2, adapter.base.components[component].config.hidden_size)
+        for component in adapter.names.embedding_keys
+    }
+    write_diffusers(tmp_path / FILE_NAME, adapter.state, torch.float32)
+    written = list(write_token_files(tmp_path, rows, adapter.names, here))
+    files = [CardFile("diffusers_lora", FILE_NAME)]
+    files += [CardFile(role, path.name) for role, path, _ in written]
+    class_name = type(adapter.base).__name__
+    card = model_card(
+        here, files, [], pipeline_class=class_name, names=adapter.names, state=adapter.state
+    )
+    monkeypatch.chdir(tmp_path)
+
+    pipeline = _run(card, folder)
+
+    for component, expected in rows.items():
+        tokenizer = pipeline.components[component.replace("text_encoder", "tokenizer")]
+        encoder = pipeline.components[component]
+        ids = tokenizer.convert_tokens_to_ids(["<s0>", "<s1>"])
+        assert torch.equal(encoder.get_input_embeddings().weight[ids], expected)
+        if pooling == "eos":
+            assert _pooled_id(encoder) == tokenizer.eos_token_id
+    assert any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules())
+    assert 'pipe("a \\"<s0><s1>\\" portrait: in space")' in card
+
+
+def _with_tokens(facts: TrainingFacts, pooling: str) -> TrainingFacts:
+    return replace(
+        facts,
+        tokens={"TOK": ("<s0>", "<s1>")},
+        token_prompt='a "<s0><s1>" portrait: in space',
+        settings={**facts.settings, "ti_pooling": pooling},
+    )
+
+
+def _pooled_id(encoder: torch.nn.Module) -> int:
+    """The id at which a text model takes its pooled vector."""
+    (found,) = {m.eos_token_id for m in encoder.modules() if hasattr(m, "eos_token_id")}
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["diffusers", "eos"])
+def test_the_card_says_how_to_name_the_new_tokens_and_where_clip_pools(
+    pooling: str, trained: Callable[..., TrainedAdapter], facts: TrainingFacts
+) -> None:
+    files = [
+        CardFile("embeddings", "astronaut_emb.safetensors"),
+        CardFile("token_embedding", "astronaut_TOK.safetensors"),
+    ]
+
+    card = model_card(
+        _with_tokens(facts, pooling),
+        files,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=trained("sd15", targets=FEW).state,
+    )
+
+    (row,) = [line for line in card.splitlines() if line.startswith("| `TOK`")]
+    assert row == (
+        "| `TOK` | `<s0><s1>` | `astronaut_TOK.safetensors` | `embedding:astronaut_TOK` | "
+        "`astronaut_TOK` |"
+    )
+    assert f"`ti_pooling: {pooling}`" in card
+
+
+def test_a_card_without_new_tokens_does_not_speak_of_them(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts
+) -> None:
+    card = model_card(
+        facts,
+        FILES,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=trained("sd15", targets=FEW).state,
+    )
+
+    assert "New tokens" not in card
+    assert "ti_pooling" not in card
+
+
+def test_the_card_tells_rank_and_alpha_of_text_encoders_of_their_own_strength(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts
+) -> None:
+    state = trained("sd15", targets=FEW, alpha=2, text=Strength(8, 3.0)).state
+
+    card = model_card(
+        facts, FILES, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=state
+    )
+
+    assert "of rank 4 and 8 for" in card
+    assert "| alpha of `unet` | 2 (folded into the weights) |" in card
+    assert "| rank of `text_encoder` | 8 |" in card
+
+
+def test_the_cards_code_loads_whole_text_encoders(
+    facts: TrainingFacts,
+    trained: Callable[..., TrainedAdapter],
+    sdxl_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = trained("sdxl", targets=FEW)
+    files, changed = [], {}
+    for component in ("text_encoder", "text_encoder_2"):
+        model = adapter.base.components[component]
+        changed[component] = {n: p.detach() + 1 for n, p in model.named_parameters()}
+        write_text_encoder(
+            tmp_path / component, changed[component], model.config.to_dict(), torch.float32
+        )
+        files.append(CardFile(f"{component}_weights", f"{component}/model.safetensors"))
+    here = replace(facts, base_model=sdxl_folder.name)
+    card = model_card(
+        here,
+        files,
+        [],
+        pipeline_class="StableDiffusionXLPipeline",
+        names=adapter.names,
+        state=None,
+    )
+    monkeypatch.chdir(tmp_path)
+
+    pipeline = _run(card, sdxl_folder)
+
+    assert "All weights of `text_encoder` and `text_encoder_2`" in card
+    for component, tensors in changed.items():
+        model = pipeline.components[component]
+        assert all(torch.equal(model.get_parameter(n), tensor) for n, tensor in tensors.items())
+
+
+def test_the_card_says_what_an_extracted_lora_misses(facts: TrainingFacts) -> None:
+    base = {"a.weight": torch.zeros(4, 4), "a.bias": torch.zeros(4)}
+    after = {"a.weight": torch.eye(4), "a.bias": torch.tensor([1.0, 0, 0, 0])}
+    extraction = extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=3)
+    files = [
+        CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors"),
+        *FILES[:2],
+        CardFile("extraction_report", "extraction.json"),
+    ]
+
+    card = model_card(
+        facts,
+        files,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=None,
+        extraction=extraction,
+    )
+
+    # One of four equal singular values is lost; the bias has one of five equal squares.
+    assert "50.0% of its size" in card
+    assert "they carry 20.0% of the squared change" in card
+    assert f'`pipe.load_lora_weights(".", weight_name="{FILE_NAME}")`' in card
+    assert 'pipe.unet = type(pipe.unet).from_pretrained("unet")' in card
+
+
+def test_the_card_says_when_there_was_nothing_to_extract(facts: TrainingFacts) -> None:
+    base = {"unet": {"a.weight": torch.zeros(4, 4)}}
+    files = [CardFile("extraction_report", "extraction.json")]
+
+    card = model_card(
+        facts,
+        files,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=None,
+        extraction=extract(base, base, {"unet": {"a"}}, rank=3),
+    )
+
+    assert "There is none: no layer changed." in card
 
 
 def _run(card: str, base: Path) -> object:

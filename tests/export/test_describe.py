@@ -15,8 +15,46 @@ from trainer.export.describe import describe
 from trainer.export.diffusers import METADATA_KEY, write_diffusers
 from trainer.export.facts import TrainingFacts
 from trainer.export.kohya import write_kohya
+from trainer.export.state import Strength
 
 FEW = ("attn2.to_k", "conv1")
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr", "loha"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_text_encoders_of_their_own_rank_are_no_problem(
+    format: str,
+    algorithm: str,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+    tmp_path: Path,
+) -> None:
+    options = {"rank": 2, "alpha": 2, "text": Strength(1, 6.0), "targets": FEW}
+    adapter = trained("sd15", algorithm, **options)
+    path = tmp_path / "a.safetensors"
+    if format == "kohya":
+        write_kohya(path, adapter.state, adapter.names, facts, torch.float32)
+    else:
+        write_diffusers(path, adapter.state, torch.float32)
+
+    found = describe(path, TABLES)
+
+    assert {1, 2} <= found.ranks.keys()
+    assert found.problems == []
+
+
+def test_a_scale_that_lycoris_applies_twice_is_a_problem(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+        for key in [key for key in tensors if key.endswith(".alpha")]:
+            tensors[key] = tensors[key] * 2
+
+    adapter = trained("sd15", "loha", targets=FEW)
+    write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
+    rewrite(tmp_path / "a", spoil)
+
+    assert any("twice" in problem for problem in describe(tmp_path / "a", TABLES).problems)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

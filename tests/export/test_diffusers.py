@@ -20,6 +20,7 @@ from trainer.export.diffusers import (
     write_diffusers,
     write_peft_folders,
 )
+from trainer.export.state import Strength
 from trainer.tensorfile import read_metadata
 
 
@@ -76,6 +77,24 @@ def test_layers_of_another_rank_stand_in_the_patterns(
     assert set(pattern.values()) == {2}
     assert pattern == config["unet.alpha_pattern"]
     assert "mid_block.resnets.0.conv1" in pattern
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr", "loha"])
+def test_each_component_has_its_own_rank_in_the_header_and_no_pattern(
+    algorithm: str, trained: Callable[..., TrainedAdapter], tmp_path: Path
+) -> None:
+    state = trained("sdxl", algorithm, alpha=2, text=Strength(2, 6.0), targets=("to_q",)).state
+
+    write_diffusers(tmp_path / FILE_NAME, state, torch.float32)
+
+    config = json.loads(read_metadata(tmp_path / FILE_NAME)[METADATA_KEY])
+    alpha = "lora_alpha" if algorithm == "lora" else "alpha"
+    for component, rank in (("unet", 4), ("text_encoder", 2), ("text_encoder_2", 2)):
+        assert config[f"{component}.r"] == config[f"{component}.{alpha}"] == rank
+        assert config[f"{component}.rank_pattern"] == config[f"{component}.alpha_pattern"]
+        # Full Kronecker factors stand in the pattern with a rank of their own.
+        if algorithm != "lokr":
+            assert config[f"{component}.rank_pattern"] == {}
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "lokr", "loha"])

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent.parent / "trainer"
-JUDGES = ("verify", "readers", "formula", "layer_names")
+JUDGES = (
+    *("verify", "readers", "formula", "layer_names"),
+    *("whole_readers", "embedding_readers"),
+)
 JUDGED = {
     *(f"export.{name}" for name in ("kohya", "diffusers", "state", "full", "read")),
+    *(f"export.{name}" for name in ("embeddings", "extraction")),
     *("adapters", "loss", "objectives", "training", "results"),
 }
 

@@ -15,6 +15,7 @@ from trained_adapters import TABLES, TrainedAdapter
 from trainer import tensorfile
 from trainer.export.facts import TrainingFacts, public_name
 from trainer.export.kohya import kohya_tensors, row_norms, write_kohya
+from trainer.export.state import Strength
 
 
 def test_every_layer_has_one_alpha_the_rank_without_axes(
@@ -30,6 +31,47 @@ def test_every_layer_has_one_alpha_the_rank_without_axes(
     assert {(tensor.ndim, float(tensor), tensor.dtype) for tensor in alphas.values()} == {
         (0, 8.0, torch.float32)
     }
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_text_encoders_of_their_own_strength_have_the_same_alpha(
+    use_dora: bool, trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    adapter = trained("sdxl", alpha=2, text=Strength(8, 3.0), use_dora=use_dora)
+
+    write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
+
+    tensors, header = load_file(tmp_path / "a"), tensorfile.read_metadata(tmp_path / "a")
+    alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    assert alphas == {8.0}
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("8", "8.0")
+    # By hand: readers multiply by 8 / 4, training did by 2 / 4.
+    layer = adapter.state.layers()["unet", "mid_block.resnets.0.conv1"]
+    up = tensors["lora_unet_middle_block_0_in_layers_2.lora_up.weight"]
+    assert torch.equal(up * (8 / 4), layer["lora_B"] * (2 / 4))
+    args = json.loads(header["ss_network_args"])
+    assert {key: value for key, value in args.items() if "trained" in key} == {
+        "trained_alpha": "2",
+        "trained_dim": "4",
+        "text_encoder_trained_alpha": "3",
+        "text_encoder_trained_dim": "8",
+        "text_encoder_2_trained_alpha": "3",
+        "text_encoder_2_trained_dim": "8",
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["lokr", "loha"])
+def test_layers_that_lycoris_merges_have_their_own_rank_as_alpha(
+    algorithm: str, trained: Callable[..., TrainedAdapter]
+) -> None:
+    adapter = trained("sd15", algorithm, rank=2, alpha=2, text=Strength(1, 6.0))
+
+    tensors = kohya_tensors(adapter.state, adapter.names, torch.float32)
+
+    ends = {"lokr": ".lokr_w2_b", "loha": ".hada_w2_b"}[algorithm]
+    ranks = {key.split(".")[0]: len(t) for key, t in tensors.items() if key.endswith(ends)}
+    assert set(ranks.values()) == {1, 2}
+    assert {name: float(tensors[f"{name}.alpha"]) for name in ranks} == ranks
 
 
 def test_sdxl_layers_have_their_original_names(trained: Callable[..., TrainedAdapter]) -> None:

@@ -18,7 +18,7 @@ from trainer.export.diffusers import FILE_NAME, METADATA_KEY, write_diffusers
 from trainer.export.facts import TrainingFacts
 from trainer.export.kohya import write_kohya
 from trainer.export.read import convert, read_adapter
-from trainer.export.state import AdapterState, with_text_model
+from trainer.export.state import AdapterState, Strength, with_text_model
 
 KINDS = [("lora", {}), ("lora", {"use_dora": True}), ("lokr", {}), ("loha", {})]
 
@@ -61,6 +61,29 @@ def test_round_trips_return_the_same_bits(
     assert all(torch.equal(before[key], after[key]) for key in before)
     if algorithm == "lora":
         assert first.read_bytes() == last.read_bytes()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(("algorithm", "options"), KINDS)
+def test_text_encoders_of_their_own_strength_come_back(
+    algorithm: str,
+    options: dict[str, bool],
+    family: str,
+    trained: Callable[..., TrainedAdapter],
+    tmp_path: Path,
+) -> None:
+    adapter = trained(family, algorithm, alpha=2, text=Strength(2, 8.0), **options)
+    first, kohya, last = (tmp_path / name for name in ("a.safetensors", "b.sft", "c.sft"))
+    write_diffusers(first, adapter.state, torch.float32)
+
+    convert(first, kohya, "kohya", TABLES)
+    convert(kohya, last, "diffusers", TABLES)
+
+    assert_same(read_adapter(kohya, TABLES), adapter.state)
+    assert_same(read_adapter(last, TABLES), adapter.state)
+    strengths = read_adapter(kohya, TABLES).strengths
+    if algorithm != "lokr":
+        assert (strengths["unet"], strengths["text_encoder"]) == (Strength(4, 4), Strength(2, 2))
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(2.0, True), (16.0, True), (3.0, False)])

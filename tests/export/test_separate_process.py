@@ -101,9 +101,19 @@ def finished(
     )
     train(config, folder)
     unet = UNet2DConditionModel.from_pretrained(sdxl_folder, subfolder="unet")
-    adapters.make_trainable(unet, config.adapter, seed=0, must_match=True)
-    last = folder / "checkpoints" / "step-4" / "weights.safetensors"
-    adapters.load_adapter_tensors(unet, load_file(last))
+    adapters.make_trainable(
+        unet,
+        config.adapter,
+        config.adapter.target_unet_modules,
+        field="target_unet_modules",
+        component="unet",
+        seed=0,
+        must_match=True,
+    )
+    last = load_file(folder / "checkpoints" / "step-4" / "weights.safetensors")
+    adapters.load_adapter_tensors(
+        unet, {name.removeprefix("unet."): tensor for name, tensor in last.items()}
+    )
     yield Trained(sdxl_folder, folder / "outputs", unet)
 
 

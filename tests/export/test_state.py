@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.export.state import AdapterState, join_name, split_name, stored, with_text_model
+from trainer.export.state import (
+    AdapterState,
+    Strength,
+    join_name,
+    largest_ranks,
+    split_name,
+    stored,
+    with_text_model,
+)
 
 
 def adapter(algorithm: str, tensors: dict[str, Tensor], rank: int, alpha: float) -> AdapterState:
-    return AdapterState(algorithm, False, rank, alpha, {"unet": tensors})
+    return AdapterState.of_component("unet", tensors, Strength(rank, alpha), algorithm=algorithm)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +53,12 @@ def test_a_power_of_two_folds_without_rounding() -> None:
 
     folded = state.fold()
 
-    assert (folded.alpha, folded.rank, folded.scale) == (4, 4, 1)
+    assert folded.strengths == {"unet": Strength(4, 4)}
+    assert folded.strengths["unet"].scale == 1
     assert torch.equal(folded.components["unet"]["a.lora_B.weight"] * 2, up)
 
 
-def test_another_factor_folds_within_one_unit_in_the_last_place() -> None:
+def test_another_factor_folds_within_the_rounding_of_factor_and_product() -> None:
     up = torch.randn(6, 3)
     state = adapter("lora", {"a.lora_A.weight": torch.randn(3, 5), "a.lora_B.weight": up}, 3, 7)
 
@@ -57,8 +66,31 @@ def test_another_factor_folds_within_one_unit_in_the_last_place() -> None:
 
     # Hand arithmetic in 64 bits.
     exact = up.double() * (7 / 3)
-    last_place = torch.nextafter(folded, torch.full_like(folded, torch.inf)) - folded
-    assert ((folded.double() - exact).abs() <= last_place.abs().double()).all()
+    last_place = torch.nextafter(folded.abs(), torch.tensor(torch.inf)) - folded.abs()
+    assert ((folded.double() - exact).abs() <= 1.5 * last_place.abs().double()).all()
+
+
+def test_each_component_folds_with_its_own_strength() -> None:
+    factors = {"a.lora_A.weight": torch.randn(4, 5), "a.lora_B.weight": torch.ones(6, 4)}
+    components = {"unet": factors, "text_encoder": factors}
+    strengths = {"unet": Strength(4, 8), "text_encoder": Strength(4, 1)}
+
+    folded = AdapterState("lora", False, components, strengths).fold()
+
+    ups = {name: float(t["a.lora_B.weight"][0, 0]) for name, t in folded.components.items()}
+    assert ups == {"unet": 2.0, "text_encoder": 0.25}
+    assert set(folded.strengths.values()) == {Strength(4, 4)}
+
+
+def test_the_rank_of_a_component_is_its_largest() -> None:
+    layers = {
+        ("unet", "a"): {"lora_A": torch.ones(2, 5), "lora_B": torch.ones(6, 2)},
+        ("unet", "b"): {"lora_A": torch.ones(4, 5), "lora_B": torch.ones(6, 4)},
+        ("text_encoder", "a"): {"lora_A": torch.ones(8, 5), "lora_B": torch.ones(6, 8)},
+    }
+
+    assert largest_ranks(layers) == {"unet": 4, "text_encoder": 8}
+    assert AdapterState.of_layers("lora", largest_ranks(layers), layers).rank == 8
 
 
 def test_folding_twice_is_folding_once() -> None:

@@ -19,7 +19,7 @@ from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_fold
 from trainer.export.facts import TrainingFacts
 from trainer.export.full import write_denoiser
 from trainer.export.kohya import write_kohya
-from trainer.export.state import MAGNITUDE, AdapterState
+from trainer.export.state import MAGNITUDE, AdapterState, Strength, largest_ranks
 from trainer.names import KohyaNames
 
 # A few layers of every kind: what holds for them holds for all.
@@ -29,14 +29,30 @@ ADAPTERS = {
     "lora": ("lora", {}),
     "lora with another alpha": ("lora", {"alpha": 2, "targets": FEW}),
     "lora with mixed ranks": ("lora", {"rank": 8, "alpha": 8, "second_rank": 2}),
+    "lora with text encoders of their own strength": (
+        "lora",
+        {"alpha": 2, "text": Strength(3, 5.0), "targets": FEW},
+    ),
     "dora": ("lora", {"use_dora": True, "alpha": 2}),
+    "dora with text encoders of their own strength": (
+        "lora",
+        {"use_dora": True, "alpha": 2, "text": Strength(8, 3.0), "targets": FEW},
+    ),
     "lokr": ("lokr", {"alpha": 2, "targets": FEW}),
     "lokr in factors of 4": (
         "lokr",
         {"alpha": 2, "targets": FEW, "decompose_factor": 4, "decompose_both": True},
     ),
     "lokr with Tucker cores": ("lokr", {"alpha": 2, "targets": FEW, "use_effective_conv2d": True}),
+    "lokr with text encoders of their own strength": (
+        "lokr",
+        {"alpha": 2, "text": Strength(2, 6.0), "targets": FEW},
+    ),
     "loha": ("loha", {"alpha": 2, "targets": FEW}),
+    "loha with text encoders of their own strength": (
+        "loha",
+        {"alpha": 2, "text": Strength(2, 6.0), "targets": FEW},
+    ),
     "loha with Tucker cores": ("loha", {"alpha": 2, "targets": FEW, "use_effective_conv2d": True}),
 }
 
@@ -187,7 +203,8 @@ def test_a_fully_trained_denoiser_is_loaded_while_no_base_model_is_held(
         (tmp_path / "unet" / "config.json").unlink()
         return adapter.fresh()
 
-    stage = verification.verify(tmp_path, files, adapter.weights, fresh, adapter.names)
+    written = [verification.WrittenFile(role, path, adapter.weights) for role, path in files]
+    stage = verification.verify(tmp_path, written, fresh, adapter.names)
     events = list(stage)
 
     assert [event.status for event in events if isinstance(event, VerifyEvent)] == ["passed"]
@@ -232,7 +249,7 @@ def test_a_model_whose_original_names_are_unknown_is_not_checked(
         f"{path}.lora_A.weight": torch.ones(2, 32),
         f"{path}.lora_B.weight": torch.ones(32, 2),
     }
-    state = AdapterState("lora", False, 2, 2.0, {"transformer": factors})
+    state = AdapterState.of_component("transformer", factors, Strength(2, 2.0))
     names = KohyaNames(
         "lora_unet", {}, "flux1", "flux-1-dev", "bfl", {"transformer_blocks": "double"}
     )
@@ -280,7 +297,7 @@ def _without_change(
         if MAGNITUDE in parts:
             norms = torch.linalg.vector_norm(base[component][path].flatten(1), dim=1)
             parts[MAGNITUDE] = norms.view_as(parts[MAGNITUDE])
-    return AdapterState.of_layers("lora", adapter.state.rank, layers)
+    return AdapterState.of_layers("lora", largest_ranks(layers), layers)
 
 
 @pytest.mark.parametrize("fault", ["nan", "changed", "missing"])
@@ -313,4 +330,5 @@ def _fully_trained(
         del stored["mid_block.resnets.0.conv1.weight"]
     written = write_denoiser(root / "unet", stored, unet.config, dtype)
     adapter = TrainedAdapter(base.state, {"unet": weights}, base.base, base.names)
-    return adapter, [("denoiser_weights", path) for path in written]
+    roles = ("denoiser_config", "denoiser_weights")
+    return adapter, list(zip(roles, written, strict=True))

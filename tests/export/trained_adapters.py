@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trainer.export.state import AdapterState
+from trainer.export.state import AdapterState, Strength
 from trainer.names import KohyaNames
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
@@ -72,7 +72,15 @@ def sgm_layers() -> dict[str, str]:
         for ours, theirs in resnets.items()
         for part, original in inside.items()
     }
-    return attentions | convolutions
+    ends = {
+        "conv_in": "input_blocks.0.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+    }
+    return attentions | convolutions | ends
 
 
 SD15 = KohyaNames(
@@ -81,6 +89,7 @@ SD15 = KohyaNames(
     base_model_version="sd_v1",
     architecture="stable-diffusion-v1",
     implementation="diffusers",
+    embedding_keys={"text_encoder": "clip_l"},
 )
 SDXL = KohyaNames(
     denoiser_prefix="lora_unet",
@@ -89,6 +98,7 @@ SDXL = KohyaNames(
     architecture="stable-diffusion-xl-v1-base",
     implementation="https://github.com/Stability-AI/generative-models",
     layers=sgm_layers(),
+    embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )
 TABLES = {"sd15": SD15, "sdxl": SDXL}
 
@@ -104,7 +114,7 @@ class TrainedAdapter:
 
     def fresh(self) -> Any:
         """An untouched pipeline, with models of its own where an adapter may go."""
-        return _copy(self.base, tuple(self.weights))
+        return _copy(self.base, ("unet", *self.names.text_encoder_prefixes))
 
     def base_weight(self, component: str, path: str) -> torch.Tensor:
         """The weight of a layer before training."""
@@ -119,39 +129,46 @@ def train(
     use_dora: bool = False,
     rank: int = 4,
     alpha: float = 4,
+    text: Strength | None = None,
     targets: Sequence[str] = UNET_TARGETS,
     **options: Any,
 ) -> TrainedAdapter:
-    """A random adapter on the targets of a tiny pipeline's UNet and on all its text encoders."""
+    """A random adapter on the targets of a tiny pipeline's UNet and on all its text encoders.
+
+    Args:
+        text: rank and alpha of the text encoders; None: those of the UNet.
+    """
     base = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline = _copy(base, ("unet", *TABLES[family].text_encoder_prefixes))
     torch.manual_seed(7)
-    states, weights = {}, {}
+    states, weights, strengths = {}, {}, {}
     for component in ("unet", *TABLES[family].text_encoder_prefixes):
         model = pipeline.components[component]
         wanted = list(targets) if component == "unet" else TEXT_TARGETS
+        is_text = component != "unet" and text is not None
+        strength = strengths[component] = text if is_text else Strength(rank, alpha)
         peft.inject_adapter_in_model(
-            _config(algorithm, rank, alpha, wanted, use_dora, dict(options)), model
+            _config(algorithm, strength, wanted, use_dora, dict(options)), model
         )
         _randomise(model)
         states[component] = {
             name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()
         }
         weights[component] = _merge(model)
-    state = AdapterState(algorithm, use_dora, rank, alpha, states)
+    state = AdapterState(algorithm, use_dora, states, strengths)
     return TrainedAdapter(state, weights, base, TABLES[family])
 
 
 def _copy(base: Any, trained_components: tuple[str, ...]) -> Any:
-    """A pipeline with models of its own where an adapter may go."""
-    copies = {name: copy.deepcopy(base.components[name]) for name in trained_components}
+    """A pipeline with models and tokenizers of its own where training may go."""
+    copied = [n for n in base.components if n in trained_components or n.startswith("tokenizer")]
+    copies = {name: copy.deepcopy(base.components[name]) for name in copied}
     return type(base)(**{**base.components, **copies})
 
 
 def _config(
     algorithm: str,
-    rank: int,
-    alpha: float,
+    strength: Strength,
     targets: list[str],
     use_dora: bool,
     options: dict[str, Any],
@@ -160,11 +177,11 @@ def _config(
         second = options.pop("second_rank")
         pattern = {name: second for name in ("to_k", "conv1", "q_proj") if name in targets}
         options |= {"rank_pattern": pattern, "alpha_pattern": pattern}
-    common = {"r": rank, "target_modules": targets, **options}
+    common = {"r": strength.rank, "target_modules": targets, **options}
     if algorithm == "lora":
-        return peft.LoraConfig(lora_alpha=alpha, use_dora=use_dora, **common)
+        return peft.LoraConfig(lora_alpha=strength.alpha, use_dora=use_dora, **common)
     kinds = {"lokr": peft.LoKrConfig, "loha": peft.LoHaConfig}
-    return kinds[algorithm](alpha=alpha, **common)
+    return kinds[algorithm](alpha=strength.alpha, **common)
 
 
 def _randomise(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from trainer.config import AdapterConfig, ModelConfig
 from trainer.families import family_names, load_family
 from trainer.families.base import Family
 
-FULL = Precision(torch.float32, torch.float32, torch.float32)
+FULL = Precision(*[torch.float32] * 4)
 
 
 @pytest.fixture(params=family_names())
@@ -134,7 +134,7 @@ def test_an_adapter_starts_without_effect_and_learns_in_every_layer(
     layers, _ = adapters.target_layers(
         family.denoiser, adapter.target_unet_modules, field="t", must_match=True
     )
-    adapters.add_adapter(family.denoiser, adapter, layers, seed=0)
+    adapters.add_adapter(family.denoiser, adapter, layers, component="unet", seed=0)
     after = predict(family, latents, "a TOK")
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
     after.square().mean().backward()

@@ -16,7 +16,7 @@ def test_time_ids_are_original_size_crop_corner_and_target_size_heights_first(
     sdxl_folder: Path,
 ) -> None:
     located = base_model.locate(ModelConfig(model_url=str(sdxl_folder)))
-    family = base_model.load(located, Precision(torch.float32, torch.float32, torch.float32))
+    family = base_model.load(located, Precision(*[torch.float32] * 4))
     seen: list[dict[str, Any]] = []
     family.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
@@ -38,7 +38,7 @@ def test_time_ids_are_original_size_crop_corner_and_target_size_heights_first(
 
 def test_the_pooled_text_is_that_of_the_second_encoder(sdxl_folder: Path) -> None:
     located = base_model.locate(ModelConfig(model_url=str(sdxl_folder)))
-    family = base_model.load(located, Precision(torch.float32, torch.float32, torch.float32))
+    family = base_model.load(located, Precision(*[torch.float32] * 4))
     tokens = family.pipeline.tokenizer_2(
         "a TOK", padding="max_length", max_length=77, return_tensors="pt"
     )

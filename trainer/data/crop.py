@@ -1,4 +1,4 @@
-"""The one geometric transform: resize to cover, a window, a mirror.
+"""The one geometric transform: resize to cover, a turn, a window, a mirror.
 
 Pictures and everything that must stay aligned with them (masks, weights) go through the same
 `Placement`. Sizes are (height, width) in pixels. Random numbers come only from a passed
@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from trainer.data.rotation import Places, turned_places
+
 Size = tuple[int, int]
 Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.float32]
+Value = TypeVar("Value", np.uint8, np.float32)
 
 
 @dataclass(frozen=True)
@@ -30,22 +35,57 @@ class Window:
 
 @dataclass(frozen=True)
 class Placement:
-    """What is seen of a resized picture, and whether mirrored."""
+    """What is seen of a resized picture.
+
+    Args:
+        window: what is seen of the picture when it is not turned.
+        flipped: whether mirrored, after everything else.
+        angle: degrees by which the picture is turned about the window's middle,
+            counter-clockwise as seen.
+    """
 
     window: Window
     flipped: bool = False
+    angle: float = 0.0
 
-    def apply(self, pixels: Pixels) -> Pixels:
-        """The window of pixels (h, w, …), mirrored left to right if it says so."""
+    def apply(self, pixels: npt.NDArray[Value]) -> npt.NDArray[Value]:
+        """The window of pixels (h, w, …): cut out as it is, or turned and bilinear.
+
+        Outside the picture its edge is repeated. Whole numbers stay whole when turned.
+        """
+        if self.angle == 0:
+            return self._mirrored(self._cut(pixels))
+        turned = self._places().read(pixels)
+        whole = np.issubdtype(pixels.dtype, np.integer)
+        return self._mirrored((np.rint(turned) if whole else turned).astype(pixels.dtype))
+
+    def valid(self, size: Size) -> Mask:
+        """(H, W): 1 where the window shows the picture, 0 where it repeats the edge.
+
+        Args:
+            size: of the resized picture.
+        """
+        if self.angle == 0:
+            return np.ones((self.window.height, self.window.width), np.float32)
+        return self._mirrored(self._places().inside(size).astype(np.float32))
+
+    def _cut(self, pixels: npt.NDArray[Value]) -> npt.NDArray[Value]:
         window = self.window
         rows = slice(window.top, window.top + window.height)
-        columns = slice(window.left, window.left + window.width)
-        seen = pixels[rows, columns]
-        return seen[:, ::-1] if self.flipped else seen
+        return pixels[rows, window.left : window.left + window.width]
+
+    def _places(self) -> Places:
+        window = self.window
+        size = window.height, window.width
+        return turned_places(window.top, window.left, size, self.angle)
+
+    def _mirrored(self, pixels: npt.NDArray[Value]) -> npt.NDArray[Value]:
+        return pixels[:, ::-1] if self.flipped else pixels
 
     def crop_top_left(self, size: Size) -> tuple[int, int]:
         """The corner that SDXL is told: in the mirrored picture if it is mirrored.
 
+        A turned picture has the corner of its window before the turn.
         Following kohya's sd-scripts; diffusers' training scripts leave the corner unmirrored.
 
         Args:

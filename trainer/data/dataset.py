@@ -1,8 +1,8 @@
-"""The batches of every optimizer step: pixels, captions, geometry, all drawn by position.
+"""The batches of every optimizer step: pixels, masks, captions, geometry, drawn by position.
 
-What is random about an example (window, mirror, dropped caption) is a function of the seed and
-of its position in the run, drawn anew each time a picture is used. Latents and conditioning are
-not known here.
+What is random about an example (window, turn, mirror, dropped caption) is a function of the seed
+and of its position in the run, drawn anew each time a picture is used. Latents and conditioning
+are not known here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from PIL import Image
 from trainer import randomness
 from trainer.config import DataConfig
 from trainer.data.crop import (
+    Mask,
     Pixels,
     Placement,
     Size,
@@ -26,34 +27,40 @@ from trainer.data.crop import (
     random_window,
 )
 from trainer.data.plan import Plan, Slot
-from trainer.data.prepare import Example
+from trainer.data.prepared import Example
 
 __all__ = ["Batch", "Dataset", "Plan", "Slot"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The examples of one forward pass.
+    """The examples of one forward pass: first all of the subject, then all of its class.
 
     Args:
         numbers: of the pictures.
         positions: of the examples in the run.
         captions: as trained: empty where dropped.
         flipped: whether mirrored.
+        angles: degrees by which they are turned, counter-clockwise as seen.
         geometry: int64 tensors (B, 2): `original_size` (height, width) before resizing,
             `crop_top_left` (top, left) in the resized and perhaps mirrored picture,
             `target_size` (height, width).
         pixels: float32 (B, 3, H, W) in [-1, 1], or nothing where latents are cached.
-        weights: float32 (B,), see `plan.Slot`.
+        masks: float32 (B, 1, H, W) in [0, 1], or nothing where every pixel counts alike.
+        weights: float32 (B,), see `plan.Slot`; 0 where nothing is seen of what a mask keeps.
+        is_class: bool (B,).
     """
 
     numbers: tuple[int, ...]
     positions: tuple[int, ...]
     captions: tuple[str, ...]
     flipped: tuple[bool, ...]
+    angles: tuple[float, ...]
     geometry: dict[str, torch.Tensor]
     pixels: torch.Tensor | None
+    masks: torch.Tensor | None
     weights: torch.Tensor
+    is_class: torch.Tensor
 
 
 class Dataset(torch.utils.data.Dataset[list[Batch]]):
@@ -63,7 +70,7 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         examples: the prepared pictures, by number.
         plan: which of them a step takes.
         data: geometry and caption options; both resolutions are set.
-        with_pixels: false where latents are cached; the window is then always the middle one.
+        with_pixels: false where latents are cached; window and angle are then always the same.
     """
 
     def __init__(
@@ -88,9 +95,10 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         return [self._batch(slots) for slots in self.plan.at(step)]
 
     def pixels_of(self, number: int, flipped: bool) -> torch.Tensor:
-        """The middle window of one picture, perhaps mirrored: float32 (3, H, W) in [-1, 1]."""
+        """The fixed view of one picture, perhaps mirrored: float32 (3, H, W) in [-1, 1]."""
         example = self.examples[number]
-        placement = Placement(center_window(example.size, self.target), flipped)
+        window = center_window(example.size, self.target)
+        placement = Placement(window, flipped, float(self.data.random_rotation_start))
         return _to_tensor(placement.apply(_load(example)))
 
     def all_captions(self) -> tuple[str, ...]:
@@ -119,19 +127,43 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
                     for placement, example in zip(placements, examples, strict=True)
                 ]
             )
+        masks = [
+            _mask(example, placement)
+            for placement, example in zip(placements, examples, strict=True)
+        ]
+        weights = [
+            slot.weight if mask is None or mask.any() else 0.0
+            for slot, mask in zip(slots, masks, strict=True)
+        ]
         return Batch(
             numbers=tuple(slot.number for slot in slots),
             positions=tuple(slot.position for slot in slots),
             captions=tuple(self._caption(slot) for slot in slots),
             flipped=tuple(placement.flipped for placement in placements),
+            angles=tuple(placement.angle for placement in placements),
             geometry={
                 "original_size": torch.tensor([example.original_size for example in examples]),
                 "crop_top_left": torch.tensor(corners),
                 "target_size": torch.tensor([self.target for _ in slots]),
             },
             pixels=pixels,
-            weights=torch.tensor([slot.weight for slot in slots], dtype=torch.float32),
+            masks=self._stacked(masks),
+            weights=torch.tensor(weights, dtype=torch.float32),
+            is_class=torch.tensor([slot.is_class for slot in slots]),
         )
+
+    def _stacked(self, masks: Sequence[Mask | None]) -> torch.Tensor | None:
+        """The masks (B, 1, H, W) of a batch, or nothing where every weight is 1.
+
+        A mask without any weight becomes a whole one: a loss cannot be normalised by it, and its
+        example weighs nothing.
+        """
+        weights = [mask if mask is not None and mask.any() else None for mask in masks]
+        if all(mask is None or bool((mask == 1).all()) for mask in weights):
+            return None
+        whole = np.ones(self.target, np.float32)
+        rows = [whole if mask is None else mask for mask in weights]
+        return torch.from_numpy(np.stack(rows)[:, None])
 
     def _placement(self, slot: Slot) -> Placement:
         size, data = self.examples[slot.number].size, self.data
@@ -149,9 +181,14 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
             offset_y=data.random_crop_offset_y,
         )
         flipped = data.random_flip and self._source("flip", slot).random() < 0.5
-        return Placement(window, flipped)
+        smallest, largest = data.random_rotation_start, data.random_rotation_end
+        angle = self._source("rotation", slot).uniform(smallest, largest)
+        return Placement(window, flipped, angle)
 
     def _caption(self, slot: Slot) -> str:
+        # The class keeps its caption: it is what the prior preserves.
+        if slot.is_class:
+            return self.examples[slot.number].caption
         dropped = self._source("caption_dropout", slot).random() < self.data.caption_dropout
         return "" if dropped else self.examples[slot.number].caption
 
@@ -160,13 +197,24 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
 
 
 def has_fixed_window(data: DataConfig) -> bool:
-    """Whether every use of a picture shows the same window, so that its latents can be cached."""
-    return data.center_crop and data.random_crop_offset_x == data.random_crop_offset_y == 0
+    """Whether every use of a picture shows the same view, so that its latents can be cached."""
+    still = data.random_crop_offset_x == data.random_crop_offset_y == 0
+    return data.center_crop and still and data.random_rotation_start == data.random_rotation_end
 
 
 def _load(example: Example) -> Pixels:
     with Image.open(example.path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def _mask(example: Example, placement: Placement) -> Mask | None:
+    """The weights (H, W) of what is seen of a picture, or nothing where all are 1."""
+    valid = placement.valid(example.size) if placement.angle else None
+    if example.mask_path is None:
+        return valid
+    mask: Mask = np.load(example.mask_path)
+    seen = placement.apply(mask)
+    return seen if valid is None else seen * valid
 
 
 def _to_tensor(pixels: Pixels) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Decodes one picture to an upright RGB image, or says why it cannot be used.
+"""Decodes one picture to an upright RGB image or grey values, or says why it cannot be used.
 
 Which programs wrote the file does not matter: the first bytes decide, not the name.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 # Two-picture phone JPEGs are read through "JPEG"; naming "MPO" here breaks every other format.
@@ -50,10 +51,12 @@ class Picture:
     Args:
         image: upright, mode RGB.
         remarks: what the user should know of its decoding.
+        alpha: its opacity, upright, mode L; nothing where every pixel is opaque.
     """
 
     image: Image.Image
     remarks: tuple[str, ...] = ()
+    alpha: Image.Image | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,7 +89,36 @@ def decode(content: bytes) -> Picture:
         image = _load(content)
         several = ("only the first of its frames or pages is used",)
         remarks = several if _has_second_frame(content, image.format) else ()
-        return Picture(_to_rgb(_upright(image)), remarks)
+        upright = _upright(image)
+        return Picture(_to_rgb(upright), remarks, _alpha(upright))
+
+
+def decode_grey(content: bytes) -> npt.NDArray[np.float32]:
+    """The brightness (h, w) in [0, 1] of a picture in a file's content, upright by its EXIF data.
+
+    8 and 16 bits keep their precision, colours are converted, transparent pixels are black.
+
+    Raises:
+        BadPicture: not a picture, damaged, too large or too small.
+    """
+    if not is_picture(content[:32]):
+        raise BadPicture(_foreign_reason(content) if content else "the file is empty (0 bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _upright(_load(content))
+        if image.mode in _SIXTEEN_BITS:
+            values = np.asarray(image).astype(np.float64).clip(0, 65535)
+            return np.asarray(values / 65535, np.float32)
+        if image.mode == "F":
+            _refuse_floats(image)
+        try:
+            grey = np.asarray(image.convert("RGB").convert("L")).astype(np.float64) / 255
+            alpha = _alpha(image)
+        except _DECODE_ERRORS as error:
+            message = f"its colours ({image.mode}) cannot be converted ({error})"
+            raise BadPicture(message) from error
+        opacity = 1 if alpha is None else np.asarray(alpha).astype(np.float64) / 255
+        return np.asarray(grey * opacity, np.float32)
 
 
 def _load(content: bytes) -> Image.Image:
@@ -132,6 +164,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadPicture(f"its colours ({image.mode}) cannot be converted ({error})") from error
 
 
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The opacity of an image, or nothing where every pixel is opaque."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema() != (255, 255) else None
+
+
 def _plain_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
@@ -154,12 +194,9 @@ def _refuse_floats(image: Image.Image) -> Image.Image:
     raise BadPicture("its pixels are floating-point numbers; save it with 8 or 16 bits")
 
 
+_SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _CONVERTERS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "I": _from_16_bits,
-    "I;16": _from_16_bits,
-    "I;16B": _from_16_bits,
-    "I;16L": _from_16_bits,
-    "I;16N": _from_16_bits,
+    **dict.fromkeys(_SIXTEEN_BITS, _from_16_bits),
     "F": _refuse_floats,
 }
 

@@ -246,6 +246,10 @@ def to_request(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         InputError: a value that the service has no way to say.
     """
+    concepts = config.data.concepts
+    if concepts is not None:
+        message = f"got {shown(concepts)}, which {SERVICE} does not take; allowed: null"
+        raise InputError.of("concepts", message, "train each concept by a request of its own")
     values = {**config.values(), "token_abstraction": ",".join(config.token.token_abstraction)}
     request = {
         name: values[_leaf(name)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
+from trainer.export.card_loading import KINDS, CardFile, is_hub_id, loading_sections
+from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts
-from trainer.export.state import AdapterState
+from trainer.export.state import AdapterState, Strength
 from trainer.export.verify import Check, nothing_learnt
+from trainer.names import KohyaNames
 
 # Hyperparameters that a reader of the card wants to know; the rest is in the configuration.
 _SHOWN_SETTINGS = (
@@ -29,21 +30,7 @@ _SHOWN_SETTINGS = (
     "seed",
 )
 
-_KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 _KOHYA_TAGS = {"lora": (), "lokr": ("lycoris",), "loha": ("lycoris",)}
-
-
-@dataclass(frozen=True)
-class CardFile:
-    """A file that the card explains.
-
-    Args:
-        role: as in `result.json`.
-        name: path relative to the folder of the card.
-    """
-
-    role: str
-    name: str
 
 
 def model_card(
@@ -52,7 +39,9 @@ def model_card(
     checks: Sequence[Check],
     *,
     pipeline_class: str,
+    names: KohyaNames,
     state: AdapterState | None,
+    extraction: Extraction | None = None,
     tags: Sequence[str] = (),
 ) -> str:
     """The card as Markdown with the hub's front-matter; equal input gives equal text.
@@ -62,16 +51,20 @@ def model_card(
         files: the result files.
         checks: what verification found.
         pipeline_class: the diffusers class that loads the base model.
+        names: the family's table; says the keys of the new tokens' vectors.
         state: the trained adapter, or None where all weights were trained.
+        extraction: the LoRA that was made from fully trained weights, if any.
         tags: further tags for the hub, such as the family's.
     """
     sections = [
         _front_matter(facts, state, tags),
-        f"# {facts.output_name}\n\n{_summary(facts, state)}",
+        f"# {facts.output_name}\n\n{_summary(facts, files, state)}",
         _settings(facts, state),
         "## Files\n\n" + "\n".join(f"- `{file.name}`: {_MEANINGS[file.role]}" for file in files),
-        *_loading(facts, files, pipeline_class, state),
+        *loading_sections(facts, files, pipeline_class, names, state),
     ]
+    if extraction is not None:
+        sections.append(_extraction(extraction, files))
     if state is not None and state.use_dora:
         sections.append(_DORA)
     if checks:
@@ -85,9 +78,14 @@ _MEANINGS: Mapping[str, str] = {
     "kohya_lora_comfyui": "the same with DoRA magnitudes for ComfyUI and Forge",
     "peft_folder": "the adapter of one component as a PEFT folder",
     "denoiser_weights": "all weights of the denoiser",
+    "denoiser_config": "the structure of the denoiser",
     "text_encoder_weights": "all weights of the text encoder",
+    "text_encoder_config": "the structure of the text encoder",
     "text_encoder_2_weights": "all weights of the second text encoder",
-    "embeddings": "the learnt tokens",
+    "text_encoder_2_config": "the structure of the second text encoder",
+    "embeddings": "the vectors of all new tokens, for diffusers",
+    "token_embedding": "the vectors of one identifier, for ComfyUI, A1111 and Forge",
+    "extraction_report": "how much of the change the extracted LoRA holds",
     "config": "the resolved configuration",
     "model_card": "this card",
     "loss_plot": "the course of the loss",
@@ -113,7 +111,7 @@ def _front_matter(facts: TrainingFacts, state: AdapterState | None, tags: Sequen
         all_tags += ["template:sd-lora", *_KOHYA_TAGS[state.algorithm]]
         all_tags += ["dora"] if state.use_dora else []
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    if _is_hub_id(facts.base_model):
+    if is_hub_id(facts.base_model):
         relation = "finetune" if state is None else "adapter"
         lines += [f"base_model: {facts.base_model}", f"base_model_relation: {relation}"]
     if facts.instance_prompt:
@@ -123,18 +121,17 @@ def _front_matter(facts: TrainingFacts, state: AdapterState | None, tags: Sequen
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in unique), "---"])
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
-def _summary(facts: TrainingFacts, state: AdapterState | None) -> str:
+def _summary(facts: TrainingFacts, files: Sequence[CardFile], state: AdapterState | None) -> str:
     base = f"`{facts.base_model}`" if facts.base_model else "its base model"
     if state is None:
-        what = f"All weights of the denoiser of {base}"
+        folders = [f"`{file.name.partition('/')[0]}`" for file in files if file.role in _WHOLE]
+        what = f"All weights of {' and '.join(folders) or 'the denoiser'} of {base}"
     else:
-        name = "DoRA" if state.use_dora else _KINDS[state.algorithm]
+        name = "DoRA" if state.use_dora else KINDS[state.algorithm]
         components = ", ".join(f"`{component}`" for component in sorted(state.components))
-        what = f"A {name} adapter of rank {state.rank} for {base}, on {components}"
+        what = f"A {name} adapter of rank {_ranks(state)} for {base}, on {components}"
+    if facts.tokens:
+        what += f", with new tokens for {', '.join(f'`{name}`' for name in facts.tokens)}"
     pictures = "picture" if facts.num_images == 1 else "pictures"
     text = f"{what}, trained on {facts.num_images} {pictures}."
     if facts.instance_prompt:
@@ -142,90 +139,61 @@ def _summary(facts: TrainingFacts, state: AdapterState | None) -> str:
     return text
 
 
+_WHOLE = ("denoiser_weights", "text_encoder_weights", "text_encoder_2_weights")
+
+
+def _ranks(state: AdapterState) -> str:
+    ranks = dict.fromkeys(state.strengths[component].rank for component in sorted(state.components))
+    return " and ".join(map(str, sorted(ranks)))
+
+
 def _settings(facts: TrainingFacts, state: AdapterState | None) -> str:
     shown = {name: facts.settings.get(name) for name in _SHOWN_SETTINGS}
     if facts.width and facts.height:
         shown = {"resolution": f"{facts.width} x {facts.height}", **shown}
     if state is not None:
-        adapter = {"rank": state.rank, "alpha": f"{state.alpha:g} (folded into the weights)"}
-        shown = {**adapter, **shown}
+        shown = dict(_strength_rows(state.strengths)) | shown
     rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
     return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows])
 
 
-def _loading(
-    facts: TrainingFacts,
-    files: Sequence[CardFile],
-    pipeline_class: str,
-    state: AdapterState | None,
-) -> list[str]:
-    names = {file.role: file.name for file in reversed(files)}
-    start = (
-        f"from diffusers import {pipeline_class}\n\n"
-        f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
-    )
-    end = f"image = pipe({json.dumps(facts.instance_prompt, ensure_ascii=False)}).images[0]"
-    sections = []
-    if state is None and "denoiser_weights" in names:
-        component = names["denoiser_weights"].partition("/")[0]
-        load = f'pipe.{component} = type(pipe.{component}).from_pretrained("{component}")\n'
-        sections.append(_diffusers_section(start + load + end))
-    if state is not None and "diffusers_lora" in names:
-        load = _load_snippet(state, names["diffusers_lora"])
-        sections.append(_diffusers_section(start + load + end))
-    if "kohya_lora" in names or "kohya_lora_comfyui" in names:
-        sections.append(_interface_section(names))
-    return sections
+def _strength_rows(strengths: Mapping[str, Strength]) -> Iterator[tuple[str, str]]:
+    """Rank and alpha, once for all components or once for each."""
+    is_one = len(set(strengths.values())) == 1
+    for component, strength in list(strengths.items())[: 1 if is_one else None]:
+        of = "" if is_one else f" of `{component}`"
+        yield f"rank{of}", str(strength.rank)
+        yield f"alpha{of}", f"{strength.alpha:g} (folded into the weights)"
 
 
-def _base_model_loader(name: str) -> str:
-    """The call that loads the base model; a local one lies elsewhere on every machine."""
-    if _is_hub_id(name):
-        return f'from_pretrained("{name}")'
-    method = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
-    return f'{method}("path/to/{name}")  # the base model it was trained on'
-
-
-def _diffusers_section(code: str) -> str:
-    return f"## Loading with diffusers\n\nFrom the folder of this card:\n\n```python\n{code}\n```"
-
-
-def _load_snippet(state: AdapterState, name: str) -> str:
-    if state.algorithm == "lora":
-        return f'pipe.load_lora_weights(".", weight_name="{name}")\n'
-    kind = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[state.algorithm]
-    return f"""\
-# `load_lora_weights` has no {_KINDS[state.algorithm]} for this model; PEFT has.
-import json
-from peft import {kind}, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import safe_open
-
-with safe_open("{name}", framework="pt") as file:
-    header = json.loads(file.metadata()["lora_adapter_metadata"])
-    tensors = {{key: file.get_tensor(key) for key in file.keys()}}
-for component in sorted({{key.split(".")[0] for key in tensors}}):
-    model = getattr(pipe, component)
-    config = {{k.split(".", 1)[1]: v for k, v in header.items() if k.startswith(component + ".")}}
-    state = {{k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(component + ".")}}
-    if not hasattr(model, "text_model"):
-        state = {{key.removeprefix("text_model."): value for key, value in state.items()}}
-    inject_adapter_in_model({kind}(**config), model)
-    set_peft_model_state_dict(model, state)
-"""
-
-
-def _interface_section(names: Mapping[str, str]) -> str:
-    lines = ["## Loading in ComfyUI, A1111 and Forge", ""]
-    if "kohya_lora" in names:
-        lines.append(
-            f"Put `{names['kohya_lora']}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, "
-            "Forge) and load it at strength 1."
+def _extraction(extraction: Extraction, files: Sequence[CardFile]) -> str:
+    names = {file.role: file.name for file in files}
+    found = [names[role] for role in ("diffusers_lora", "kohya_lora") if role in names]
+    if not found:
+        return "## Extracted LoRA\n\nThere is none: no layer changed."
+    lines = [
+        "## Extracted LoRA",
+        "",
+        f"{' and '.join(f'`{name}`' for name in found)}: the best LoRA of rank {extraction.rank} "
+        "for what training changed, made by singular value decomposition. Load it on the base "
+        f"model instead of the full weights{_load_call(names)}. What it misses of the layers' "
+        f"change is {extraction.residual:.1%} of its size (the residual's norm).",
+    ]
+    if extraction.left_out:
+        lines[-1] += (
+            " No LoRA can hold norms, biases and embeddings; they carry "
+            f"{extraction.left_out_share:.1%} of the squared change."
         )
-    if "kohya_lora_comfyui" in names:
-        lines.append(
-            f"In ComfyUI and Forge take `{names['kohya_lora_comfyui']}` instead: see below."
-        )
+    if "extraction_report" in names:
+        lines[-1] += f" `{names['extraction_report']}` has the numbers of each layer."
     return "\n".join(lines)
+
+
+def _load_call(names: Mapping[str, str]) -> str:
+    if "diffusers_lora" not in names:
+        return ""
+    name = names["diffusers_lora"]
+    return f': `pipe.load_lora_weights(".", weight_name="{name}")`'
 
 
 def _verification(checks: Sequence[Check]) -> str:

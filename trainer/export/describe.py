@@ -113,8 +113,10 @@ def _kohya_problems(file: AdapterFile) -> Iterator[str]:
     missing = len(file.layers) - len(file.alphas)
     if missing:
         yield f"{missing} layers have no alpha; LyCORIS cannot load them"
-    if len(set(file.alphas.values())) > 1:
+    if file.algorithm == "lora" and len(set(file.alphas.values())) > 1:
         yield "alphas differ between layers; diffusers gives some layers the wrong one"
+    if file.algorithm != "lora" and any(file.scale(layer) != 1 for layer in file.alphas):
+        yield "alpha differs from rank; LyCORIS applies that scale twice when it merges"
     if "ss_base_model_version" not in file.metadata:
         yield "no `ss_base_model_version` in the header; user interfaces guess the base model"
     if file.dora_convention == "unstated":

@@ -27,7 +27,7 @@ from trainer.export.state import (
     with_text_model,
     without_text_model,
 )
-from trainer.sections import DIFFUSERS_NAME
+from trainer.sections.running import DIFFUSERS_NAME
 
 FILE_NAME = f"{DIFFUSERS_NAME}.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -53,7 +53,7 @@ def write_diffusers(path: Path, state: AdapterState, dtype: torch.dtype) -> None
             for part, tensor in parts.items():
                 name = join_name(with_text_model(layer_path), part)
                 tensors[f"{component}.{name}"] = stored(part, tensor, dtype)
-        config = peft_config(state, layers)
+        config = peft_config(state, component, layers)
         metadata |= {f"{component}.{key}": value for key, value in config.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
     tensorfile.write(path, tensors, header)
@@ -80,7 +80,7 @@ def write_peft_folders(folder: Path, state: AdapterState, dtype: torch.dtype) ->
             "task_type": None,
             "base_model_name_or_path": None,
             "inference_mode": True,
-            **peft_config(state, layers),
+            **peft_config(state, component, layers),
         }
         config_path = folder / component / "adapter_config.json"
         weights_path = folder / component / "adapter_model.safetensors"
@@ -90,16 +90,19 @@ def write_peft_folders(folder: Path, state: AdapterState, dtype: torch.dtype) ->
     return sorted(written)
 
 
-def peft_config(state: AdapterState, layers: Mapping[str, LayerTensors]) -> dict[str, Any]:
-    """The fewest PEFT configuration fields that rebuild these folded layers.
+def peft_config(
+    state: AdapterState, component: str, layers: Mapping[str, LayerTensors]
+) -> dict[str, Any]:
+    """The fewest PEFT configuration fields that rebuild the folded layers of one component.
 
     Args:
-        state: says the algorithm and the usual rank.
-        layers: layer path to folded tensors, of one component.
+        state: says the algorithm and the component's usual rank.
+        component: whose layers these are.
+        layers: layer path to folded tensors.
     """
+    usual = state.strengths[component].rank
     ranks = {
-        without_text_model(path): _peft_rank(tensors, state.rank)
-        for path, tensors in layers.items()
+        without_text_model(path): _peft_rank(tensors, usual) for path, tensors in layers.items()
     }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {path: other for path, other in ranks.items() if other != rank}

@@ -23,6 +23,9 @@ class TrainingFacts:
         captions: caption to the number of pictures that carry it.
         settings: hyperparameters by their flat names; only those with a place in a header or
             in the card are written.
+        tokens: identifier in the captions to the new tokens that stand for it, in the order of
+            their rows; empty without new tokens.
+        token_prompt: the instance prompt with the tokens in the place of the identifiers.
     """
 
     output_name: str
@@ -33,6 +36,8 @@ class TrainingFacts:
     height: int = 0
     captions: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    token_prompt: str = ""
 
 
 def public_name(model_url: str) -> str:

@@ -43,8 +43,13 @@ def _read_kohya(convention: str, pipeline: Any, path: Path, names: KohyaNames) -
     stated = header.get("dora_convention")
     _require(not has_dora or stated == convention, f"the header says DoRA is {stated!r}")
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
-    _require(len(alphas) == 1, f"expected one alpha in the whole file, found {sorted(alphas)}")
-    _require({float(header["ss_network_alpha"])} == alphas, "header and tensors differ in alpha")
+    is_lora = any(".lora_down." in key for key in tensors)
+    _require(
+        not is_lora or len(alphas) == 1,
+        f"expected one alpha in the whole file, found {sorted(alphas)}",
+    )
+    stated_alpha = float(header["ss_network_alpha"])
+    _require(stated_alpha == max(alphas, default=None), "header and tensors differ in alpha")
     expected, layers = expected_names(pipeline, names), live_layers(pipeline)
     groups = _grouped(tensors, lambda key: tuple(key.split(".", 1)))
     for name, parts in groups.items():
@@ -95,6 +100,7 @@ def _kohya_weight(
         changed = weight + _product(up, down, weight) * (alpha / down.shape[0])
     else:
         rank = _kronecker_or_hadamard_rank(parts)
+        _require(rank in (None, alpha), f"alpha {alpha} of rank {rank} is applied twice on merging")
         changed = weight + _other_delta(parts, weight) * (alpha / rank if rank else 1.0)
     if "dora_scale" not in parts:
         return changed

@@ -1,6 +1,6 @@
 """The adapter as ComfyUI, A1111, Forge, sd-scripts and LyCORIS read it.
 
-One constant alpha in every module, the scale inside the weights, and the names that the
+The scale inside the weights, an alpha that no reader can mistake, and the names that the
 family's table gives. DoRA magnitudes have two meanings in the field, so the file says which
 one it follows.
 """
@@ -95,7 +95,7 @@ def write_kohya(
         base_weight: weights before training, needed for DoRA under `comfyui`.
     """
     tensors = kohya_tensors(state, names, dtype, convention=convention, base_weight=base_weight)
-    network = _network_header(state, convention)
+    network = _network_header(state, names, convention)
     header = _training_header(names, facts) | network | _model_spec(names, facts, state, convention)
     tensorfile.write(path, tensors, header | _hashes(tensors, header))
 
@@ -115,7 +115,8 @@ def kohya_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for (component, path), parts in state.fold().layers().items():
-        saved = _constant_alpha(parts, state.rank)
+        alpha = _alpha(state, component, parts)
+        saved = _for_alpha(parts, alpha)
         saved = {part: stored(part, tensor, dtype) for part, tensor in saved.items()}
         if MAGNITUDE in saved:
             weight = None
@@ -123,10 +124,10 @@ def kohya_tensors(
                 if base_weight is None:
                     raise ValueError("ComfyUI's magnitudes need the weights before training")
                 weight = base_weight(component, path)
-            saved[MAGNITUDE] = _dora_scale(saved, weight)
+            saved[MAGNITUDE] = _dora_scale(saved, alpha, weight)
         key = names.of_layer(component, with_text_model(path))
         tensors |= {f"{key}.{_PARTS.get(part, part)}": tensor for part, tensor in saved.items()}
-        tensors[f"{key}.alpha"] = torch.tensor(float(state.rank))
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
 
@@ -136,19 +137,30 @@ def row_norms(weight: Tensor) -> Tensor:
     return norms.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _constant_alpha(parts: LayerTensors, alpha: int) -> LayerTensors:
+def _alpha(state: AdapterState, component: str, parts: LayerTensors) -> int:
+    """The alpha under which every reader understands a layer.
+
+    LoRA: the largest rank, the same in the whole file, because diffusers gives some layers the
+    alpha of others. LoKr and LoHa, which diffusers does not read: the layer's own rank, because
+    LyCORIS applies any other scale twice when it merges (lycoris 4.1.3, `get_merged_weight`).
+    """
+    if state.algorithm == "lora":
+        return state.rank
+    return layer_rank(parts) or state.strengths[component].rank
+
+
+def _for_alpha(parts: LayerTensors, alpha: int) -> LayerTensors:
     """Folded tensors for an alpha that need not be the rank of this layer.
 
-    Readers multiply by alpha / rank of the layer; the first factor takes the inverse.
+    Readers multiply by alpha / rank of the layer; the second factor takes the inverse.
     """
     rank = layer_rank(parts)
     if rank is None or rank == alpha:
         return parts
-    factor = next(part for part in ("lora_B", "lokr_w1", "hada_w1_a") if part in parts)
-    return {**parts, factor: parts[factor] * (rank / alpha)}
+    return {**parts, "lora_B": parts["lora_B"] * (rank / alpha)}
 
 
-def _dora_scale(saved: LayerTensors, weight: Tensor | None) -> Tensor:
+def _dora_scale(saved: LayerTensors, alpha: int, weight: Tensor | None) -> Tensor:
     """Magnitudes as (out, 1, …), for the paper's formula or, given the base weight, ComfyUI's.
 
     ComfyUI computes m (W + dW) / ||W|| where the paper has m (W + dW) / ||W + dW||, so its
@@ -159,12 +171,15 @@ def _dora_scale(saved: LayerTensors, weight: Tensor | None) -> Tensor:
     if weight is None:
         return magnitude
     before = weight.detach().to("cpu", torch.float32)
-    after = before + (up.flatten(1) @ down.flatten(1)).reshape(before.shape)
+    scale = alpha / down.shape[0]
+    after = before + scale * (up.flatten(1) @ down.flatten(1)).reshape(before.shape)
     return magnitude * row_norms(before) / row_norms(after)
 
 
-def _network_header(state: AdapterState, convention: DoraConvention) -> dict[str, str]:
-    args: dict[str, str] = {"trained_alpha": f"{state.alpha:g}"}
+def _network_header(
+    state: AdapterState, names: KohyaNames, convention: DoraConvention
+) -> dict[str, str]:
+    args = _trained_strengths(state, names)
     if state.algorithm != "lora":
         args["algo"] = state.algorithm
     if state.algorithm != "lora" or _has_convolutions(state):
@@ -179,6 +194,27 @@ def _network_header(state: AdapterState, convention: DoraConvention) -> dict[str
         "ss_network_alpha": str(float(state.rank)),
         "ss_network_args": json.dumps(args, sort_keys=True),
     }
+
+
+def _trained_strengths(state: AdapterState, names: KohyaNames) -> dict[str, str]:
+    """What was trained, for a reader of the header; the tensors carry it folded in.
+
+    The first component's alpha, the denoiser's where it is adapted, and rank and alpha of every
+    component that differs from it.
+    """
+    first, *others = sorted(
+        state.strengths, key=lambda component: (component in names.text_encoder_prefixes, component)
+    )
+    usual = state.strengths[first]
+    args = {"trained_alpha": f"{usual.alpha:g}"}
+    if usual.rank != state.rank:
+        args["trained_dim"] = str(usual.rank)
+    for component in others:
+        strength = state.strengths[component]
+        if strength != usual:
+            args[f"{component}_trained_dim"] = str(strength.rank)
+            args[f"{component}_trained_alpha"] = f"{strength.alpha:g}"
+    return args
 
 
 def _has_convolutions(state: AdapterState) -> bool:

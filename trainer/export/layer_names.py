@@ -28,6 +28,15 @@ _RESNET = {
     "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
 }
+# What stands before and after the original's blocks: Sequentials whose parts are numbered.
+_ENDS = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
 
 
 def live_layers(pipeline: Any) -> dict[Layer, nn.Module]:
@@ -82,6 +91,7 @@ def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
         raise UnknownStructureError(
             f"the original names of the layers of {type(unet).__name__} cannot be worked out"
         )
+    yield from _ENDS.items()
     number = 0
     for i, block in enumerate(_list(unet, "down_blocks")):
         parts = dict(block.named_children())

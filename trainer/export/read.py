@@ -28,6 +28,7 @@ from trainer.export.state import (
     Algorithm,
     LayerName,
     LayerTensors,
+    largest_ranks,
     layer_rank,
     split_name,
     with_text_model,
@@ -168,9 +169,7 @@ def read_adapter(
         _require_factors(layer, tensors)
         plain = {part: tensor.to(torch.float32) for part, tensor in tensors.items()}
         layers[layer] = FOLDS[file.algorithm](plain, file.scale(layer))
-    ranks = [rank for rank in map(layer_rank, layers.values()) if rank is not None]
-    widths = [tensors["lokr_w2"].shape[0] for tensors in layers.values() if "lokr_w2" in tensors]
-    return AdapterState.of_layers(file.algorithm, max(ranks or widths), layers)
+    return AdapterState.of_layers(file.algorithm, largest_ranks(layers), layers)
 
 
 def _require_factors(layer: LayerName, tensors: LayerTensors) -> None:

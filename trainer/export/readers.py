@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
-import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -43,15 +41,15 @@ class Reading:
     Args:
         component: pipeline component.
         path: path of the weight's layer in the fresh pipeline; of the parameter itself where
-            whole components are read.
-        before: the fresh weight, fp32.
+            whole components are read; the token whose vector it is.
+        before: the fresh weight, fp32; None for a new token.
         after: the weight with the file applied, fp32.
         keys: tensors of the file that went into it, alphas not counted.
     """
 
     component: str
     path: str
-    before: Tensor
+    before: Tensor | None
     after: Tensor
     keys: int
 
@@ -76,7 +74,6 @@ class Reader:
         loads: what it does to a file while no base model is held beside it; raises where that
             goes wrong.
         changes_pipeline: whether a pipeline is spoilt by reading into it.
-        reads_folder: whether it reads the folder of one component, named after it.
         reads_exactly: whether weights are stored as they are, so that rounding them is known.
     """
 
@@ -85,7 +82,6 @@ class Reader:
     refuses: Callable[[Path], str | None] = reads_all
     loads: Callable[[Path], None] = loads_nothing
     changes_pipeline: bool = False
-    reads_folder: bool = False
     reads_exactly: bool = False
 
 
@@ -149,32 +145,6 @@ def _read_peft_folder(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[
     model = pipeline.components[component]
     peft.PeftModel.from_pretrained(model, str(path.parent))
     yield from _merged(pipeline)
-
-
-def _load_whole_component(path: Path) -> None:
-    """`from_pretrained` gets from a component's folder every tensor of its file, bit for bit."""
-    model = diffusers.AutoModel.from_pretrained(
-        str(path.parent), torch_dtype=torch.float32, local_files_only=True
-    )
-    loaded = model.state_dict()
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if names != loaded.keys():
-            different = sorted(names ^ loaded.keys())
-            raise ValueError(f"{len(different)} tensors too few or many, such as `{different[0]}`")
-        for name in sorted(names):
-            if not torch.equal(loaded[name], file.get_tensor(name).float()):
-                raise ValueError(f"`{name}` is loaded with other values than the file has")
-
-
-def _read_whole_component(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
-    """A component's file, tensor by tensor: loading its folder is `_load_whole_component`."""
-    component = path.parent.name
-    base = pipeline.components[component].state_dict()
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            before, after = base[name].float(), file.get_tensor(name).float()
-            yield Reading(component, name, before, after, 1)
 
 
 def _read_lycoris(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
@@ -257,12 +227,5 @@ def _rows(path: Path) -> dict[str, int]:
 DIFFUSERS = Reader("diffusers", _read_pipeline, _diffusers_refuses, changes_pipeline=True)
 DIFFUSERS_LOKR = Reader("diffusers", _read_components, changes_pipeline=True)
 PEFT = Reader("peft", _read_components, changes_pipeline=True)
-PEFT_FOLDER = Reader("peft", _read_peft_folder, changes_pipeline=True, reads_folder=True)
-WHOLE = Reader(
-    "diffusers",
-    _read_whole_component,
-    loads=_load_whole_component,
-    reads_folder=True,
-    reads_exactly=True,
-)
+PEFT_FOLDER = Reader("peft", _read_peft_folder, changes_pipeline=True)
 LYCORIS = Reader("lycoris", _read_lycoris, _lycoris_refuses)

@@ -54,27 +54,43 @@ def without_text_model(path: str) -> str:
 
 
 @dataclass(frozen=True)
+class Strength:
+    """How large the adapter of one component is, and how strong.
+
+    Args:
+        rank: inner dimension; the largest one where layers differ.
+        alpha: the change is scaled by alpha / rank.
+    """
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank on the adapter's product."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class AdapterState:
     """A trained adapter in PEFT names.
 
     Args:
         algorithm: how the tensors of a layer become a change of its weight.
         use_dora: whether rows carry magnitudes of their own.
-        rank: inner dimension; the largest one where layers differ.
-        alpha: the change is scaled by alpha / rank.
         components: pipeline component to tensor name to tensor.
+        strengths: the same components to rank and alpha.
     """
 
     algorithm: Algorithm
     use_dora: bool
-    rank: int
-    alpha: float
     components: Mapping[str, Mapping[str, Tensor]]
+    strengths: Mapping[str, Strength]
 
     @property
-    def scale(self) -> float:
-        """The factor alpha / rank on the adapter's product."""
-        return self.alpha / self.rank
+    def rank(self) -> int:
+        """The largest rank of all components."""
+        return max(strength.rank for strength in self.strengths.values())
 
     def layers(self) -> dict[LayerName, LayerTensors]:
         """(component, layer path) to the layer's tensors by part, such as `lora_A`; sorted."""
@@ -91,24 +107,55 @@ class AdapterState:
         beside them, because readers disagree on both. Factors that are powers of two change
         no mantissa bit.
         """
-        fold, scale = FOLDS[self.algorithm], self.scale
+        fold = FOLDS[self.algorithm]
         folded = {
-            layer: fold({part: _plain(tensor) for part, tensor in tensors.items()}, scale)
-            for layer, tensors in self.layers().items()
+            (component, path): fold(
+                {part: _plain(tensor) for part, tensor in tensors.items()},
+                self.strengths[component].scale,
+            )
+            for (component, path), tensors in self.layers().items()
         }
-        return self.of_layers(self.algorithm, self.rank, folded)
+        ranks = {component: strength.rank for component, strength in self.strengths.items()}
+        return self.of_layers(self.algorithm, ranks, folded)
+
+    @classmethod
+    def of_component(
+        cls,
+        component: str,
+        tensors: Mapping[str, Tensor],
+        strength: Strength,
+        *,
+        algorithm: Algorithm = "lora",
+        use_dora: bool = False,
+    ) -> AdapterState:
+        """An adapter on one component alone.
+
+        Args:
+            tensors: PEFT tensor name to tensor.
+        """
+        return cls(algorithm, use_dora, {component: tensors}, {component: strength})
 
     @classmethod
     def of_layers(
-        cls, algorithm: Algorithm, rank: int, layers: Mapping[LayerName, LayerTensors]
+        cls,
+        algorithm: Algorithm,
+        ranks: Mapping[str, int],
+        layers: Mapping[LayerName, LayerTensors],
     ) -> AdapterState:
-        """An adapter whose scale is one, from tensors grouped as `layers` groups them."""
+        """An adapter whose scale is one, from tensors grouped as `layers` groups them.
+
+        Args:
+            ranks: component to its usual rank; see `largest_ranks`.
+        """
         components: dict[str, dict[str, Tensor]] = {}
         for (component, path), tensors in sorted(layers.items()):
             named = {join_name(path, part): tensor for part, tensor in tensors.items()}
             components.setdefault(component, {}).update(named)
         use_dora = any(MAGNITUDE in tensors for tensors in layers.values())
-        return cls(algorithm, use_dora, rank, float(rank), components)
+        strengths = {
+            component: Strength(ranks[component], ranks[component]) for component in components
+        }
+        return cls(algorithm, use_dora, components, strengths)
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for component, tensors in self.components.items():
@@ -122,6 +169,22 @@ def layer_rank(tensors: Mapping[str, Tensor]) -> int | None:
         if part in tensors:
             return tensors[part].shape[axis]
     return None
+
+
+def largest_ranks(layers: Mapping[LayerName, LayerTensors]) -> dict[str, int]:
+    """Component to the largest rank among its folded layers.
+
+    Where no factor of a component is low-rank, the rows of its largest full factor stand in.
+    """
+    ranks: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    for (component, _), tensors in layers.items():
+        rank = layer_rank(tensors)
+        if rank is not None:
+            ranks[component] = max(rank, ranks.get(component, 0))
+        else:
+            widths[component] = max(tensors["lokr_w2"].shape[0], widths.get(component, 0))
+    return widths | ranks
 
 
 def stored(part: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

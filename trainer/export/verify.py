@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainer.durable import write_text
 from trainer.events import Event, StageEvent, VerifyEvent
+from trainer.export.embedding_readers import EMBEDDING_DIFFUSERS, EMBEDDING_INTERFACE
 from trainer.export.formula import COMFYUI_FORMULA, FORMULA, PAPER_FORMULA
 from trainer.export.layer_names import UnknownStructureError
 from trainer.export.readers import (
@@ -29,19 +30,20 @@ from trainer.export.readers import (
     LYCORIS,
     PEFT,
     PEFT_FOLDER,
-    WHOLE,
     Reader,
     Reading,
     keys_of,
     quiet,
 )
+from trainer.export.whole_readers import WHOLE_DENOISER, WHOLE_TEXT_ENCODER
 from trainer.job import Role
 from trainer.names import KohyaNames
 
 CheckStatus = Literal["passed", "failed", "not checked"]
 
 # Component to layer path to effective weight; parameter names instead of layer paths where a
-# whole component was trained. fp32 on the CPU; may compute its values on demand.
+# whole component was trained, new tokens where their vectors were. fp32 on the CPU; may compute
+# its values on demand.
 TrainedWeights = Mapping[str, Mapping[str, Tensor]]
 
 # Largest error as a share of the trained change, by the coarsest format among the weights.
@@ -60,7 +62,11 @@ _READERS: Mapping[tuple[Role, str], tuple[Reader, ...]] = {
     ("peft_folder", "lora"): (PEFT_FOLDER,),
     ("peft_folder", "lokr"): (PEFT_FOLDER,),
     ("peft_folder", "hada"): (PEFT_FOLDER,),
-    ("denoiser_weights", "whole"): (WHOLE,),
+    ("denoiser_weights", "plain"): (WHOLE_DENOISER,),
+    ("text_encoder_weights", "plain"): (WHOLE_TEXT_ENCODER,),
+    ("text_encoder_2_weights", "plain"): (WHOLE_TEXT_ENCODER,),
+    ("embeddings", "plain"): (EMBEDDING_DIFFUSERS, EMBEDDING_INTERFACE),
+    ("token_embedding", "plain"): (EMBEDDING_DIFFUSERS, EMBEDDING_INTERFACE),
 }
 
 # What loaders raise on files that they cannot read.
@@ -79,6 +85,21 @@ _SHOWN_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
+class WrittenFile:
+    """A result file and what readers must find in it.
+
+    Args:
+        role: what the file is.
+        path: where it lies.
+        holds: the trained weights that it carries; nothing for a configuration.
+    """
+
+    role: Role
+    path: Path
+    holds: TrainedWeights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Check:
     """What one reader found in one file.
 
@@ -92,7 +113,7 @@ class Check:
         largest_difference: over the layers, the error relative to the trained weight.
         largest_change_difference: the same relative to the change that training made.
         largest_change: over the layers, the change that training made relative to the weight;
-            0 where it is no more than rounding.
+            0 where it is no more than rounding, None where new tokens had no weight before.
         tolerance: the largest share of the change that passes.
         reason: what is wrong, or why the reader does not apply.
     """
@@ -120,14 +141,14 @@ class _Comparison:
     difference: float = 0.0
     change_difference: float = 0.0
     change: float = 0.0
+    has_news: bool = False
     checksums_before: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def verify(
     root: Path,
-    files: Sequence[tuple[Role, Path]],
-    trained: TrainedWeights,
+    files: Sequence[WrittenFile],
     fresh_pipeline: Callable[[], Any],
     names: KohyaNames,
 ) -> Generator[Event, None, list[Check]]:
@@ -138,27 +159,26 @@ def verify(
 
     Args:
         root: the run folder, to which paths in the report are relative.
-        files: role and path of each file.
-        trained: the weights that training ended with.
+        files: each file with what it should hold.
         fresh_pipeline: makes an untouched base model on the CPU; what was trained is in fp32.
         names: prefixes of the family's kohya files.
 
     Returns:
         One check per file and reader, in the order of the files.
     """
-    tasks = [(role, path, reader) for role, path in files for reader in _readers_of(role, path)]
+    tasks = [(file, reader) for file in files for reader in _readers_of(file)]
     results: dict[int, Check] = {}
-    pipelines = _Pipelines(fresh_pipeline, any(task[2].changes_pipeline for task in tasks))
-    order = sorted(range(len(tasks)), key=lambda number: tasks[number][2].changes_pipeline)
+    pipelines = _Pipelines(fresh_pipeline, any(reader.changes_pipeline for _, reader in tasks))
+    order = sorted(range(len(tasks)), key=lambda number: tasks[number][1].changes_pipeline)
     for done, number in enumerate(order):
-        role, path, reader = tasks[number]
+        file, reader = tasks[number]
         yield StageEvent("verify", done, len(tasks))
-        relative = path.relative_to(root).as_posix()
-        found = _look(reader, path, trained, pipelines, names)
+        relative = file.path.relative_to(root).as_posix()
+        found = _look(reader, file, pipelines, names)
         if isinstance(found, str):
-            check = Check(relative, role, reader.name, "not checked", reason=found)
+            check = Check(relative, file.role, reader.name, "not checked", reason=found)
         else:
-            check = _check(relative, role, reader, path, found, root)
+            check = _check(relative, file, reader, found, root)
         results[number] = check
         yield VerifyEvent(relative, reader.name, check.status, check.largest_difference)
     yield StageEvent("verify", len(tasks), len(tasks))
@@ -217,44 +237,44 @@ def write_report(path: Path, checks: Iterable[Check]) -> None:
     write_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
 
 
-def _readers_of(role: Role, path: Path) -> tuple[Reader, ...]:
-    if path.suffix != ".safetensors":
+def _readers_of(file: WrittenFile) -> tuple[Reader, ...]:
+    if file.path.suffix != ".safetensors":
         return ()
-    keys = keys_of(path)
+    keys = keys_of(file.path)
     kinds = ("lokr", "hada", "lora")
-    kind = next((kind for kind in kinds if any(f".{kind}_" in key for key in keys)), "whole")
-    return _READERS.get((role, kind), ())
+    kind = next((kind for kind in kinds if any(f".{kind}_" in key for key in keys)), "plain")
+    return _READERS.get((file.role, kind), ())
 
 
 def _look(
-    reader: Reader, path: Path, trained: TrainedWeights, pipelines: _Pipelines, names: KohyaNames
+    reader: Reader, file: WrittenFile, pipelines: _Pipelines, names: KohyaNames
 ) -> _Comparison | str:
     """What the reader found in the file, or why it does not apply."""
-    refusal = reader.refuses(path)
+    refusal = reader.refuses(file.path)
     if refusal is not None:
         return refusal
     try:
-        return _compare(reader, path, trained, pipelines, names)
+        return _compare(reader, file, pipelines, names)
     except UnknownStructureError as error:
         return str(error)
 
 
 def _compare(
-    reader: Reader, path: Path, trained: TrainedWeights, pipelines: _Pipelines, names: KohyaNames
+    reader: Reader, file: WrittenFile, pipelines: _Pipelines, names: KohyaNames
 ) -> _Comparison:
-    comparison = _Comparison(reader, _coarsest(path))
+    comparison = _Comparison(reader, _coarsest(file.path))
     with _recording_errors(comparison.problems):
-        reader.loads(path)
+        reader.loads(file.path)
     pipeline = pipelines.untouched()
     with _recording_errors(comparison.problems):
-        for reading in reader.read(pipeline, path, names):
-            _add(comparison, reading, trained)
+        for reading in reader.read(pipeline, file.path, names):
+            _add(comparison, reading, file.holds)
     if reader.changes_pipeline:
         if not comparison.problems:
             comparison.problems += pipelines.side_effects(comparison.checksums_before)
         pipelines.drop()
-    for component in [path.parent.name] if reader.reads_folder else trained:
-        wanted = [f"{component}.{layer}" for layer in trained[component]]
+    for component, layers in file.holds.items():
+        wanted = [f"{component}.{layer}" for layer in layers]
         missing = [name for name in wanted if name not in comparison.checksums_before]
         if missing:
             comparison.problems.append(
@@ -273,17 +293,19 @@ def _recording_errors(problems: list[str]) -> Iterator[None]:
         problems.append(f"{type(error).__name__}: {error}".strip())
 
 
-def _add(comparison: _Comparison, reading: Reading, trained: TrainedWeights) -> None:
-    name = f"{reading.component}.{reading.path}"
-    changes = comparison.reader.changes_pipeline
-    comparison.checksums_before[name] = _crc(reading.before) if changes else 0
-    target = trained.get(reading.component, {}).get(reading.path)
+def _add(comparison: _Comparison, reading: Reading, holds: TrainedWeights) -> None:
+    name, before = f"{reading.component}.{reading.path}", reading.before
+    watched = before if comparison.reader.changes_pipeline else None
+    comparison.checksums_before[name] = 0 if watched is None else _crc(watched)
+    comparison.has_news |= before is None
+    target = holds.get(reading.component, {}).get(reading.path)
     if target is None:
         comparison.problems.append(f"`{name}` is changed, but was not trained")
         return
     comparison.keys += reading.keys
-    change = _norm(target - reading.before)
     error, size = _norm(reading.after - target), _norm(target)
+    # Of a new token, all is changed.
+    change = size if before is None else _norm(target - before)
     is_exact = comparison.reader.reads_exactly
     expected = target.to(comparison.dtype).float() if is_exact else target
     allowed = TOLERANCES[comparison.dtype] * change + ARITHMETIC_NOISE * size
@@ -300,9 +322,9 @@ def _add(comparison: _Comparison, reading: Reading, trained: TrainedWeights) -> 
 
 
 def _check(
-    relative: str, role: Role, reader: Reader, path: Path, comparison: _Comparison, root: Path
+    relative: str, file: WrittenFile, reader: Reader, comparison: _Comparison, root: Path
 ) -> Check:
-    total = sum(not key.endswith(".alpha") for key in keys_of(path))
+    total = sum(not key.endswith(".alpha") for key in keys_of(file.path))
     problems = list(comparison.problems)
     if not problems and comparison.keys != total:
         problems.append(f"only {comparison.keys} of {total} tensors reached a layer")
@@ -310,16 +332,17 @@ def _check(
     more = (
         f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
     )
+    has_change = bool(comparison.checksums_before) and not comparison.has_news
     return Check(
         relative,
-        role,
+        file.role,
         reader.name,
         "failed" if problems else "passed",
         keys_matched=comparison.keys,
         keys_total=total,
         largest_difference=_rounded(comparison.difference),
         largest_change_difference=_rounded(comparison.change_difference),
-        largest_change=_rounded(comparison.change) if comparison.checksums_before else None,
+        largest_change=_rounded(comparison.change) if has_change else None,
         tolerance=TOLERANCES[comparison.dtype],
         reason=shown + more,
     )

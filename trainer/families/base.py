@@ -117,12 +117,32 @@ def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:
     """
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
+    shift, scale = _shift_and_scale(vae, mean)
+    return LatentDistribution(mean=(mean - shift) * scale, std=std * scale)
+
+
+def pixels_of(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents in the denoiser's scale as pixels: float32 (B, 3, H, W) in [-1, 1].
+
+    The inverse of `latents_of`, computed in the VAE's own number format.
+
+    Args:
+        latents: (B, C, h, w).
+    """
+    latents = latents.float()
+    shift, scale = _shift_and_scale(vae, latents)
+    pixels: torch.Tensor = vae.decode((latents / scale + shift).to(vae.dtype)).sample
+    return pixels.float().clamp(-1, 1)
+
+
+def _shift_and_scale(
+    vae: Any, like: torch.Tensor
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     shift: torch.Tensor | float = 0.0
     divisor: torch.Tensor | float = 1.0
     if vae.config.get("latents_mean") is not None:
-        shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1).to(mean)
-        divisor = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1).to(mean)
+        shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1).to(like)
+        divisor = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1).to(like)
     elif vae.config.get("shift_factor") is not None:
         shift = vae.config.shift_factor
-    scale = vae.config.scaling_factor / divisor
-    return LatentDistribution(mean=(mean - shift) * scale, std=std * scale)
+    return shift, vae.config.scaling_factor / divisor

@@ -43,6 +43,7 @@ class StableDiffusion15(Family):
         base_model_version="sd_v1",
         architecture="stable-diffusion-v1",
         implementation="diffusers",
+        embedding_keys={"text_encoder": "clip_l"},
     )
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:

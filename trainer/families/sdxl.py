@@ -90,6 +90,7 @@ class StableDiffusionXL(Family):
         architecture="stable-diffusion-xl-v1-base",
         implementation="https://github.com/Stability-AI/generative-models",
         layers=_original_layers(),
+        embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
     )
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:

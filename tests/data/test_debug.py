@@ -1,0 +1,97 @@
+"""What a training was shown, made again: equal to what the steps had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from grid import bytes_of, grid_examples, plan_of, with_mask
+
+from trainer.config import DataConfig
+from trainer.data.dataset import Dataset
+from trainer.data.debug import trained_examples
+from trainer.data.plan import Portion
+
+DRAWN = DataConfig(
+    resolution_width=64,
+    resolution_height=64,
+    center_crop=False,
+    random_flip=True,
+    caption_dropout=0.5,
+    random_rotation_start=-30,
+    random_rotation_end=30,
+)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Three pictures, the first with a mask, and two of the class; process 0 of 2."""
+    first, *others = grid_examples(tmp_path, 3, height=80, width=100, num_class_images=2)
+    examples = [with_mask(first, np.full((80, 100), 0.5)), *others]
+    plan = plan_of(Portion((0, 1, 2), class_images=(3, 4)), num_processes=2)
+    return Dataset(examples, plan, DRAWN, with_pixels=True)
+
+
+def test_the_examples_of_all_processes_are_those_that_the_steps_trained(dataset: Dataset) -> None:
+    shown = {example.position: example for example in trained_examples(dataset, range(6))}
+
+    second = Dataset(
+        dataset.examples, replace(dataset.plan, process_index=1), DRAWN, with_pixels=True
+    )
+    trained = 0
+    for step in range(6):
+        for batch in [*dataset[step], *second[step]]:
+            for row, position in enumerate(batch.positions):
+                if batch.weights[row] == 0:
+                    continue
+                trained += 1
+                example = shown[position]
+                assert example.step == step + 1
+                assert example.name == f"{batch.numbers[row]}.jpg"
+                assert example.caption == batch.captions[row]
+                assert example.is_class == bool(batch.is_class[row])
+                assert (example.flipped, example.angle) == (batch.flipped[row], batch.angles[row])
+                for name in ("original_size", "crop_top_left", "target_size"):
+                    assert list(vars(example)[name]) == batch.geometry[name][row].tolist()
+                assert example.pixels.dtype == np.uint8
+                np.testing.assert_array_equal(example.pixels, bytes_of(batch.pixels[row]))
+                mask = torch.ones(64, 64) if batch.masks is None else batch.masks[row, 0]
+                if example.mask is None:
+                    assert bool((mask == 1).all())
+                else:
+                    np.testing.assert_array_equal(example.mask, mask.numpy())
+    # Three epochs of three pictures, each with one of the class beside.
+    assert trained == len(shown) == 18
+
+
+def test_they_come_in_the_order_of_positions_with_the_class_picture_behind(
+    dataset: Dataset,
+) -> None:
+    positions = [example.position for example in trained_examples(dataset, range(2))]
+
+    # Two steps are an epoch of three; the second step leaves the second process idle.
+    assert positions == [0, ~0, 1, ~1, 2, ~2]
+
+
+def test_some_steps_alone_are_the_same_as_among_all(dataset: Dataset) -> None:
+    alone = list(trained_examples(dataset, range(3, 4)))
+    among = [example for example in trained_examples(dataset, range(6)) if example.step == 4]
+
+    assert [example.position for example in alone] == [example.position for example in among]
+    for one, other in zip(alone, among, strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+def test_a_training_with_cached_latents_can_be_shown_too(dataset: Dataset) -> None:
+    still = DataConfig(resolution_width=64, resolution_height=64)
+    cached = Dataset(dataset.examples, dataset.plan, still, with_pixels=False)
+
+    shown = list(trained_examples(cached, range(2)))
+
+    for example in shown:
+        number = int(example.name.removesuffix(".jpg"))
+        np.testing.assert_array_equal(example.pixels, bytes_of(cached.pixels_of(number, False)))
+        assert (example.mask is not None) == (number == 0)

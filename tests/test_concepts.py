@@ -1,0 +1,202 @@
+"""Several subjects in one training: each with its own token, captions, class and share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import snapshots
+import torch
+from safetensors.torch import load_file
+from skimage import data as photographs
+from tiny import compose, configuration, digests, never, train
+
+from trainer.errors import CheckpointError
+from trainer.job import RunFolder
+from trainer.resolve import Layer, resolve
+from trainer.training import Training
+
+TWO = {"token_abstraction": "TOK,TOK1", "train_text_encoder_ti": True, "checkpointing_steps": 100}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("concepts")
+    made = {
+        "woman": snapshots.write_pictures(root / "woman", 2),
+        "cat": snapshots.write_pictures(root / "cat", 3, photograph=photographs.cat),
+        "women": snapshots.write_pictures(root / "women", 4),
+        "cats": snapshots.write_pictures(root / "cats", 3, photograph=photographs.cat),
+    }
+    (root / "captions.jsonl").write_text('{"file_name": "1.png", "text": "a TOK1 asleep"}\n')
+    return made | {"captions": root / "captions.jsonl"}
+
+
+def concepts_of(folders: dict[str, Path], **second: Any) -> list[dict[str, Any]]:
+    """A woman, shown three times an epoch, and a cat whose class has words of its own."""
+    woman = {
+        "images_data_url": str(folders["woman"]),
+        "repeats": 3,
+        "photo_class": "Woman",
+        "class_images_url": str(folders["women"]),
+        "with_prior_preservation": True,
+        "prior_loss_weight": 0.5,
+    }
+    cat = {
+        "images_data_url": str(folders["cat"]),
+        "captions_file_url": str(folders["captions"]),
+        "class_prompt": "a photo of a cat",
+        "class_images_url": str(folders["cats"]),
+        "with_prior_preservation": True,
+    }
+    return [woman, cat | second]
+
+
+def several(model: Path, concepts: list[dict[str, Any]], **leaves: Any) -> Any:
+    given = {"rank": 4, "max_train_steps": 2, "learning_rate": 1e-3, "tensorboard": False}
+    values = {"model_url": str(model), "concepts": concepts, **given, **TWO, **leaves}
+    return resolve([Layer("test", values, explicit=True)])
+
+
+def slots(training: Training, epochs: int = 1) -> list[tuple[str, str, bool, float]]:
+    """Caption, folder of the picture, whether it is of a class, and weight, of each example."""
+    found = []
+    for step in range(epochs * training.dataset.plan.steps_per_epoch):
+        for batch in training.dataset[step]:
+            for row, number in enumerate(batch.numbers):
+                example = training.dataset.examples[number]
+                weight, is_class = float(batch.weights[row]), bool(batch.is_class[row])
+                found.append((batch.captions[row], example.path.parent.name, is_class, weight))
+    return found
+
+
+def test_each_concept_has_its_share_words_class_and_weight_in_an_epoch(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    training, _ = compose(several(sd15_folder, concepts_of(folders)), tmp_path)
+    plan = training.dataset.plan
+
+    # Two pictures three times, and three once.
+    assert (plan.num_examples, plan.steps_per_epoch) == (9, 9)
+    counted = Counter(slots(training))
+    assert counted == {
+        ("A photograph of a TOK", "concept_1", False, 1.0): 6,
+        ("A photograph of a TOK1", "concept_2", False, 1.0): 2,
+        ("a TOK1 asleep", "concept_2", False, 1.0): 1,
+        ("a photo of a woman", "class_1", True, 0.5): 6,
+        ("a photo of a cat", "class_2", True, 1.0): 3,
+    }
+    for step in range(plan.steps_per_epoch):
+        (batch,) = training.dataset[step]
+        own, other = (training.dataset.examples[n].path.parent.name for n in batch.numbers)
+        # A class picture stands beside a subject of its class.
+        assert {own: other} in ({"concept_1": "class_1"}, {"concept_2": "class_2"})
+
+
+def test_each_concepts_words_become_its_own_new_tokens(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = snapshots.record_gradients(monkeypatch)
+    config = several(sd15_folder, concepts_of(folders), train_text_encoder_ti_frac=1.0)
+    config = config.with_leaf("max_train_steps", 9)
+    training, _ = compose(config, tmp_path)
+    list(training.steps(RunFolder(tmp_path), never))
+
+    captions = [training.dataset[step][0].captions[0] for step in range(9)]
+    for caption, gradients in zip(captions, seen.before, strict=True):
+        (rows,) = gradients[-1:]
+        assert rows is not None
+        learning = (rows.abs().amax(1) > 0).tolist()
+        assert learning == (
+            [False, False, True, True] if "TOK1" in caption else [True, True] + [False] * 2
+        )
+    assert {"TOK1" in caption for caption in captions} == {True, False}
+
+
+def test_prepared_pictures_lie_in_a_folder_for_each_concept_and_class(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    compose(several(sd15_folder, concepts_of(folders)), tmp_path)
+    counts = {
+        folder.name: len(list(folder.glob("*.png"))) for folder in (tmp_path / "prepared").iterdir()
+    }
+    assert counts == {"concept_1": 2, "concept_2": 3, "class_1": 4, "class_2": 3}
+
+
+def test_concepts_of_one_class_share_its_pictures_and_one_without_has_none(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second = concepts_of(folders)
+    shared = second | {name: first.get(name) for name in ("photo_class", "class_images_url")}
+    shared.pop("class_prompt")
+    without = second | {"with_prior_preservation": False}
+    one, _ = compose(several(sd15_folder, [first, shared]), tmp_path / "one")
+    two, _ = compose(several(sd15_folder, [first, without]), tmp_path / "two")
+
+    assert sum(example.is_class for example in one.dataset.examples) == 4
+    counted = Counter((place, is_class) for _, place, is_class, _ in slots(one))
+    assert counted[("class_1", True)] == 9
+    counted = Counter((place, is_class) for _, place, is_class, _ in slots(two))
+    assert counted == {
+        ("concept_1", False): 6,
+        ("class_1", True): 6,
+        ("concept_2", False): 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"repeats": 2}, {"token": "TOK"}, {"prior_loss_weight": 2.0}], ids=str
+)
+def test_other_concepts_are_another_run(
+    change: dict[str, Any], sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = several(sd15_folder, concepts_of(folders))
+    training, _ = compose(config, tmp_path)
+    list(training.steps(RunFolder(tmp_path), never))
+    before = digests(tmp_path)
+
+    with pytest.raises(CheckpointError, match="concepts"):
+        compose(several(sd15_folder, concepts_of(folders, **change)), tmp_path)
+    assert digests(tmp_path) == before
+
+
+def test_moved_folders_of_the_same_concepts_are_the_same_run(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = several(sd15_folder, concepts_of(folders))
+    training, _ = compose(config, tmp_path / "run")
+    list(training.steps(RunFolder(tmp_path / "run"), never))
+    moved = snapshots.write_pictures(tmp_path / "moved", 3, photograph=photographs.cat)
+    again, _ = compose(
+        several(sd15_folder, concepts_of(folders, images_data_url=str(moved))), tmp_path / "run"
+    )
+    list(again.resume(RunFolder(tmp_path / "run")))
+    assert again.step == 2
+
+
+def test_one_concept_trains_what_the_single_form_trains(
+    sdxl_folder: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots.skip_reading_back(monkeypatch)
+    options: dict[str, Any] = {
+        "with_prior_preservation": True,
+        "photo_class": "Woman",
+        "class_images_url": str(folders["women"]),
+    }
+    tokens = {"train_text_encoder_ti": True, "max_train_steps": 3, "batch_size": 2}
+    single = configuration(sdxl_folder, folders["woman"], **tokens, **options)
+    concept = {"images_data_url": str(folders["woman"]), **options}
+    listed = several(sdxl_folder, [concept], token_abstraction="TOK", **tokens)
+    train(single, tmp_path / "single")
+    train(listed, tmp_path / "listed")
+
+    for name in ("pytorch_lora_weights", "lora_emb"):
+        one, two = (
+            load_file(tmp_path / run / "outputs" / f"{name}.safetensors")
+            for run in ("single", "listed")
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (tmp_path / "listed" / "prepared" / "prepared.json").exists()

@@ -1,0 +1,114 @@
+"""What a training was shown, made again to look at: its pictures, captions and masks.
+
+Nothing is recorded while training: whatever was drawn for an example is a function of its
+position, so the same steps give the same pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from trainer.data.crop import Mask, Pixels, Size
+from trainer.data.dataset import Batch, Dataset
+
+
+@dataclass(frozen=True)
+class TrainedExample:
+    """One example as a step trained it.
+
+    Args:
+        name: of the picture in the user's source.
+        caption: as trained: empty where dropped.
+        is_class: whether it is a class picture.
+        step: from 1.
+        position: in the run, see `plan.Slot`.
+        flipped: whether mirrored.
+        angle: degrees by which it is turned, counter-clockwise as seen.
+        original_size: (height, width) upright, before resizing.
+        crop_top_left: (top, left) in the resized and perhaps mirrored picture.
+        target_size: (height, width).
+        pixels: (H, W, 3).
+        mask: (H, W) in [0, 1], or nothing where every pixel counts alike.
+    """
+
+    name: str
+    caption: str
+    is_class: bool
+    step: int
+    position: int
+    flipped: bool
+    angle: float
+    original_size: Size
+    crop_top_left: tuple[int, int]
+    target_size: Size
+    pixels: Pixels
+    mask: Mask | None
+
+
+def trained_examples(dataset: Dataset, steps: range) -> Iterator[TrainedExample]:
+    """What all processes trained in some steps, in the order of the positions.
+
+    A class picture follows the picture that it stands beside. What weighs nothing is left out.
+
+    Args:
+        dataset: of any process, with or without pixels.
+        steps: from 0.
+    """
+    processes = [
+        Dataset(
+            dataset.examples,
+            replace(dataset.plan, process_index=index),
+            dataset.data,
+            with_pixels=True,
+        )
+        for index in range(dataset.plan.num_processes)
+    ]
+    for step in steps:
+        batches = [batch for process in processes for batch in process[step]]
+        rows = [(batch, row) for batch in batches for row in range(len(batch.numbers))]
+        for batch, row in sorted(rows, key=_place):
+            if batch.weights[row] > 0:
+                yield _trained(dataset, batch, row, step)
+
+
+def _place(item: tuple[Batch, int]) -> tuple[int, bool]:
+    batch, row = item
+    position = batch.positions[row]
+    return (~position, True) if position < 0 else (position, False)
+
+
+def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExample:
+    assert batch.pixels is not None
+    mask: Mask | None = None
+    if batch.masks is not None and not bool((batch.masks[row] == 1).all()):
+        mask = batch.masks[row, 0].numpy()
+    geometry = {name: _pair(sizes[row].tolist()) for name, sizes in batch.geometry.items()}
+    return TrainedExample(
+        name=dataset.examples[batch.numbers[row]].name,
+        caption=batch.captions[row],
+        is_class=bool(batch.is_class[row]),
+        step=step + 1,
+        position=batch.positions[row],
+        flipped=batch.flipped[row],
+        angle=batch.angles[row],
+        original_size=geometry["original_size"],
+        crop_top_left=geometry["crop_top_left"],
+        target_size=geometry["target_size"],
+        pixels=_bytes(batch.pixels[row]),
+        mask=mask,
+    )
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second
+
+
+def _bytes(pixels: torch.Tensor) -> Pixels:
+    """Pixels (3, H, W) in [-1, 1] as the bytes (H, W, 3) that they came from."""
+    values = ((pixels.double() + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(values.permute(1, 2, 0).numpy())

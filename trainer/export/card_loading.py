@@ -1,0 +1,194 @@
+"""The model card's sections on loading: code for diffusers, and what to do in user interfaces."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.export.embeddings import token_file_stems
+from trainer.export.facts import TrainingFacts
+from trainer.export.state import AdapterState
+from trainer.names import KohyaNames
+
+KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+
+_WHOLE_DENOISER = "denoiser_weights"
+_WHOLE_TEXT_ENCODERS = ("text_encoder_weights", "text_encoder_2_weights")
+
+_POOLING = {
+    "diffusers": "`ti_pooling: diffusers`: in a base model whose configuration is older than "
+    "transformers 4.31, CLIP's pooled vector was taken at the last new token, as diffusers does "
+    "on its own; ComfyUI takes it at the end of the text, so its pictures differ a little.",
+    "eos": "`ti_pooling: eos`: CLIP's pooled vector was taken at the end of the text, as ComfyUI "
+    "does on its own; the code above makes diffusers do so too.",
+}
+
+
+@dataclass(frozen=True)
+class CardFile:
+    """A file that the card explains.
+
+    Args:
+        role: as in `result.json`.
+        name: path relative to the folder of the card.
+    """
+
+    role: str
+    name: str
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name of a base model is `owner/name`, which the hub knows."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def loading_sections(
+    facts: TrainingFacts,
+    files: Sequence[CardFile],
+    pipeline_class: str,
+    names: KohyaNames,
+    state: AdapterState | None,
+) -> list[str]:
+    """Sections as Markdown; arguments as for `model_card`."""
+    found = {file.role: file.name for file in reversed(files)}
+    sections = []
+    loads = [*_whole_components(found), *_adapter(found, state), *_embeddings(found, facts, names)]
+    if loads:
+        start = (
+            f"from diffusers import {pipeline_class}\n\n"
+            f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
+        )
+        prompt = facts.token_prompt if "embeddings" in found else facts.instance_prompt
+        end = f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]"
+        sections.append(_diffusers_section(start + "".join(loads) + end))
+    if "kohya_lora" in found or "kohya_lora_comfyui" in found:
+        sections.append(_interface_section(found))
+    if "embeddings" in found:
+        sections.append(_tokens_section(facts, files))
+    return sections
+
+
+def _whole_components(found: Mapping[str, str]) -> list[str]:
+    folders = [
+        found[role].partition("/")[0]
+        for role in (_WHOLE_DENOISER, *_WHOLE_TEXT_ENCODERS)
+        if role in found
+    ]
+    return [
+        f'pipe.{component} = type(pipe.{component}).from_pretrained("{component}")\n'
+        for component in folders
+    ]
+
+
+def _adapter(found: Mapping[str, str], state: AdapterState | None) -> list[str]:
+    if state is None or "diffusers_lora" not in found:
+        return []
+    return [_load_snippet(state, found["diffusers_lora"])]
+
+
+def _embeddings(found: Mapping[str, str], facts: TrainingFacts, names: KohyaNames) -> list[str]:
+    if "embeddings" not in found:
+        return []
+    tokens = json.dumps([token for each in facts.tokens.values() for token in each])
+    encoders = [
+        (key, f"pipe.{component}", f"pipe.{component.replace('text_encoder', 'tokenizer')}")
+        for component, key in names.embedding_keys.items()
+    ]
+    lines = ["from safetensors.torch import load_file", ""]
+    lines += [f'vectors = load_file("{found["embeddings"]}")', f"tokens = {tokens}"]
+    lines += [
+        f'pipe.load_textual_inversion(vectors["{key}"], token=tokens, '
+        f"text_encoder={encoder}, tokenizer={tokenizer})"
+        for key, encoder, tokenizer in encoders
+    ]
+    if facts.settings.get("ti_pooling") == "eos":
+        pairs = ", ".join(f"({encoder}, {tokenizer})" for _, encoder, tokenizer in encoders)
+        lines += [
+            f"for encoder, tokenizer in [{pairs}]:",
+            "    for module in encoder.modules():",
+            '        if hasattr(module, "eos_token_id"):',
+            "            module.eos_token_id = tokenizer.eos_token_id",
+        ]
+    return ["\n".join([*lines, ""])]
+
+
+def _base_model_loader(name: str) -> str:
+    """The call that loads the base model; a local one lies elsewhere on every machine."""
+    if is_hub_id(name):
+        return f'from_pretrained("{name}")'
+    method = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
+    return f'{method}("path/to/{name}")  # the base model it was trained on'
+
+
+def _diffusers_section(code: str) -> str:
+    return f"## Loading with diffusers\n\nFrom the folder of this card:\n\n```python\n{code}\n```"
+
+
+def _load_snippet(state: AdapterState, name: str) -> str:
+    if state.algorithm == "lora":
+        return f'pipe.load_lora_weights(".", weight_name="{name}")\n'
+    kind = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[state.algorithm]
+    return f"""\
+# `load_lora_weights` has no {KINDS[state.algorithm]} for this model; PEFT has.
+import json
+from peft import {kind}, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
+
+with safe_open("{name}", framework="pt") as file:
+    header = json.loads(file.metadata()["lora_adapter_metadata"])
+    tensors = {{key: file.get_tensor(key) for key in file.keys()}}
+for component in sorted({{key.split(".")[0] for key in tensors}}):
+    model = getattr(pipe, component)
+    config = {{k.split(".", 1)[1]: v for k, v in header.items() if k.startswith(component + ".")}}
+    state = {{k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(component + ".")}}
+    if not hasattr(model, "text_model"):
+        state = {{key.removeprefix("text_model."): value for key, value in state.items()}}
+    inject_adapter_in_model({kind}(**config), model)
+    set_peft_model_state_dict(model, state)
+"""
+
+
+def _interface_section(found: Mapping[str, str]) -> str:
+    lines = ["## Loading in ComfyUI, A1111 and Forge", ""]
+    if "kohya_lora" in found:
+        lines.append(
+            f"Put `{found['kohya_lora']}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, "
+            "Forge) and load it at strength 1."
+        )
+    if "kohya_lora_comfyui" in found:
+        lines.append(
+            f"In ComfyUI and Forge take `{found['kohya_lora_comfyui']}` instead: see below."
+        )
+    return "\n".join(lines)
+
+
+def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile]) -> str:
+    stems = token_file_stems(facts)
+    written = {
+        file.name.removesuffix(".safetensors"): file.name
+        for file in files
+        if file.role == "token_embedding"
+    }
+    rows = [
+        f"| `{identifier}` | `{''.join(tokens)}` | `{written[stems[identifier]]}` | "
+        f"`embedding:{stems[identifier]}` | `{stems[identifier]}` |"
+        for identifier, tokens in facts.tokens.items()
+    ]
+    lines = [
+        "## New tokens",
+        "",
+        "An identifier of the captions stands for new tokens, which a prompt must name: in "
+        "diffusers by the tokens themselves, in user interfaces by the name of the "
+        "identifier's own file, after it was put into `models/embeddings` (ComfyUI) or "
+        "`embeddings` (A1111, Forge).",
+        "",
+        "| identifier | in diffusers | file | in ComfyUI | in A1111, Forge |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    pooling = facts.settings.get("ti_pooling")
+    if pooling in _POOLING:
+        lines += ["", _POOLING[pooling]]
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""What options mean together: which exclude each other, which have no effect, which must wait.
+
+Works on leaves whose types and ranges are already right. Two values that somebody set on
+purpose and that contradict each other are an error; a default that contradicts one yields.
+"""
+
+from __future__ import annotations
+
+from trainer.rules.availability import NOT_AVAILABLE_YET, refusals
+from trainer.rules.concepts import (
+    give_identifiers,
+    require_class,
+    warn_of_prompts_without_identifier,
+)
+from trainer.rules.draft import Draft
+from trainer.rules.exclusions import EXCLUSIONS
+from trainer.rules.pictures import (
+    hold_cached_windows,
+    leave_captions_to_concepts,
+    require_pictures,
+    square_one_sided_size,
+)
+from trainer.rules.rates import fill_rates, one_rate_for_prodigy
+from trainer.rules.remarks import note_idle, warn_of_odd
+
+__all__ = ["NOT_AVAILABLE_YET", "Draft", "refusals", "settle"]
+
+# In this order: a rule finds the values that those before it have settled.
+_RULES = (
+    require_pictures,
+    leave_captions_to_concepts,
+    give_identifiers,
+    require_class,
+    hold_cached_windows,
+    square_one_sided_size,
+    one_rate_for_prodigy,
+    fill_rates,
+    warn_of_odd,
+    warn_of_prompts_without_identifier,
+    note_idle,
+)
+
+
+def settle(draft: Draft) -> None:
+    """Resolves every conflict, fills the learning rates, and notes what is odd or idle."""
+    for exclusion in EXCLUSIONS:
+        exclusion.apply(draft)
+    for rule in _RULES:
+        rule(draft)

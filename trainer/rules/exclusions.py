@@ -1,0 +1,114 @@
+"""Pairs of options that cannot both have their way.
+
+Two that somebody set on purpose are an error; a default that contradicts one gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.leaves import shown
+from trainer.rules.draft import Condition, Draft, Values, always
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Two leaves that cannot both have their way.
+
+    Args:
+        clashes: whether they contradict each other in these values.
+        first_off: the value with which the first gives way; may depend on the others.
+        second_off: the same for the second.
+        reason: why they exclude each other.
+    """
+
+    first: str
+    second: str
+    clashes: Condition
+    first_off: Callable[[Values], Any]
+    second_off: Callable[[Values], Any]
+    reason: str
+
+    def apply(self, draft: Draft) -> None:
+        """Lets the weaker leaf give way, or records the clash of two explicit ones."""
+        if not self.clashes(draft.values):
+            return
+        off = {
+            self.first: self.first_off(draft.values),
+            self.second: self.second_off(draft.values),
+        }
+        if {self.first, self.second} <= draft.explicit:
+            options = " or ".join(f"`{leaf}: {shown(value)}`" for leaf, value in off.items())
+            draft.clash(self.first, self.second, self.reason, f"set {options}")
+            draft.values[self.second] = off[self.second]
+            return
+        weaker = min((self.second, self.first), key=draft.strength)
+        stronger = self.first if weaker == self.second else self.second
+        why = f"`{stronger}` is {shown(draft.values[stronger])}, and {self.reason}"
+        draft.settle(weaker, off[weaker], why)
+
+
+EXCLUSIONS = (
+    Exclusion(
+        "concepts",
+        "images_data_url",
+        lambda v: v["concepts"] is not None and v["images_data_url"] is not None,
+        always(None),
+        always(None),
+        "each concept has pictures of its own",
+    ),
+    Exclusion(
+        "train_text_encoder",
+        "train_text_encoder_ti",
+        lambda v: v["train_text_encoder"] and v["train_text_encoder_ti"],
+        always(False),
+        always(False),
+        "the text encoders learn either by an adapter or by new tokens",
+    ),
+    Exclusion(
+        "use_dora",
+        "lora_type",
+        lambda v: v["use_lora"] and v["use_dora"] and v["lora_type"] != "lora",
+        always(False),
+        always("lora"),
+        "DoRA exists for lora_type lora only",
+    ),
+    Exclusion(
+        "center_crop",
+        "face_aware_cropping",
+        lambda v: v["center_crop"] and v["face_aware_cropping"],
+        always(False),
+        always(False),
+        "the window lies either in the middle or over the face",
+    ),
+    Exclusion(
+        "disable_unet_during_ti_training",
+        "train_text_encoder_ti_frac",
+        lambda v: (
+            v["train_text_encoder_ti"]
+            and v["disable_unet_during_ti_training"]
+            and v["train_text_encoder_ti_frac"] == 1
+        ),
+        always(False),
+        always(0.5),
+        "with both, the denoiser would never learn",
+    ),
+    Exclusion(
+        "random_rotation_start",
+        "random_rotation_end",
+        lambda v: v["random_rotation_start"] > v["random_rotation_end"],
+        lambda v: v["random_rotation_end"],
+        lambda v: v["random_rotation_start"],
+        "the smallest rotation is at most the largest",
+    ),
+    Exclusion(
+        "min_timestep_trained",
+        "max_timestep_trained",
+        lambda v: v["min_timestep_trained"] >= v["max_timestep_trained"],
+        always(0),
+        always(1000),
+        "the smallest timestep is below the bound of the largest",
+    ),
+)

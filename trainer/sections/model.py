@@ -1,0 +1,46 @@
+"""The base checkpoint and how it is read."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from trainer.fields import Section, Text
+
+
+class ModelConfig(Section):
+    """The base checkpoint and how it is read."""
+
+    model_url: Text = Field(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        description="Base model: hub id, local diffusers folder or one .safetensors file (fal).",
+    )
+    model_family: Text | None = Field(
+        None,
+        description="Expected family, such as sdxl; the checkpoint decides, and a contradiction "
+        "is an error. None: whatever the checkpoint is (ours).",
+    )
+    single_file_config: Text | None = Field(
+        None,
+        description="Hub id or local folder with the configurations and tokenizers for a "
+        "single-file model_url. None: the public repository of its family (ours).",
+    )
+    revision: Text | None = Field(
+        None, description="Git branch, tag or commit of model_url on the hub (fal)."
+    )
+    variant: Text | None = Field(
+        None, description="Weight-file variant of model_url, such as fp16 (fal)."
+    )
+    vae_url: Text | None = Field(
+        None,
+        description="VAE to encode the pictures with: hub id, folder or .safetensors file. Must "
+        "share the base model's latent space. None: the base model's own (fal).",
+    )
+    upscale_vae_32bit: bool = Field(
+        True,
+        description="Run the VAE in 32-bit floats whatever mixed_precision says (fal).",
+    )
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether `model_url` is one checkpoint file, not a folder or a hub id."""
+        return self.model_url.endswith(".safetensors")

@@ -1,0 +1,169 @@
+"""How a training runs and what it leaves: optimizer, length, numerics, files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from trainer.fields import WATCHING_ONLY, Section, clash, lowered
+
+OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
+SchedulerName = Literal[
+    "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"
+]
+
+# The file for diffusers has this name whatever the result is called: its pipelines look for it.
+DIFFUSERS_NAME = "pytorch_lora_weights"
+
+
+class OptimConfig(Section):
+    """Optimizer, learning rates and their course."""
+
+    optimizer: Annotated[OptimizerName, BeforeValidator(lowered)] = Field(
+        "adamw", description="Update rule; adamw8bit keeps its state in 8 bits (fal, ours)."
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate of the denoiser. None: 1e-4 for an adapter, 1e-6 for all "
+        "weights, 1.0 with prodigy; fal's default is 8e-5 (fal).",
+    )
+    text_encoder_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate of text encoders and new tokens. None: learning_rate (fal).",
+    )
+    lr_scheduler: Annotated[SchedulerName, BeforeValidator(lowered)] = Field(
+        "constant", description="Course of the learning rate over the steps (fal)."
+    )
+    lr_warmup_steps: int = Field(
+        0, ge=0, description="Steps of linear warm-up; fal's default is 500 (fal)."
+    )
+    lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts (fal).")
+    lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial (fal).")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment (fal).")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment (fal).")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Floor of the denominator (fal).")
+    adam_weight_decay: float = Field(
+        1e-4, ge=0, description="Decoupled weight decay of the denoiser's group (fal)."
+    )
+    adam_weight_decay_text_encoder: float = Field(
+        1e-3, ge=0, description="Weight decay of text encoders and new tokens (fal)."
+    )
+    prodigy_beta3: float | None = Field(
+        None, ge=0, lt=1, description="Decay of Prodigy's statistics. None: sqrt(beta2) (fal)."
+    )
+    prodigy_decouple: bool = Field(True, description="Decay as AdamW does, not as L2 (fal).")
+    prodigy_use_bias_correction: bool = Field(True, description="Adam's bias correction (fal).")
+    prodigy_safeguard_warmup: bool = Field(
+        True, description="Keep the warm-up out of Prodigy's estimate of d (fal)."
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Largest norm of all gradients together; 0: no clipping (fal)."
+    )
+
+
+class RunConfig(Section):
+    """Length, batches, numerics and book-keeping of a run."""
+
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of everything random (fal).")
+    max_train_steps: int = Field(1000, ge=1, description="Optimizer steps (fal).")
+    num_train_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Passes over the pictures; decides over max_train_steps when set (fal).",
+    )
+    batch_size: int = Field(
+        1, ge=1, description="Pictures per process and forward pass; fal's default is 6 (fal)."
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Forward passes per optimizer step (fal)."
+    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the forward pass; trained weights stay in 32 bits. auto: bf16 "
+        "where the GPU has it, else fp16 on a GPU, no on a CPU (ours).",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations backward: less memory, more time (ours)."
+    )
+    num_workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that read pictures ahead where latents are not cached (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    checkpointing_steps: int = Field(
+        250,
+        ge=1,
+        description="Steps between two checkpoints (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    checkpoints_total_limit: int = Field(
+        2,
+        ge=1,
+        description="Checkpoints kept; an older one goes only after a newer one is safe (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    tensorboard: bool = Field(
+        True, description="Write TensorBoard curves (ours).", json_schema_extra=WATCHING_ONLY
+    )
+    wandb: bool = Field(
+        False,
+        description="Send curves to Weights & Biases (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+
+
+class OutputConfig(Section):
+    """The files that come out."""
+
+    output_name: str = Field(
+        "lora",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,99}$",
+        description="Name of the result, in file names and headers (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32",
+        description="Number format of the written weights (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    kohya_dora: Literal["paper", "comfyui", "both"] = Field(
+        "both",
+        description="Meaning of DoRA magnitudes in the kohya file: the paper's (LyCORIS, PEFT), "
+        "ComfyUI's, or one file of each (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    debug_dataset: bool = Field(
+        False,
+        description="Deliver the pictures of the first steps exactly as they were trained (fal).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    debug_loss_masks: bool = Field(
+        False,
+        description="Deliver the masks of the first steps exactly as the loss used them (fal).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    data_archive_format: Literal["zip", "tar", "tar.gz"] = Field(
+        "zip",
+        description="Container of delivered folders (fal).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    extract_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Deliver a LoRA of this rank beside fully trained weights, taken from their "
+        "change by singular values. None: no LoRA (ours; BFL's lora_rank).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+
+    @model_validator(mode="after")
+    def _name_of_its_own(self) -> OutputConfig:
+        # Letters are compared without their case, as the file systems of macOS and Windows do.
+        if self.output_name.lower() == DIFFUSERS_NAME:
+            allowed = f"another name: `{DIFFUSERS_NAME}.safetensors` is the file for diffusers"
+            raise clash("output_name", self.output_name, allowed)
+        return self

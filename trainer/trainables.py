@@ -1,0 +1,184 @@
+"""Everything that learns in one training, by part: modules, parameters, tensors.
+
+The denoiser learns by an adapter or wholly; text encoders do so too, or new tokens are learnt
+beside them. Which part learns in which step is `trainer.schedule`'s to say; knows no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer import adapters, tokens
+from trainer.config import Note, OptimConfig, TrainingConfig
+from trainer.encoding import tokenizer_of
+from trainer.families.base import Family
+from trainer.optim import ParameterGroup
+from trainer.schedule import Part
+from trainer.tokens import NewTokens, TokenNames
+
+# What new tokens are called among the components of a checkpoint.
+_TOKENS = "new_tokens"
+
+# Component to name to tensor.
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """What learns; the parameters themselves belong to the modules.
+
+    Args:
+        denoiser: name of the component and the module.
+        text_encoders: component to module, for those that learn by an adapter or wholly.
+        new_tokens: component to its new tokens.
+        whole: whether all weights learn, not an adapter.
+        parameters: part to what learns in it, by component.
+        notes: what was dropped or deserves a warning.
+    """
+
+    denoiser: tuple[str, torch.nn.Module]
+    text_encoders: Mapping[str, torch.nn.Module]
+    new_tokens: Mapping[str, NewTokens]
+    whole: bool
+    parameters: Mapping[Part, Mapping[str, tuple[torch.nn.Parameter, ...]]]
+    notes: tuple[Note, ...]
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Component to module, for those that learn by an adapter or wholly."""
+        name, denoiser = self.denoiser
+        return {name: denoiser, **self.text_encoders}
+
+    def all_parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that learns at some time, in a fixed order."""
+        return [p for parts in self.parameters.values() for group in parts.values() for p in group]
+
+    def text_parameters(self) -> list[torch.nn.Parameter]:
+        """What learns outside the denoiser."""
+        parts: tuple[Part, ...] = ("text_encoders", "tokens")
+        return [p for part in parts for group in self.parameters[part].values() for p in group]
+
+    def learn(self, parts: Collection[Part]) -> None:
+        """Lets these parts learn and freezes the others: they get no gradient at all."""
+        for part, components in self.parameters.items():
+            for group in components.values():
+                for parameter in group:
+                    parameter.requires_grad_(part in parts)
+
+    def groups(self, optim: OptimConfig) -> list[ParameterGroup]:
+        """The optimizer's groups: the denoiser, and each text encoder or its new tokens."""
+        settings = {
+            "denoiser": (optim.learning_rate, optim.adam_weight_decay),
+            "text_encoders": (optim.text_encoder_lr, optim.adam_weight_decay_text_encoder),
+            "tokens": (optim.text_encoder_lr, optim.adam_weight_decay_text_encoder),
+        }
+        return [
+            ParameterGroup(f"{part} {component}", parameters, *settings[part])
+            for part, components in self.parameters.items()
+            for component, parameters in components.items()
+        ]
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything learnt so far, new tokens included, as a checkpoint keeps it."""
+        learnt = self.weights()
+        if self.new_tokens:
+            learnt[_TOKENS] = {name: new.rows.detach() for name, new in self.new_tokens.items()}
+        return learnt
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What the modules have learnt: adapters, or all weights."""
+        read = _whole_tensors if self.whole else adapters.adapter_tensors
+        return {name: read(module) for name, module in self.modules.items()}
+
+    def load(self, tensors: Tensors) -> None:
+        """Puts back what `tensors` gave."""
+        for name, module in self.modules.items():
+            if self.whole:
+                module.load_state_dict(dict(tensors[name]))
+            else:
+                adapters.load_adapter_tensors(module, tensors[name])
+        for name, new in self.new_tokens.items():
+            with torch.no_grad():
+                new.rows.copy_(tensors[_TOKENS][name])
+
+
+def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> Trainables:
+    """Makes trainable what the configuration says, and nothing else.
+
+    Args:
+        config: what learns, and from which seed.
+        family: as loaded, everything frozen; its components are changed in place.
+        names: of the new tokens, if any are to be learnt.
+
+    Raises:
+        InputError: a target matches no layer, or a new token is a word already.
+    """
+    denoiser_name, denoiser = family.denoiser_name, family.denoiser
+    new_tokens: dict[str, NewTokens] = {}
+    for name in family.text_encoder_names if names else ():
+        assert names is not None
+        new_tokens[name] = tokens.add_new_tokens(
+            family.pipeline.components[name],
+            tokenizer_of(family, name),
+            names,
+            seed=config.run.seed,
+            component=name,
+        )
+    text_encoders = {
+        name: family.pipeline.components[name]
+        for name in family.text_encoder_names
+        if config.adapter.train_text_encoder
+    }
+    if config.run.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        for name in {*text_encoders, *new_tokens}:
+            _enable_gradient_checkpointing(family.pipeline.components[name])
+    notes = [*_make_trainable(config, denoiser_name, denoiser, is_text=False)]
+    for name, text_encoder in text_encoders.items():
+        notes += _make_trainable(config, name, text_encoder, is_text=True)
+    return Trainables(
+        denoiser=(denoiser_name, denoiser),
+        text_encoders=text_encoders,
+        new_tokens=new_tokens,
+        whole=not config.adapter.use_lora,
+        parameters={
+            "denoiser": {denoiser_name: _learning(denoiser)},
+            "text_encoders": {name: _learning(module) for name, module in text_encoders.items()},
+            "tokens": {name: (new.rows,) for name, new in new_tokens.items()},
+        },
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _make_trainable(
+    config: TrainingConfig, component: str, module: torch.nn.Module, *, is_text: bool
+) -> tuple[Note, ...]:
+    adapter = config.adapter
+    field = "target_text_encoder_modules" if is_text else "target_unet_modules"
+    return adapters.make_trainable(
+        module,
+        adapter.for_text_encoders() if is_text else adapter,
+        adapter.target_text_encoder_modules if is_text else adapter.target_unet_modules,
+        field=field,
+        component=component,
+        seed=config.run.seed,
+        must_match=config.is_explicit(field),
+    )
+
+
+def _whole_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def _learning(module: torch.nn.Module) -> tuple[torch.nn.Parameter, ...]:
+    return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _enable_gradient_checkpointing(text_encoder: Any) -> None:
+    # transformers recomputes in training mode only.
+    text_encoder.activation_checkpointing_enable({"use_reentrant": False})
+    text_encoder.train()
