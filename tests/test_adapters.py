@@ -27,6 +27,18 @@ def denoiser(dtype: torch.dtype) -> UNet2DConditionModel:
     return unet.requires_grad_(False).to(dtype)
 
 
+def test_an_adapter_can_be_put_on_linear_and_convolution_layers_alone() -> None:
+    module = torch.nn.Sequential(
+        torch.nn.Linear(2, 2),
+        torch.nn.Conv2d(1, 1, 1),
+        torch.nn.Embedding(2, 2),
+        torch.nn.LayerNorm(2),
+        torch.nn.GroupNorm(1, 1),
+    )
+
+    assert adapters.adaptable_layers(module) == ["0", "1"]
+
+
 def train_denoiser(unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int) -> None:
     adapters.make_trainable(
         unet,

@@ -181,6 +181,16 @@ def test_pictures_of_another_prompt_in_the_run_folder_are_replaced(
     assert contents(tmp_path / "run") == contents(ours)
 
 
+def test_a_file_that_another_process_is_writing_is_left_alone(
+    family: Family, cache: Path, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "run" / ".tmp-001.png"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half a picture")
+    make(family, WANTED, cache, tmp_path / "run", process_index=0, num_processes=2)
+    assert unfinished.read_bytes() == b"half a picture"
+
+
 def test_a_copy_in_the_run_folder_is_not_the_file_in_the_cache(
     family: Family, cache: Path, tmp_path: Path
 ) -> None:

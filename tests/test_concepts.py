@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import snapshots
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from skimage import data as photographs
 from tiny import compose, configuration, digests, never, train
 
-from trainer.errors import CheckpointError
+from trainer.concepts import prepare_concepts
+from trainer.config import TrainingConfig
+from trainer.errors import CheckpointError, InputError
+from trainer.events import Event, NoteEvent
+from trainer.inspection import inspect_pictures
 from trainer.job import RunFolder
 from trainer.resolve import Layer, resolve
 from trainer.training import Training
@@ -58,6 +64,11 @@ def several(model: Path, concepts: list[dict[str, Any]], **leaves: Any) -> Any:
     given = {"rank": 4, "max_train_steps": 2, "learning_rate": 1e-3, "tensorboard": False}
     values = {"model_url": str(model), "concepts": concepts, **given, **TWO, **leaves}
     return resolve([Layer("test", values, explicit=True)])
+
+
+def sized(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with the size that the base model would decide."""
+    return config.with_leaf("resolution_width", 64).with_leaf("resolution_height", 64)
 
 
 def slots(training: Training, epochs: int = 1) -> list[tuple[str, str, bool, float]]:
@@ -200,3 +211,95 @@ def test_one_concept_trains_what_the_single_form_trains(
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
     assert (tmp_path / "listed" / "prepared" / "prepared.json").exists()
+
+
+def prepared_with(config: TrainingConfig, folder: Path) -> list[Event]:
+    """What is said while pictures are prepared."""
+    return list(prepare_concepts(config, RunFolder(folder), Accelerator(cpu=True)))
+
+
+BAD_FIELDS = {
+    "images_data_url": "concepts[1].images_data_url",
+    "captions_file_url": "concepts[1].captions_file_url",
+    "class_images_url": "concepts[1].class_images_url",
+}
+
+
+@pytest.mark.parametrize(("leaf", "field"), BAD_FIELDS.items())
+def test_an_error_names_the_concept_that_it_is_about(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path, leaf: str, field: str
+) -> None:
+    config = sized(several(sd15_folder, concepts_of(folders, **{leaf: str(tmp_path / "none")})))
+
+    for ask in (inspect_pictures, partial(prepared_with, folder=tmp_path)):
+        with pytest.raises(InputError, match="does not exist") as caught:
+            ask(config)
+        assert [problem.field for problem in caught.value.problems] == [field]
+
+
+def test_a_note_names_the_concept_that_it_is_about(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = sized(several(sd15_folder, concepts_of(folders)))
+    said = [event for event in prepared_with(config, tmp_path) if isinstance(event, NoteEvent)]
+
+    few = {e.field: e.message for e in said if "pictures; at least" in e.message}
+    assert [(field, message.split(" pictures")[0]) for field, message in few.items()] == [
+        ("concepts[0].images_data_url", "only 2"),
+        ("concepts[1].images_data_url", "only 3"),
+    ]
+    assert "concepts[1].instance_prompt" in {event.field for event in said}
+    notes = inspect_pictures(config).notes
+    assert {(e.field, e.message) for e in said} == {(n.field, n.message) for n in notes}
+
+
+def test_class_pictures_of_the_run_and_pictures_without_concepts_keep_their_names(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prior = {"with_prior_preservation": True, "photo_class": "Man", "class_images_url": "nowhere"}
+    concepts = [{"images_data_url": str(folders["woman"])}]
+    of_run = several(sd15_folder, concepts, token_abstraction="TOK", **prior)
+    single = configuration(sd15_folder, tmp_path / "none")
+
+    for config, field in ((of_run, "class_images_url"), (single, "images_data_url")):
+        with pytest.raises(InputError, match="does not exist") as caught:
+            inspect_pictures(config)
+        assert [problem.field for problem in caught.value.problems] == [field]
+
+
+def test_a_caption_beside_a_class_picture_goes_before_the_class_prompt(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    cats = snapshots.write_pictures(tmp_path / "cats", 2, photograph=photographs.cat)
+    (cats / "1.txt").write_text("a sleeping cat")
+    config = sized(several(sd15_folder, concepts_of(folders, class_images_url=str(cats))))
+    captions = {picture.caption for picture in inspect_pictures(config).pictures}
+
+    assert {"a sleeping cat", "a photo of a cat"} <= captions
+
+
+def test_folders_of_an_earlier_configuration_are_removed_and_no_others(
+    sd15_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second = concepts_of(folders)
+    for name in ("prepared/concept_x", "class_images/mine", "class_images/1", "class_images/2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "000.png").touch()
+    prepared_with(sized(several(sd15_folder, [first, second])), tmp_path)
+
+    def left() -> set[str]:
+        return {
+            path.relative_to(tmp_path).as_posix()
+            for name in ("prepared", "class_images")
+            for path in (tmp_path / name).iterdir()
+            if path.is_dir()
+        }
+
+    others = {"prepared/concept_x", "class_images/mine"}
+    kept = {f"prepared/{name}" for name in ("concept_1", "concept_2", "class_1", "class_2")}
+    assert left() == others | kept
+    # One concept is prepared in `prepared/` itself; pictures of its class are to be made.
+    del first["class_images_url"]
+    (tmp_path / "class_images" / "1").mkdir()
+    prepared_with(sized(several(sd15_folder, [first], token_abstraction="TOK")), tmp_path)
+    assert left() == others | {"prepared/class_1", "class_images/1"}

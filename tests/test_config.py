@@ -313,6 +313,14 @@ def test_concepts_are_written_and_read_back_to_themselves(explicit: bool) -> Non
     }
 
 
+def test_notes_on_the_inside_of_concepts_are_made_once_when_read_back() -> None:
+    concept = {"images_data_url": "a", "class_prompt": "a cat", "prior_loss_weight": 2.0}
+    config = resolve([Layer("train.yaml", {"concepts": [concept]}, explicit=True)])
+
+    assert "concepts[0].class_prompt" in config.resolved.ignored_options
+    assert read_back(write_config(config)) == config
+
+
 def test_concepts_may_stand_flat_or_in_their_section_in_yaml_and_in_json() -> None:
     nested = parse_yaml("data:\n  concepts:\n  - images_data_url: a\n    repeats: 2\n", "a.yaml")
     flat = parse_json('{"concepts": [{"images_data_url": "a", "repeats": 2}]}', "a.json")

@@ -44,6 +44,7 @@ class Used:
     def __init__(self) -> None:
         self.pixels: list[torch.Tensor] = []
         self.captions: list[str] = []
+        self.encoded: list[str] = []
         self.weights: list[torch.Tensor] = []
         self.is_class: list[bool] = []
 
@@ -95,15 +96,25 @@ def runs(
 
 def _listen(patch: pytest.MonkeyPatch, used: Used) -> None:
     encode_image = StableDiffusionXL.encode_image
+    encode_text = StableDiffusionXL.encode_text
     diffusion_loss, conditioning = loss.diffusion_loss, Text.of
+    given: list[str] = []
 
     def images(self: Family, pixels: torch.Tensor) -> Any:
         used.pixels += list(pixels)
         return encode_image(self, pixels)  # type: ignore[arg-type]
 
+    def encoders(self: Family, captions: Sequence[str]) -> Any:
+        given[:] = captions
+        return encode_text(self, captions)  # type: ignore[arg-type]
+
     def texts(self: Text, captions: Sequence[str]) -> Any:
         used.captions += captions
-        return conditioning(self, captions)
+        encoded = conditioning(self, captions)
+        # Each caption is encoded once, in the order in which they first come.
+        of = dict(zip(dict.fromkeys(captions), given, strict=True))
+        used.encoded += [of[caption] for caption in captions]
+        return encoded
 
     def weighed(prediction: torch.Tensor, target: torch.Tensor, **named: Any) -> torch.Tensor:
         mask, size = named["mask"], tuple(target.shape[-2:])
@@ -113,6 +124,7 @@ def _listen(patch: pytest.MonkeyPatch, used: Used) -> None:
         return diffusion_loss(prediction, target, **named)
 
     patch.setattr(StableDiffusionXL, "encode_image", images)
+    patch.setattr(StableDiffusionXL, "encode_text", encoders)
     patch.setattr(Text, "of", texts)
     patch.setattr(loss, "diffusion_loss", weighed)
 
@@ -159,6 +171,8 @@ def test_the_archived_captions_are_those_that_were_trained(
     root, used, _ = runs
     lines = lines_of(unpacked(root / "debug_dataset.zip"))
     assert [lines[number]["caption"] for number in order_used(lines)] == used.captions
+    assert [lines[number]["encoded"] for number in order_used(lines)] == used.encoded
+    assert {"", "A photograph of a <s0><s1>", "a photo of a person"} < set(used.encoded)
     own = {(line["name"], line["caption"]) for line in lines if not line["is_class"]}
     assert {caption for _, caption in own} == {"", "A photograph of a TOK", "TOK, looking up"}
     assert {name for name, caption in own if "looking" in caption} == {"2.png"}

@@ -92,14 +92,14 @@ def real_peak(config: TrainingConfig) -> tuple[int, int]:
         token = config.token
         names = TokenNames(token.token_abstraction, token.num_new_tokens_per_abstraction)
     trainables = build(config, family, names)
-    trained = trainables.all_parameters()
+    trained = trainables.of(trainables.parameters)
     optimizer = optim.build_optimizer(trainables.groups(config.optim), config.optim)
     batch_size, side = config.run.batch_size, base.native_size // 8
     has_prior = config.prior.with_prior_preservation
     captions = [str(number) for number in range(batch_size)] + ["a man"] * has_prior
     rows = [*range(batch_size), *[batch_size] * (batch_size if has_prior else 0)]
     encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
-    live = bool(trainables.text_parameters())
+    live = bool(trainables.of(("text_encoders", "tokens")))
     sizes = torch.zeros(len(rows), 2, dtype=torch.int64)
     with torch.no_grad():
         kept = family.encode_text(captions)
@@ -245,6 +245,25 @@ def test_class_pictures_change_nothing_of_the_steps_and_are_left_out_of_the_time
     del given["num_class_images"]
     answer = estimate(configuration("nowhere/at-all", photo_folder, **given))
     assert not [note for note in answer.notes if "class pictures" in note]
+
+
+def test_class_pictures_that_concepts_share_are_counted_once(photo_folder: Path) -> None:
+    concept = {"images_data_url": str(photo_folder), "with_prior_preservation": True}
+    concepts = [
+        {**concept, "photo_class": "Man", "num_class_images": 7},
+        {**concept, "photo_class": "Man", "num_class_images": 3},
+        {**concept, "photo_class": "Baby", "num_class_images": 2},
+    ]
+    given = {"model_url": "nowhere/at-all", "concepts": concepts}
+    answer = estimate(resolve([Layer("test", given, explicit=True)]))
+    assert "9 class pictures are made first" in answer.notes[0]
+
+
+def test_an_estimate_names_the_concept_whose_pictures_are_missing(photo_folder: Path) -> None:
+    concepts = [{"images_data_url": str(photo_folder)}, {"images_data_url": "nowhere"}]
+    given = {"model_url": "nowhere/at-all", "concepts": concepts}
+    with pytest.raises(InputError, match=r"`concepts\[1\]\.images_data_url`"):
+        estimate(resolve([Layer("test", given, explicit=True)]))
 
 
 def test_epochs_follow_the_steps_otherwise(photo_folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from trainer.config import OptimConfig
 from trainer.errors import InputError
-from trainer.optim import ParameterGroup, build_optimizer, build_schedule, clip
+from trainer.optim import ParameterGroup, build_optimizer, build_schedule, clip, enter_phase
 
 SCHEDULERS = [
     "constant",
@@ -450,3 +450,85 @@ def test_five_steps_and_a_resume_equal_ten_steps(name: str) -> None:
     go_on(after, slice(5, 10))
     assert torch.equal(after[0], straight[0])
     assert not torch.equal(after[0], before[0])
+
+
+def two_parts(name: str) -> tuple[Parameter, Parameter, torch.optim.Optimizer, OptimConfig]:
+    """A denoiser of small wavering gradients and tokens that all gradients push one way."""
+    optim = OptimConfig(optimizer=name)
+    denoiser, tokens = Parameter(torch.ones(8)), Parameter(torch.ones(4))
+    groups = [
+        ParameterGroup("denoiser", [denoiser], learning_rate=1.0, weight_decay=0.0),
+        ParameterGroup("tokens", [tokens], learning_rate=1.0, weight_decay=0.0),
+    ]
+    return denoiser, tokens, build_optimizer(groups, optim), optim
+
+
+def step_both(denoiser: Parameter, tokens: Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for number in range(50):
+        denoiser.grad = torch.full((8,), 1e-3 * (-1) ** number)
+        tokens.grad = torch.ones(4)
+        optimizer.step()
+    denoiser.grad = tokens.grad = None
+
+
+def test_prodigys_step_size_does_not_leap_when_a_part_is_frozen() -> None:
+    sizes = {}
+    for told in (False, True):
+        denoiser, tokens, optimizer, optim = two_parts("prodigy")
+        step_both(denoiser, tokens, optimizer)
+        before = optimizer.param_groups[0]["d"]
+        if told:
+            enter_phase(optimizer, optim, frozen=[tokens], staying=[denoiser])
+        for number in range(5):
+            denoiser.grad = torch.full((8,), 1e-3 * (-1) ** number)
+            optimizer.step()
+        sizes[told] = optimizer.param_groups[0]["d"] / before
+    assert sizes[True] == pytest.approx(1.0)
+    # Left alone, the tokens would stay in the numerator of an estimate that they have left.
+    assert sizes[False] > 10
+
+
+def test_what_stays_keeps_prodigys_step_size_and_its_moments() -> None:
+    denoiser, tokens, optimizer, optim = two_parts("prodigy")
+    step_both(denoiser, tokens, optimizer)
+    size = optimizer.param_groups[0]["d"]
+    moment = optimizer.state[denoiser]["exp_avg"].clone()
+    enter_phase(optimizer, optim, frozen=[tokens], staying=[denoiser])
+    assert optimizer.param_groups[0]["d"] == size > optimizer.param_groups[0]["d0"]
+    assert torch.equal(optimizer.state[denoiser]["exp_avg"], moment)
+    assert torch.equal(optimizer.state[denoiser]["p0"], denoiser.detach())
+
+
+def test_what_starts_alone_with_prodigy_starts_as_with_a_new_one() -> None:
+    grads = gradients(5, 8)
+    denoiser, tokens, optimizer, optim = two_parts("prodigy")
+    for grad in gradients(20, 4):
+        tokens.grad = grad
+        optimizer.step()
+    tokens.grad = None
+    enter_phase(optimizer, optim, frozen=[tokens], staying=[])
+    train(optimizer, denoiser, grads)
+    alone = Parameter(torch.ones(8))
+    train(build_optimizer([group_of(alone, lr=1.0, decay=0.0)], optim), alone, grads)
+    assert torch.equal(denoiser, alone)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigy"])
+def test_a_part_that_is_frozen_for_good_leaves_no_state(name: str) -> None:
+    denoiser, tokens, optimizer, optim = two_parts(name)
+    step_both(denoiser, tokens, optimizer)
+    frozen = tokens.detach().clone()
+    enter_phase(optimizer, optim, frozen=[tokens], staying=[denoiser])
+    assert tokens not in optimizer.state
+    assert len(optimizer.state_dict()["state"]) == 1
+    denoiser.grad = torch.ones(8)
+    optimizer.step()
+    assert torch.equal(tokens, frozen)
+
+
+def test_a_parameter_that_never_had_a_gradient_may_stay() -> None:
+    denoiser, tokens, optimizer, optim = two_parts("prodigy")
+    tokens.grad = torch.ones(4)
+    optimizer.step()
+    enter_phase(optimizer, optim, frozen=[], staying=[denoiser, tokens])
+    assert denoiser not in optimizer.state

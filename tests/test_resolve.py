@@ -11,7 +11,8 @@ from trainer.errors import InputError, Problem
 from trainer.leaves import allowed
 from trainer.resolve import Layer, resolve
 from trainer.rules import NOT_AVAILABLE_YET
-from trainer.rules.remarks import IDLE
+from trainer.rules.idle import IDLE, IDLE_IN_SUBJECT
+from trainer.sections.subjects import INHERITED
 
 PICTURES = {"images_data_url": "photos"}
 PRIOR = {"with_prior_preservation": True, "photo_class": "Man"}
@@ -425,6 +426,7 @@ def test_a_text_encoder_rate_that_nothing_uses_is_no_conflict_for_prodigy() -> N
         + ("text_encoder_lr",),
         ({"train_text_encoder_ti": True, "text_encoder_lr": 1e-6}, "text_encoder_lr"),
         ({"train_text_encoder_ti": True, "instance_prompt": "TOKYO"}, "instance_prompt"),
+        ({**PRIOR, "prior_loss_weight": 0}, "prior_loss_weight"),
     ],
 )
 def test_an_odd_value_is_kept_with_one_warning(options: dict[str, object], leaf: str) -> None:
@@ -444,12 +446,15 @@ def test_an_odd_value_is_kept_with_one_warning(options: dict[str, object], leaf:
         {"lr_warmup_steps": 5000},
         {"lr_scheduler": "cosine", "lr_warmup_steps": 5000, "num_train_epochs": 100},
         {"snr_gamma": 1.0},
+        {**PRIOR, "prior_loss_weight": 0.1},
+        {"prior_loss_weight": 0},
         {"snr_gamma": 0},
         {"snr_gamma": None},
         {"noise_offset": 0.1},
         {"use_lora": False, "train_text_encoder": True, "text_encoder_lr": 1e-6},
         {"train_text_encoder_ti": True},
         {"train_text_encoder_ti": True, "token_abstraction": "A,B", "instance_prompt": "a B"},
+        {"train_text_encoder_ti": True, "token_abstraction": "sks"},
         {"train_text_encoder_ti": True, "instance_prompt": "a cat", "captions_file_url": "c.jsonl"},
         {"instance_prompt": "a cat"},
     ],
@@ -546,7 +551,8 @@ MORE_LULLING: list[tuple[str, dict[str, object], str]] = [
 
 
 def test_every_idle_option_has_a_waking_case() -> None:
-    assert set(WAKING) == {leaf for leaves, _, _ in IDLE for leaf in leaves}
+    tables = (*IDLE, *IDLE_IN_SUBJECT)
+    assert set(WAKING) == {leaf for leaves, _, _ in tables for leaf in leaves} | set(INHERITED)
     assert set(WAKING) <= set(LEAVES)
 
 
@@ -570,6 +576,7 @@ def test_an_idle_option_is_ignored_for_the_reason_that_holds(
         ("train_text_encoder_frac", {"train_text_encoder": True, "use_lora": False}),
         ("class_image_mask_style", {**PRIOR, "class_images_url": "men"}),
         ("class_prompt", {**PRIOR, "class_images_url": "men"}),
+        ("token_abstraction", {"token_abstraction": "sks"}),
     ],
 )
 def test_an_option_that_acts_is_not_ignored(leaf: str, options: dict[str, object]) -> None:
@@ -675,6 +682,30 @@ def test_the_weaker_of_pictures_and_concepts_yields(
     assert yielded(config) == set(default)
 
 
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"max_train_steps": 1},
+        {"max_train_steps": 10, "train_text_encoder_ti_frac": 0.96},
+    ],
+)
+def test_steps_that_leave_none_for_a_waiting_denoiser_are_refused_at_once(
+    leaves: dict[str, object],
+) -> None:
+    waiting = {"train_text_encoder_ti": True, "disable_unet_during_ti_training": True}
+    (problem,) = problems_of(given(**waiting, **leaves))
+    config = resolved(
+        assumed(disable_unet_during_ti_training=True), given(train_text_encoder_ti=True, **leaves)
+    )
+
+    assert problem.field == "disable_unet_during_ti_training"
+    assert "raise `max_train_steps`" in problem.hint
+    assert yielded(config) == {"disable_unet_during_ti_training"}
+    # How many steps epochs have is known with the pictures only, and one step more is enough.
+    assert resolved(given(**waiting, **leaves, num_train_epochs=1))
+    assert resolved(given(**waiting, max_train_steps=2))
+
+
 def test_every_fault_inside_concepts_is_named_with_its_place() -> None:
     problems = {
         problem.field: problem
@@ -754,6 +785,74 @@ def test_a_token_that_is_no_explicit_identifier_is_refused_and_so_is_a_place_wit
 
     assert [problem.field for problem in problems] == ["concepts[0].token", "concepts[2].token"]
     assert all("allowed: one of A, B" in problem.message for problem in problems)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("leaves", [{}, {"train_text_encoder_ti": True}])
+def test_a_prompt_that_nobody_chose_names_the_chosen_identifier(
+    listed: bool, leaves: dict[str, object]
+) -> None:
+    leaves = {"token_abstraction": "sks,dog", **leaves}
+    config = resolved(of_concepts({}, {}, **leaves) if listed else given(**leaves))
+    alone = resolved(of_concepts({"token": "sks"}, {"token": "dog"}))
+
+    assert config.data.instance_prompt == "A photograph of a sks" == alone.data.instance_prompt
+    prompts = [subject.instance_prompt for subject in config.subjects()]
+    assert prompts == ["A photograph of a sks", "A photograph of a dog"][: len(prompts)]
+    (note,) = [note for note in config.resolved.notes if note.kind == "yielded"]
+    assert (note.field, warned(config)) == ("instance_prompt", set())
+    assert note.message == (
+        '"A photograph of a TOK" gave way to "A photograph of a sks": '
+        "`TOK` stands for the identifier, which is `sks`"
+    )
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"token_abstraction": "A,TOK"},
+        {"token_abstraction": "sks", "instance_prompt": "a photo of a TOK"},
+    ],
+)
+def test_a_prompt_that_names_an_identifier_or_was_chosen_stays(leaves: dict[str, object]) -> None:
+    assert not yielded(resolved(given(**leaves)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "field"),
+    [
+        (given(**PRIOR, class_prompt="a TOK man"), "class_prompt"),
+        # The words made of the class are meant too.
+        (given(**PRIOR, token_abstraction="man"), "class_prompt"),
+        (of_concepts({}, {}, **PRIOR, class_prompt="not TOK1"), "class_prompt"),
+        (of_concepts({}, {**PRIOR, "class_prompt": "a TOK"}), "concepts[1].class_prompt"),
+    ],
+)
+def test_new_tokens_must_not_be_named_by_pictures_of_the_class(layer: Layer, field: str) -> None:
+    (problem,) = problems_of(layer, Layer("flags", {"train_text_encoder_ti": True}, explicit=True))
+
+    assert problem.field == field
+    identifier = "man" if "of a man" in problem.message else "TOK"
+    assert f"names the identifier `{identifier}" in problem.message
+    assert f"`{field}`" in problem.hint
+    assert resolve([layer])
+
+
+def test_words_of_a_class_that_are_not_used_may_name_an_identifier() -> None:
+    assert resolved(given(class_prompt="a TOK", train_text_encoder_ti=True))
+
+
+@pytest.mark.parametrize("token", ["", "  ", "a,b"])
+def test_a_token_is_a_word_or_several(token: str) -> None:
+    (problem,) = problems_of(of_concepts({"token": token}))
+
+    assert problem.field == "concepts[0].token"
+
+
+def test_white_space_around_a_token_is_left_out() -> None:
+    config = resolved(of_concepts({"token": " ohwx "}, {"token": "ohwx"}))
+
+    assert config.token.token_abstraction == ("ohwx",)
 
 
 def test_a_captions_file_beside_concepts_is_sent_into_one_of_them() -> None:
@@ -857,3 +956,72 @@ def test_a_prompt_of_a_concept_without_its_token_is_warned_of() -> None:
     (note,) = [note for note in config.resolved.notes if note.kind == "warning"]
     assert note.field == "concepts"
     assert "`concepts[1].instance_prompt`" in note.message
+
+
+def test_idle_options_of_a_concept_are_named_with_their_place() -> None:
+    own = {"prior_loss_weight": 2.0, "class_images_url": "men", "num_class_images": 3}
+    config = resolved(
+        of_concepts(
+            {**own, "photo_class": "Man"},
+            {**own, "class_prompt": "a man", "with_prior_preservation": False},
+            {"photo_class": "Man", "class_prompt": "a man"},
+            {},
+            with_prior_preservation=True,
+            photo_class="Woman",
+        )
+    )
+
+    off = "with_prior_preservation is false"
+    assert {
+        name: reason
+        for name, reason in config.resolved.ignored_options.items()
+        if name.startswith("concepts")
+    } == {
+        "concepts[0].num_class_images": "class_images_url gives the class pictures",
+        **{f"concepts[1].{leaf}": off for leaf in (*own, "class_prompt")},
+        "concepts[2].photo_class": "class_prompt has the words for the class",
+    }
+    # The last concept uses the run's.
+    assert not {"photo_class", "num_class_images", "prior_loss_weight"} & ignored(config)
+
+
+def test_an_option_of_the_run_is_ignored_where_no_concept_that_takes_it_uses_it() -> None:
+    config = resolved(
+        of_concepts(
+            {"class_images_url": "men"},
+            {"num_class_images": 3, "photo_class": "Woman", "prior_loss_weight": 1.0},
+            {"with_prior_preservation": False},
+            **PRIOR,
+            class_prompt="a man",
+        )
+    )
+
+    reasons = config.resolved.ignored_options
+    assert reasons["num_class_images"] == (
+        "no concept uses it: class_images_url gives the class pictures; "
+        "with_prior_preservation is false"
+    )
+    assert reasons["photo_class"] == (
+        "no concept uses it: class_prompt has the words for the class; "
+        "with_prior_preservation is false"
+    )
+    assert not {"class_prompt", "prior_loss_weight", "class_inference_steps"} & set(reasons)
+
+
+def test_the_reason_speaks_of_concepts_where_each_has_its_own() -> None:
+    config = resolved(
+        of_concepts({"photo_class": "Woman"}, **PRIOR, class_images_url="men", class_prompt="a man")
+    )
+
+    reasons = config.resolved.ignored_options
+    assert reasons["photo_class"] == "no concept uses it: each has its own"
+    for leaf in ("class_images_url", "class_prompt"):
+        assert reasons[leaf] == "no concept uses it: each has its own, or is of another class"
+
+
+def test_a_weight_of_nothing_is_warned_of_where_it_is_given() -> None:
+    one = of_concepts({"prior_loss_weight": 0}, {}, **PRIOR)
+    both = of_concepts({"prior_loss_weight": 0}, {}, **PRIOR, prior_loss_weight=0.0)
+
+    assert warned(resolved(one)) == {"concepts[0].prior_loss_weight"}
+    assert warned(resolved(both)) == {"concepts[0].prior_loss_weight", "prior_loss_weight"}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import snapshots
 import torch
 from safetensors.torch import load_file
 from tiny import configuration, train
 
 from trainer.events import Event, FileEvent, NoteEvent, VerifyEvent
-from trainer.tensorfile import read_metadata
+from trainer.export.readers import metadata_of
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -21,7 +23,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "loha": {"lora_type": "loha"},
     "full": {"use_lora": False, "learning_rate": 1e-5},
 }
+TINY = {"target_unet_modules": ["to_q"], "rank": 2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The first of ten warm-up steps has a learning rate of zero.
+NO_RATE = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10, "max_train_steps": 1}
 # What a file holds in 32 bits whatever its weights are in: few numbers, and all-important ones.
 ALWAYS_32_BITS = (".alpha", ".dora_scale", ".lora_magnitude_vector.weight")
 
@@ -81,7 +86,7 @@ def test_kohya_dora_is_which_files_there_are_and_what_their_headers_say(
     outputs = tmp_path / "outputs"
     kohya = {path.name for path in outputs.glob("*.safetensors")}
     kohya.remove("pytorch_lora_weights.safetensors")
-    headers = {name: read_metadata(outputs / name) for name in kohya}
+    headers = {name: metadata_of(outputs / name) for name in kohya}
     assert {name: header["dora_convention"] for name, header in headers.items()} == conventions
     assert all("passed" in found[f"outputs/{name}"] for name in conventions)
 
@@ -104,14 +109,75 @@ def test_a_training_in_mixed_precision_is_given_back_by_its_files(
 def test_a_training_that_learnt_nothing_says_so(
     form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    # The first of ten warm-up steps has a learning rate of zero.
-    warm_up = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10, "max_train_steps": 1}
-    leaves = {**FORMS[form], **warm_up}
+    leaves = {**FORMS[form], **NO_RATE}
 
     events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
 
     card = (tmp_path / "outputs" / "README.md").read_text()
     report = json.loads((tmp_path / "outputs" / "verify.json").read_text())
     assert "nothing was learnt" in warnings(events)
+    assert "the masks" not in warnings(events)
     assert "**Nothing was learnt**" in card
     assert {c["largest_change"] for c in report["checks"] if c["status"] == "passed"} == {0.0}
+
+
+def test_where_nothing_was_learnt_from_pictures_with_masks_the_masks_are_named(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"clip_seg_mask_prompt": "head", "segmenter": "luminance", **TINY, **NO_RATE}
+
+    events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
+
+    assert "nothing was learnt" in warnings(events)
+    assert "the masks keep" in warnings(events)
+
+
+def test_where_nothing_changed_no_lora_is_extracted_and_that_is_said(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"use_lora": False, "extract_rank": 2, **NO_RATE}
+
+    events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
+
+    notes = [e.message for e in events if isinstance(e, NoteEvent) and e.field == "extract_rank"]
+    assert notes == ["nothing changed that a LoRA can hold, so no LoRA was written"]
+    assert not list((tmp_path / "outputs").glob("*.safetensors"))
+    report = json.loads((tmp_path / "outputs" / "extraction.json").read_text())
+    assert report["layers"] == {}
+
+
+def test_card_and_header_name_the_prompt_of_every_concept(
+    sd15_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots.skip_reading_back(monkeypatch)
+    concepts = [
+        {"images_data_url": str(snapshots.write_pictures(tmp_path / token, 1)), "token": token}
+        for token in ("TOK1", "TOK2")
+    ]
+    leaves = {"concepts": concepts, "instance_prompt": "a drawing of TOK1", **TINY}
+    config = configuration(
+        sd15_folder,
+        tmp_path,
+        max_train_steps=2,
+        debug_dataset=True,
+        token_abstraction="TOK1,TOK2",
+        train_text_encoder_ti=True,
+        images_data_url=None,
+        **leaves,
+    )
+
+    train(config, tmp_path / "run")
+
+    outputs = tmp_path / "run" / "outputs"
+    card = (outputs / "README.md").read_text()
+    assert "- `a drawing of TOK1`\n- `a drawing of TOK2`" in card
+    assert '"a drawing of <s0><s1>",\n    "a drawing of <s2><s3>",' in card
+    header = metadata_of(outputs / "lora.safetensors")
+    assert header["modelspec.trigger_phrase"] == "a drawing of TOK1, a drawing of TOK2"
+    with zipfile.ZipFile(outputs / "debug_dataset.zip") as archive:
+        lines = archive.read("examples.jsonl").decode().splitlines()
+    rows = {(row["concept"], row["caption"], row["encoded"]) for row in map(json.loads, lines)}
+    assert rows == {
+        (1, "a drawing of TOK1", "a drawing of <s0><s1>"),
+        (2, "a drawing of TOK2", "a drawing of <s2><s3>"),
+    }

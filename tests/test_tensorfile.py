@@ -68,18 +68,14 @@ def test_the_library_reads_the_metadata(tmp_path: Path) -> None:
     tensorfile.write(tmp_path / "x.safetensors", some_tensors(), metadata)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == metadata
-    assert tensorfile.read_metadata(tmp_path / "x.safetensors") == metadata
+    assert tensorfile.read_header(tmp_path / "x.safetensors")["__metadata__"] == metadata
 
 
-def test_metadata_of_the_librarys_own_files_is_read(tmp_path: Path) -> None:
+def test_the_header_of_the_librarys_own_files_is_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", {"format": "pt"})
-    assert tensorfile.read_metadata(tmp_path / "x.safetensors") == {"format": "pt"}
-    assert tensorfile.read_header(tmp_path / "x.safetensors")["a"]["shape"] == [2]
-
-
-def test_a_file_without_metadata_has_none(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert tensorfile.read_metadata(tmp_path / "x.safetensors") == {}
+    header = tensorfile.read_header(tmp_path / "x.safetensors")
+    assert header["__metadata__"] == {"format": "pt"}
+    assert header["a"]["shape"] == [2]
 
 
 def test_the_order_of_names_does_not_change_the_bytes() -> None:

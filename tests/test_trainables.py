@@ -38,7 +38,7 @@ def test_each_part_learns_alone_and_everything_else_is_frozen(mode: str, sdxl_fo
         learning = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
         assert learning == {id(p) for group in components.values() for p in group}
     made.learn(made.parameters)
-    assert all(parameter.requires_grad for parameter in made.all_parameters())
+    assert all(parameter.requires_grad for parameter in made.of(made.parameters))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_optimizer_has_a_group_for_the_denoiser_and_for_each_text_encoder(
     # An explicit zero is a zero: the reference scripts take the other group's decay for it.
     assert {(g.learning_rate, g.weight_decay) for g in found[1:]} <= {(5e-5, 0.0)}
     listed = [parameter for group in found for parameter in group.parameters]
-    assert [id(p) for p in listed] == [id(p) for p in made.all_parameters()]
+    assert [id(p) for p in listed] == [id(p) for p in made.of(made.parameters)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -74,7 +74,7 @@ def test_what_a_checkpoint_keeps_is_put_back_to_the_bit(mode: str, sd15_folder: 
     made, _ = built(mode, sd15_folder)
     other, _ = built(mode, sd15_folder, seed=7)
     with torch.no_grad():
-        for number, parameter in enumerate(made.all_parameters(), start=1):
+        for number, parameter in enumerate(made.of(made.parameters), start=1):
             parameter.add_(1e-3 * number)
     kept = {
         component: {name: tensor.clone() for name, tensor in tensors.items()}
@@ -84,7 +84,7 @@ def test_what_a_checkpoint_keeps_is_put_back_to_the_bit(mode: str, sd15_folder: 
     for component, tensors in other.tensors().items():
         assert tensors.keys() == kept[component].keys()
         assert all(torch.equal(tensors[name], kept[component][name]) for name in tensors)
-    for one, two in zip(made.all_parameters(), other.all_parameters(), strict=True):
+    for one, two in zip(made.of(made.parameters), other.of(other.parameters), strict=True):
         assert torch.equal(one, two)
 
 
@@ -108,7 +108,7 @@ def test_what_learns_is_in_32_bits_whatever_the_base_model_is_in(sdxl_folder: Pa
         if isinstance(module, torch.nn.Module):
             module.to(torch.bfloat16)
     made = trainables.build(config, family, None)
-    assert {parameter.dtype for parameter in made.all_parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in made.of(made.parameters)} == {torch.float32}
     assert family.pipeline.text_encoder.dtype == torch.bfloat16
 
 

@@ -107,6 +107,15 @@ def make_trainable(
     return tuple(notes)
 
 
+def adaptable_layers(module: torch.nn.Module) -> list[str]:
+    """Names of the layers that an adapter can be put on, in the model's order."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+
+
 def target_layers(
     module: torch.nn.Module, targets: tuple[str, ...], *, field: str, must_match: bool
 ) -> tuple[list[str], list[Note]]:
@@ -121,11 +130,7 @@ def target_layers(
     Raises:
         InputError: a target matches nothing and `must_match` is set, or none matches.
     """
-    layers = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-    ]
+    layers = adaptable_layers(module)
     found = {target: [name for name in layers if _ends_in(name, target)] for target in targets}
     missing = [target for target, names in found.items() if not names]
     if missing and (must_match or len(missing) == len(targets)):

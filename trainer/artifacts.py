@@ -14,17 +14,12 @@ from typing import Any, cast
 import torch
 
 from trainer import base_model
-from trainer.adapters import EffectiveWeights
+from trainer.adapters import EffectiveWeights, adaptable_layers
 from trainer.base_model import BaseModel
 from trainer.config import AdapterConfig, OutputConfig
 from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_folders
 from trainer.export.embeddings import write_token_files
-from trainer.export.extraction import (
-    Extraction,
-    adaptable_layers,
-    extract,
-    write_extraction_report,
-)
+from trainer.export.extraction import Extraction, extract, write_extraction_report
 from trainer.export.facts import TrainingFacts
 from trainer.export.full import write_denoiser, write_text_encoder
 from trainer.export.kohya import DoraConvention, write_kohya

@@ -158,7 +158,8 @@ def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any
     # torch.save to a full disk fails with a message that says nothing of disks.
     buffer = io.BytesIO()
     torch.save(checkpoint.optimizer, buffer)
-    durable.write_bytes(folder / OPTIMIZER, buffer.getvalue())
+    # Not `getvalue`, which would hold a large state twice.
+    durable.write_chunks(folder / OPTIMIZER, [buffer.getbuffer()])
     durable.write_text(folder / STATE, json.dumps(checkpoint.state, indent=2) + "\n")
     content = {
         "step": checkpoint.step,

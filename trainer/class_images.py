@@ -181,6 +181,7 @@ def _publish(path: Path, image: Image.Image, key: str) -> None:
 def _remove_others(destination: Path, count: int) -> None:
     current = {_name(number) for number in range(count)}
     with disk_errors(destination):
-        for file in destination.glob("*.png"):
+        # Other processes write beside this one, under names that begin with a dot.
+        for file in destination.glob("[0-9]*.png"):
             if file.name not in current:
                 file.unlink()

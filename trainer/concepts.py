@@ -6,8 +6,11 @@ with the base model. Knows no steps and no loss.
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
@@ -16,39 +19,24 @@ from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
 from trainer.config import Concept, TrainingConfig
 from trainer.data.plan import Portion
-from trainer.data.prepare import Example, prepare
-from trainer.events import Event
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Example
+from trainer.durable import disk_errors
+from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
 from trainer.sampling import Sampler
-from trainer.sections.subjects import class_data_of, data_of
+from trainer.sections.subjects import (
+    ClassSource,
+    class_data_of,
+    class_sources,
+    data_of,
+    fields_of_class,
+    fields_of_concept,
+    put_down_to,
+)
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class ClassSource:
-    """Where class pictures come from; concepts with the same one share them.
-
-    Args:
-        prompt: their caption, and what they are made with.
-        url: pictures of the user's own. None: the base model makes them.
-        count: how many are made.
-    """
-
-    prompt: str
-    url: str | None
-    count: int
-
-    @classmethod
-    def of(cls, concept: Concept) -> ClassSource | None:
-        """The source of a concept whose options are all filled in; None without prior."""
-        if not concept.with_prior_preservation:
-            return None
-        assert concept.class_prompt is not None
-        assert concept.num_class_images is not None
-        count = concept.num_class_images if concept.class_images_url is None else 0
-        return cls(concept.class_prompt, concept.class_images_url, count)
 
 
 # Each class source's pictures.
@@ -62,19 +50,25 @@ def prepare_concepts(
 ]:
     """Prepares what the user gave: each concept's pictures, and class pictures of their own.
 
+    Folders that concepts and classes of an earlier configuration left are removed.
+
     Raises:
         InputError: pictures, captions or masks cannot be used.
+        DiskError: a folder cannot be written.
     """
     instances: list[tuple[Example, ...]] = []
     classes: dict[ClassSource, tuple[Example, ...]] = {}
     concepts = config.subjects()
+    if accelerator.is_main_process:
+        _remove_others(config, folder)
     width, height = _size(config)
-    for number, concept in enumerate(concepts, start=1):
-        place = folder.prepared if len(concepts) == 1 else folder.prepared / f"concept_{number}"
+    folders = _folders(config, folder)
+    for place, concept in enumerate(concepts):
         data = data_of(concept, config.data)
-        preparing = prepare(data, config.mask, place, width=width, height=height)
-        instances.append((yield from _one_process_first(preparing, accelerator)))
-    for source in _sources(concepts):
+        preparing = prepare(data, config.mask, folders[place], width=width, height=height)
+        told = _told_as(preparing, fields_of_concept(config.data.concepts, place))
+        instances.append((yield from _one_process_first(told, accelerator)))
+    for source in class_sources(concepts):
         if source.url is not None:
             classes[source] = yield from _prepare_class(
                 config, folder, accelerator, source, source.url
@@ -94,11 +88,15 @@ def make_classes(
     Args:
         family: just loaded, without an adapter.
         base_contents: digest of the base model.
+
+    Raises:
+        NonFiniteError: the base model overflows.
+        DiskError: a folder cannot be written.
     """
     classes: dict[ClassSource, tuple[Example, ...]] = {}
     prior = config.prior
     width, height = _size(config)
-    for source in _sources(config.subjects()):
+    for source in class_sources(config.subjects()):
         if source.url is not None:
             continue
         wanted = ClassImages(
@@ -162,13 +160,33 @@ def joined(
     return tuple(examples), tuple(portions)
 
 
-def _sources(concepts: Sequence[Concept]) -> list[ClassSource]:
-    sources = [ClassSource.of(concept) for concept in concepts]
-    return list(dict.fromkeys(source for source in sources if source is not None))
+def _folders(config: TrainingConfig, folder: RunFolder) -> list[Path]:
+    """Where the pictures of each concept are prepared."""
+    count = len(config.subjects())
+    if count == 1:
+        return [folder.prepared]
+    return [folder.prepared / f"concept_{number}" for number in range(1, count + 1)]
+
+
+def _remove_others(config: TrainingConfig, folder: RunFolder) -> None:
+    """Removes the folders of concepts and classes that are not of this configuration."""
+    sources = class_sources(config.subjects())
+    prepared = {path.name for path in _folders(config, folder)}
+    prepared |= {f"class_{_number(config, source)}" for source in sources}
+    made = {_number(config, source) for source in sources if source.url is None}
+    with disk_errors(folder.root):
+        for place, pattern, kept in (
+            (folder.prepared, r"(concept|class)_\d+", prepared),
+            (folder.class_images, r"\d+", made),
+        ):
+            for path in place.iterdir() if place.is_dir() else ():
+                is_ours = re.fullmatch(pattern, path.name) and not path.is_symlink()
+                if is_ours and path.is_dir() and path.name not in kept:
+                    shutil.rmtree(path)
 
 
 def _number(config: TrainingConfig, source: ClassSource) -> str:
-    return str(_sources(config.subjects()).index(source) + 1)
+    return str(class_sources(config.subjects()).index(source) + 1)
 
 
 def _prepare_class(
@@ -178,11 +196,28 @@ def _prepare_class(
     source: ClassSource,
     url: str,
 ) -> Generator[Event, None, tuple[Example, ...]]:
-    data = class_data_of(source.prompt, url, config.data)
+    data = class_data_of(source, url, config.data)
     width, height = _size(config)
     place = folder.prepared / f"class_{_number(config, source)}"
     preparing = prepare(data, config.mask, place, width=width, height=height, of_class=True)
-    return (yield from _one_process_first(preparing, accelerator))
+    fields = fields_of_class(source, config.data.concepts, config.subjects())
+    return (yield from _one_process_first(_told_as(preparing, fields), accelerator))
+
+
+def _told_as(
+    stage: Generator[Event, None, Value], fields: Mapping[str, str]
+) -> Generator[Event, None, Value]:
+    """A stage whose notes and errors name options as the user calls them, see `put_down_to`."""
+    with put_down_to(fields):
+        while True:
+            try:
+                event = next(stage)
+            except StopIteration as end:
+                value: Value = end.value
+                return value
+            if isinstance(event, NoteEvent):
+                event = replace(event, field=fields.get(event.field, event.field))
+            yield event
 
 
 def _one_process_first(

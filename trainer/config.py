@@ -49,7 +49,7 @@ class Note(Section):
     Args:
         kind: `yielded`: a default gave way to an explicit value or to the checkpoint;
             `ignored`: the option has no effect here; `warning`: it acts, but look twice.
-        field: the leaf concerned.
+        field: the leaf concerned, or one inside it: `concepts[1].class_prompt`.
         message: what was done and why, as one sentence without its period.
     """
 
@@ -71,7 +71,7 @@ class Resolution(Section):
 
     @property
     def ignored_options(self) -> dict[str, str]:
-        """Every leaf without an effect in this configuration, with the reason."""
+        """Every option without an effect in this configuration, with the reason."""
         return {note.field: note.message for note in self.notes if note.kind == "ignored"}
 
 

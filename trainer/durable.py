@@ -39,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file beside its place, makes it durable, then moves it there in one step.
 
     The file's mode follows the umask; its folder is made when missing.

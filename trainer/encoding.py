@@ -18,6 +18,7 @@ from trainer.data.dataset import Dataset
 from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteEvent, StageEvent
 from trainer.families.base import Conditioning, Family, LatentDistribution
+from trainer.names import tokenizer_name
 from trainer.tokens import TokenNames
 
 # Caption to its conditioning, rows of one, on the processor.
@@ -108,8 +109,8 @@ class Encodings:
 
 
 def tokenizer_of(family: Family, text_encoder: str) -> Any:
-    """The tokenizer beside a text encoder, by the names that diffusers' pipelines give them."""
-    return family.pipeline.components[text_encoder.replace("text_encoder", "tokenizer")]
+    """The tokenizer beside a text encoder."""
+    return family.pipeline.components[tokenizer_name(text_encoder)]
 
 
 def cut_captions(

@@ -22,7 +22,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from trainer import adapters, base_model, checkpoint, results
+from trainer import adapters, base_model, checkpoint, optim, results
 from trainer.base_model import BaseModel, Precision
 from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
@@ -30,7 +30,7 @@ from trainer.config_files import write_config
 from trainer.data.captions import listed
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan, Portion
-from trainer.data.prepare import Example
+from trainer.data.prepared import Example
 from trainer.durable import write_text
 from trainer.encoding import Encodings, Text, cut_captions, encode_pictures, tokenizer_of
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
@@ -40,7 +40,7 @@ from trainer.job import RunFolder
 from trainer.machine import completed, device_name, mixed_precision_of, precision_of
 from trainer.measurements import measurement_key, record_measurement
 from trainer.schedule import Schedule
-from trainer.tokens import TokenNames, pool_at_end_of_text, token_names
+from trainer.tokens import TokenNames, pool_at_end_of_text, refuse_taken, token_names
 from trainer.trainables import build as trainables_of
 from trainer.training import Training, identity
 
@@ -123,19 +123,26 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     if accelerator.is_main_process:
         folder.create()
     instances, classes = yield from prepare_concepts(config, folder, accelerator)
-    plan = _plan(config.run, accelerator, joined(config.subjects(), instances, classes)[1])
+    names = token_names(config.token)
+    given, portions = joined(config.subjects(), instances, classes)
+    notes = [] if names is None else _notes_on_captions(names, given)
+    plan = _plan(config.run, accelerator, portions)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     schedule = Schedule.of(config.token, config.adapter, total_steps)
     precision = precision_of(config)
     family = base_model.load(base, precision)
     contents = base_model.contents_digest(family)
+    for text_encoder in family.text_encoder_names if names else ():
+        assert names is not None
+        refuse_taken(names, tokenizer_of(family, text_encoder), component=text_encoder)
     classes |= yield from make_classes(config, folder, accelerator, family, contents)
     examples, portions = joined(config.subjects(), instances, classes)
     plan = replace(plan, portions=portions)
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
-    names = token_names(config.token)
     trainables = trainables_of(config, family, names)
-    notes = [*trainables.notes, *_notes_on_tokens(config, family, names, examples)]
+    notes += [*_notes_on_views(dataset), *trainables.notes]
+    if names is not None and config.token.ti_pooling == "eos":
+        notes += _pool_at_end(family, names)
     text = Text(
         family, dataset.all_captions(), names, accelerator.device, autocast=accelerator.autocast
     )
@@ -193,6 +200,7 @@ def _accelerator(run: RunConfig) -> Accelerator:
 def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
     """What would only fail in the first step, found before any weights are read."""
     base_model.objective_of(base).check_maximum(config.loss.max_timestep_trained)
+    optim.refuse_unavailable(config.optim)
     adapter = config.adapter
     if not adapter.use_lora:
         return
@@ -209,38 +217,73 @@ def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
         )
 
 
-def _notes_on_tokens(
-    config: TrainingConfig,
-    family: Family,
-    names: TokenNames | None,
-    examples: Sequence[Example],
-) -> list[Note]:
-    """Pictures that teach the new tokens nothing, and a pooling that makes no difference."""
-    if names is None:
-        return []
-    without = [e.name for e in examples if not e.is_class and not names.occurs_in(e.caption)]
-    notes = []
-    if without:
-        message = (
-            f"{len(without)} pictures have captions without {' or '.join(names.identifiers)} and "
-            f"teach the new tokens nothing: {listed(without)}"
+def _notes_on_captions(names: TokenNames, examples: Sequence[Example]) -> list[Note]:
+    """Pictures that teach new tokens nothing, and class pictures that teach them the class.
+
+    Raises:
+        InputError: no picture teaches them anything.
+    """
+    identifiers = " or ".join(f"`{name}`" for name in names.identifiers)
+    own = [e for e in examples if not e.is_class]
+    without = [e.name for e in own if not names.occurs_in(e.caption)]
+    if len(without) == len(own):
+        raise InputError.of(
+            "token_abstraction",
+            f"no caption has {identifiers}, so the new tokens would learn nothing",
+            "write it into the captions or the instance_prompt, give the word that stands there, "
+            "or set `train_text_encoder_ti: false`",
         )
-        notes.append(Note(kind="warning", field="token_abstraction", message=message))
-    if config.token.ti_pooling == "eos" and not _pooled_at_end(family, names):
-        message = "this base model takes nothing from a pooled vector that new tokens could move"
-        notes.append(Note(kind="ignored", field="ti_pooling", message=message))
+    of_class = [e.name for e in examples if e.is_class and names.occurs_in(e.caption)]
+    remarks = {
+        f"pictures have captions without {identifiers} and teach the new tokens nothing": without,
+        f"class pictures have captions with {identifiers}, which then learns the class": of_class,
+    }
+    return [
+        Note(
+            kind="warning",
+            field="token_abstraction",
+            message=f"{len(found)} {remark}: {listed(found)}",
+        )
+        for remark, found in remarks.items()
+        if found
+    ]
+
+
+def _notes_on_views(dataset: Dataset) -> list[Note]:
+    """Pictures of which the masks leave nothing to see, and offsets without room.
+
+    Raises:
+        InputError: nothing is left of any picture.
+    """
+    unseen = dataset.unseen()
+    if len(unseen) == sum(not example.is_class for example in dataset.examples):
+        raise InputError.of(
+            "images_data_url",
+            "the masks keep nothing of what is seen of any picture",
+            "paint white what lies in the middle window, or set `center_crop: false`",
+        )
+    notes = [
+        Note(kind="ignored", field=option, message="no picture is longer than its window there")
+        for option in dataset.offsets_without_room()
+    ]
+    if unseen:
+        message = f"the masks keep nothing of what is seen of {listed(unseen)}: they teach nothing"
+        notes.append(Note(kind="warning", field="images_data_url", message=message))
     return notes
 
 
-def _pooled_at_end(family: Family, names: TokenNames) -> bool:
-    """Pools at the end of the text from now on; whether that changes any conditioning."""
+def _pool_at_end(family: Family, names: TokenNames) -> list[Note]:
+    """Pools at the end of the text from now on; a note where that changes no conditioning."""
     caption = "".join(names.all_tokens())
     with torch.no_grad():
         before = family.encode_text([caption])
         for name in family.text_encoder_names:
             pool_at_end_of_text(family.pipeline.components[name], tokenizer_of(family, name))
         after = family.encode_text([caption])
-    return any(not torch.equal(before[name], after[name]) for name in before)
+    if any(not torch.equal(before[name], after[name]) for name in before):
+        return []
+    message = "this base model takes nothing from a pooled vector that new tokens could move"
+    return [Note(kind="ignored", field="ti_pooling", message=message)]
 
 
 def _as_event(note: Note) -> NoteEvent:
@@ -248,7 +291,11 @@ def _as_event(note: Note) -> NoteEvent:
 
 
 def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
-    """The steps, whose usual time is remembered for estimates of trainings like this one."""
+    """The steps, whose usual time is remembered for estimates of trainings like this one.
+
+    A run that goes on from a checkpoint has not seen all phases, and is not remembered.
+    """
+    is_whole = composed.training.step == 0
     phases: list[list[float]] = [[]]
     for event in steps:
         if isinstance(event, PhaseEvent):
@@ -258,7 +305,7 @@ def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
         yield event
     accelerator = composed.training.accelerator
     usual = _usual_seconds(phases)
-    if usual is not None and accelerator.is_main_process:
+    if usual is not None and is_whole and accelerator.is_main_process:
         key = measurement_key(
             composed.config,
             family=composed.base.family_name,
@@ -323,6 +370,7 @@ def _memory_hint(config: TrainingConfig) -> str:
             f"{config.run.batch_size * config.run.gradient_accumulation_steps}",
         ),
         (not adapter.use_lora, "use_lora: true"),
+        (config.prior.with_prior_preservation, "with_prior_preservation: false"),
         (config.optim.optimizer == "adamw", "optimizer: adamw8bit"),
         (width is None or width > 512, "resolution_width and resolution_height: 512"),
         (not config.data.cache_latents, "cache_latents: true"),

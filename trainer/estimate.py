@@ -15,12 +15,12 @@ import torch
 from trainer import base_model
 from trainer.config import Concept, TrainingConfig
 from trainer.data.plan import Plan, Portion
-from trainer.data.prepare import inspect
 from trainer.errors import InputError
+from trainer.inspection import inspect_concepts
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
 from trainer.memory import Footprint, training_footprint
-from trainer.sections.subjects import data_of
+from trainer.sections.subjects import class_sources
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,19 @@ def _portions(config: TrainingConfig) -> tuple[Portion, ...]:
     """Each concept's part of an epoch; class pictures change nothing of the steps."""
     portions = []
     start = 0
-    for concept in config.subjects():
-        end = start + inspect(data_of(concept, config.data), config.mask).num_usable
+    for concept, report in zip(config.subjects(), inspect_concepts(config), strict=True):
+        end = start + report.num_usable
         portions.append(Portion(instances=tuple(range(start, end)), repeats=concept.repeats))
         start = end
     return tuple(portions)
 
 
 def _notes_on_class_images(concepts: Sequence[Concept]) -> list[str]:
-    counts: dict[str | None, int] = {}
-    for concept in concepts:
-        if concept.with_prior_preservation and concept.class_images_url is None:
-            wanted = concept.num_class_images or 0
-            counts[concept.class_prompt] = max(wanted, counts.get(concept.class_prompt, 0))
+    counts: dict[str, int] = {}
+    for source in class_sources(concepts):
+        if source.url is None:
+            # Sources with the same words share their pictures in the cache.
+            counts[source.prompt] = max(source.count, counts.get(source.prompt, 0))
     if not counts:
         return []
     count = sum(counts.values())

@@ -29,6 +29,11 @@ def lowered(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def stripped(value: object) -> object:
+    """A text without white space around it; anything else as it is."""
+    return value.strip() if isinstance(value, str) else value
+
+
 def capitalized(value: object) -> object:
     """A text with a capital first letter; anything else as it is."""
     return value.capitalize() if isinstance(value, str) else value

@@ -5,9 +5,19 @@ Reads every picture and writes nothing; knows no model.
 
 from __future__ import annotations
 
-from trainer.config import TrainingConfig
-from trainer.data.prepare import DataReport, inspect
-from trainer.sections.subjects import class_data_of, data_of
+from collections.abc import Mapping
+from dataclasses import replace
+
+from trainer.config import DataConfig, MaskConfig, TrainingConfig
+from trainer.data.report import DataReport, inspect
+from trainer.sections.subjects import (
+    class_data_of,
+    class_sources,
+    data_of,
+    fields_of_class,
+    fields_of_concept,
+    put_down_to,
+)
 
 
 def inspect_pictures(config: TrainingConfig) -> DataReport:
@@ -16,14 +26,33 @@ def inspect_pictures(config: TrainingConfig) -> DataReport:
     Raises:
         InputError: pictures, captions or masks cannot be used.
     """
+    reports = inspect_concepts(config)
     concepts = config.subjects()
-    reports = [inspect(data_of(concept, config.data), config.mask) for concept in concepts]
-    of_classes = {
-        (concept.class_prompt, concept.class_images_url)
-        for concept in concepts
-        if concept.with_prior_preservation
-    }
-    for prompt, url in sorted((p, u) for p, u in of_classes if p is not None and u is not None):
-        data = class_data_of(prompt, url, config.data)
-        reports.append(inspect(data, config.mask, of_class=True))
+    for source in class_sources(concepts):
+        if source.url is not None:
+            data = class_data_of(source, source.url, config.data)
+            fields = fields_of_class(source, config.data.concepts, concepts)
+            reports.append(_inspected(data, config.mask, fields, of_class=True))
     return DataReport.joined(reports)
+
+
+def inspect_concepts(config: TrainingConfig) -> list[DataReport]:
+    """The pictures of each concept; errors as for `inspect_pictures`."""
+    return [
+        _inspected(
+            data_of(concept, config.data),
+            config.mask,
+            fields_of_concept(config.data.concepts, place),
+        )
+        for place, concept in enumerate(config.subjects())
+    ]
+
+
+def _inspected(
+    data: DataConfig, mask: MaskConfig, fields: Mapping[str, str], *, of_class: bool = False
+) -> DataReport:
+    """What pictures hold, with the options named as the user calls them, see `put_down_to`."""
+    with put_down_to(fields):
+        report = inspect(data, mask, of_class=of_class)
+    notes = [n.model_copy(update={"field": fields.get(n.field, n.field)}) for n in report.notes]
+    return replace(report, notes=tuple(notes))

@@ -24,6 +24,7 @@ from trainer import adapters, base_model, optim
 from trainer.base_model import BaseModel, Precision
 from trainer.config import AdapterConfig, DataConfig, OptimConfig, TokenConfig, TrainingConfig
 from trainer.families.base import Conditioning, Family, pixels_of
+from trainer.sections.subjects import class_sources
 from trainer.tokens import NewTokens
 
 # PyTorch's CUDA allocator hands out multiples of this many bytes.
@@ -100,10 +101,8 @@ def training_footprint(
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
     state_bytes = optimizer_bytes_per_parameter(config.optim, device)
-    makes_class_images = any(
-        concept.with_prior_preservation and concept.class_images_url is None
-        for concept in config.subjects()
-    )
+    sources = class_sources(config.subjects())
+    makes_class_images = any(source.url is None for source in sources)
     with FakeTensorMode():
         peaks = []
         if makes_class_images:
@@ -309,7 +308,7 @@ def _peak_of_steps(
 def _forward_pass(config: TrainingConfig) -> tuple[int, int]:
     """The most examples of one forward pass, class pictures included, and different captions."""
     batch_size = config.run.batch_size
-    class_prompts = {c.class_prompt for c in config.subjects() if c.with_prior_preservation}
+    class_prompts = {source.prompt for source in class_sources(config.subjects())}
     if not class_prompts:
         return batch_size, batch_size
     return 2 * batch_size, batch_size + min(batch_size, len(class_prompts))

@@ -1,6 +1,7 @@
-"""Names of layers in the files that other programs read, as tables a family fills in.
+"""Names of components, and of layers in the files that other programs read.
 
-Plain data: knows neither tensors nor families. The exporters own the arithmetic.
+Plain data, tables that a family fills in: knows neither tensors nor families. The exporters own
+the arithmetic.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def redot(name: str) -> str:
     """The layer path behind a kohya name: the inverse of `undot` for known layer words."""
     words = re.findall(rf"(?:{COMPOUND_WORDS})(?=_|$)|[^_]+", name)
     return ".".join(words)
+
+
+def tokenizer_name(text_encoder: str) -> str:
+    """The component that is a text encoder's tokenizer, as diffusers' pipelines name them."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _adamw(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer
     )
 
 
-def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+def _adamw8bit_class() -> Callable[..., torch.optim.Optimizer]:
     # Its import warns of inference kernels that training never uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -66,7 +66,12 @@ def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optim
             "run `pip install bitsandbytes`, or give `adamw`",
         ) from error
     build: Callable[..., torch.optim.Optimizer] = AdamW8bit
-    return build(groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon)
+    return build
+
+
+def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    betas = optim.adam_beta1, optim.adam_beta2
+    return _adamw8bit_class()(groups, betas=betas, eps=optim.adam_epsilon)
 
 
 def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -90,6 +95,16 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Op
 }
 
 
+def refuse_unavailable(optim: OptimConfig) -> None:
+    """Finds out before anything else is done whether the optimizer can run here.
+
+    Raises:
+        InputError: it needs a package that cannot be loaded.
+    """
+    if optim.optimizer == "adamw8bit":
+        _adamw8bit_class()
+
+
 def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of the configuration over these groups.
 
@@ -109,6 +124,48 @@ def build_optimizer(groups: Sequence[ParameterGroup], optim: OptimConfig) -> tor
         ],
         optim,
     )
+
+
+def enter_phase(
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    *,
+    frozen: Sequence[torch.nn.Parameter],
+    staying: Sequence[torch.nn.Parameter],
+) -> None:
+    """Makes the optimizer forget what learns no more; to be called once at each change.
+
+    Args:
+        optimizer: changed in place.
+        optim: its settings.
+        frozen: what has learnt for the last time; its state is given up.
+        staying: what has learnt and goes on.
+    """
+    for parameter in frozen:
+        optimizer.state.pop(parameter, None)
+    if optim.optimizer == "prodigy":
+        _estimate_anew(optimizer, staying)
+
+
+def _estimate_anew(prodigy: torch.optim.Optimizer, staying: Sequence[torch.nn.Parameter]) -> None:
+    """Lets Prodigy estimate its step size for what learns from here on.
+
+    Its estimate is one quotient over all parameters, kept over many steps: parameters that leave
+    would stay in the numerator alone, and the step size leap. What stays goes on with the size
+    and moments that it has, from where it is; where nothing stays, all begins anew.
+
+    Source: the sums of prodigyopt's `step`; `p0` is where the distance is measured from.
+    """
+    for group in prodigy.param_groups:
+        group["d_numerator"] = 0.0
+        group["d_max"] = group["d"]
+        if not staying:
+            group.update(d=group["d0"], d_max=group["d0"], k=0)
+    # A parameter that has never had a gradient has no state.
+    for parameter in filter(prodigy.state.get, staying):
+        state = prodigy.state[parameter]
+        state["s"].zero_()
+        state["p0"] = parameter.detach().flatten().clone()
 
 
 @dataclass(frozen=True)

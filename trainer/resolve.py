@@ -159,9 +159,14 @@ def _earlier_notes(layers: Sequence[Layer], draft: Draft) -> list[Note]:
         note
         for number, layer in enumerate(layers, start=1)
         for note in layer.notes
-        if note.field not in LEAVES
-        or (note.kind == "yielded" and draft.origins[note.field] == number)
+        if _leaf_of(note) not in LEAVES
+        or (note.kind == "yielded" and draft.origins[_leaf_of(note)] == number)
     ]
+
+
+def _leaf_of(note: Note) -> str:
+    """The leaf that a note is about: `concepts` for one on `concepts[1].repeats`."""
+    return note.field.partition("[")[0]
 
 
 def _build(draft: Draft, earlier: Sequence[Note]) -> tuple[TrainingConfig, list[Problem]]:
@@ -169,7 +174,7 @@ def _build(draft: Draft, earlier: Sequence[Note]) -> tuple[TrainingConfig, list[
     order = {name: place for place, name in enumerate(LEAVES)}
     settled = {note.field for note in draft.notes if note.kind == "yielded"}
     notes = [note for note in earlier if note.field not in settled] + draft.notes
-    notes.sort(key=lambda note: (order.get(note.field, len(order)), note.field, note.kind))
+    notes.sort(key=lambda note: (order.get(_leaf_of(note), len(order)), note.field, note.kind))
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, leaf in LEAVES.items():
         sections[leaf.section][name] = draft.values[name]

@@ -27,13 +27,13 @@ from trainer.events import Event, FileEvent, NoteEvent
 from trainer.export.archive import write_archive
 from trainer.export.card import model_card
 from trainer.export.card_loading import CardFile
-from trainer.export.debug import dataset_entries, mask_entries
+from trainer.export.debug import SeenExample, dataset_entries, mask_entries
 from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts, public_name
 from trainer.export.plot import write_loss_plot
 from trainer.export.verify import Check, WrittenFile, nothing_learnt, verify, write_report
 from trainer.job import Role, RunFolder
-from trainer.tokens import token_names
+from trainer.tokens import TokenNames, token_names
 from trainer.training import Training
 
 # Examples that the debug archives show at least, and one whole epoch if it has more: the rest of
@@ -68,7 +68,8 @@ def deliver(
         extraction = yield from _extracted(artifacts, fresh, files, folder)
     yield from _collected(artifacts.token_files(), files, folder)
     yield from _records(config, training, folder)
-    checks = yield from _verified(files, fresh, base, folder)
+    masked = any(example.mask_path for example in training.dataset.examples)
+    checks = yield from _verified(files, fresh, base, folder, masked=masked)
     card = model_card(
         facts,
         [CardFile(file.role, file.path.relative_to(outputs).as_posix()) for file in files],
@@ -96,6 +97,10 @@ def _extracted(
     original = {name: pipeline.components[name].state_dict() for name in artifacts.components}
     extraction = artifacts.extraction(original)
     yield from _collected(artifacts.extracted_files(extraction, original), files, folder)
+    if not extraction.layers:
+        message = "nothing changed that a LoRA can hold, so no LoRA was written"
+        yield NoteEvent("warning", "extract_rank", message)
+        return extraction
     message = (
         f"the extracted LoRA of rank {extraction.rank} leaves out {extraction.residual:.1%} of the "
         f"change of its layers (norm); {extraction.left_out_share:.1%} of the whole squared change "
@@ -116,17 +121,23 @@ def _records(config: TrainingConfig, training: Training, folder: RunFolder) -> I
 
 
 def _verified(
-    files: list[WrittenFile], fresh: Callable[[], Any], base: BaseModel, folder: RunFolder
+    files: list[WrittenFile],
+    fresh: Callable[[], Any],
+    base: BaseModel,
+    folder: RunFolder,
+    *,
+    masked: bool,
 ) -> Generator[Event, None, list[Check]]:
     """What each reader found in each file, told and written down."""
     checks = yield from verify(folder.root, files, fresh, base.family.kohya)
     if nothing_learnt(checks):
-        yield NoteEvent(
-            "warning",
-            "learning_rate",
+        message = (
             "nothing was learnt: every trained layer equals that of the base model; look at "
-            "learning_rate, lr_warmup_steps and max_train_steps",
+            "learning_rate, lr_warmup_steps and max_train_steps"
         )
+        if masked:
+            message += ", and at whether the masks keep anything of the pictures"
+        yield NoteEvent("warning", "learning_rate", message)
     write_report(folder.outputs / "verify.json", checks)
     yield _written(folder, "verification", folder.outputs / "verify.json")
     return checks
@@ -150,24 +161,31 @@ def _debug_archives(
     enough = max(plan.steps_per_epoch, math.ceil(DEBUG_EXAMPLES / plan.examples_per_step))
     steps = range(min(enough, training.total_steps))
     container, outputs = output.data_archive_format, folder.outputs
+    names = token_names(config.token)
     if output.debug_dataset:
-        entries = dataset_entries(trained_examples(training.dataset, steps))
+        examples = trained_examples(training.dataset, steps)
+        entries = dataset_entries(_seen(example, names) for example in examples)
         path = write_archive(outputs / "debug_dataset", entries, container)
         yield _written(folder, "debug_dataset", path)
     if output.debug_loss_masks:
         side = training.family.pipeline.vae_scale_factor
         examples = trained_examples(training.dataset, steps)
-        masks = mask_entries((example, _latent_weights(example, side)) for example in examples)
+        masks = mask_entries((_seen(e, names), _latent_weights(e, side)) for e in examples)
         path = write_archive(outputs / "debug_masks", masks, container)
         yield _written(folder, "debug_masks", path)
 
 
-def _latent_weights(example: TrainedExample, side: int) -> NDArray[np.float32] | None:
+def _seen(example: TrainedExample, names: TokenNames | None) -> SeenExample:
+    """An example for the archive: its caption also as the text encoders were given it."""
+    encoded = names.replaced(example.caption) if names else example.caption
+    return SeenExample(example.name, example.pixels, {**example.facts(), "encoded": encoded})
+
+
+def _latent_weights(example: TrainedExample, side: int) -> NDArray[np.float32]:
     """The weights that the loss gave an example's latent pixels, each `side` pixels wide."""
-    if example.mask is None:
-        return None
-    height, width = example.mask.shape
-    mask = torch.from_numpy(example.mask).view(1, 1, height, width)
+    height, width = example.target_size
+    given = np.ones((height, width), np.float32) if example.mask is None else example.mask
+    mask = torch.from_numpy(given).view(1, 1, height, width)
     weights: NDArray[np.float32] = loss.latent_weights(mask, (height // side, width // side))[
         0, 0
     ].numpy()
@@ -204,19 +222,20 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
     assert height is not None
     ignored = config.resolved.ignored_options
     own = [example for example in training.dataset.examples if not example.is_class]
-    prompt = config.subjects()[0].instance_prompt or ""
+    prompts = dict.fromkeys(subject.instance_prompt for subject in config.subjects())
+    instance_prompts = tuple(prompt for prompt in prompts if prompt)
     names = token_names(config.token)
     return TrainingFacts(
         output_name=config.output.output_name,
         base_model=public_name(config.model.model_url),
-        instance_prompt=prompt,
+        instance_prompts=instance_prompts,
         num_images=len(own),
         width=width,
         height=height,
         captions=Counter(example.caption for example in own),
         settings={name: value for name, value in config.values().items() if name not in ignored},
         tokens={} if names is None else {name: names.tokens_of(name) for name in names.identifiers},
-        token_prompt="" if names is None else names.replaced(prompt),
+        token_prompts=tuple(map(names.replaced, instance_prompts)) if names else (),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from trainer.config import AdapterConfig, TokenConfig
 from trainer.errors import InputError
+from trainer.sections.learning import steps_of_share
 
 Part = Literal["denoiser", "text_encoders", "tokens"]
 
@@ -35,14 +36,14 @@ class Schedule:
     def of(cls, token: TokenConfig, adapter: AdapterConfig, total_steps: int) -> Schedule:
         """The schedule of a run.
 
-        A share is counted in steps, to the nearest whole one and at least one.
+        Shares are counted in steps, see `steps_of_share`.
 
         Raises:
             InputError: nothing is left for the denoiser after the pivot it waits for.
         """
         pivot = None
         if token.train_text_encoder_ti:
-            pivot = _steps(token.train_text_encoder_ti_frac, total_steps)
+            pivot = steps_of_share(token.train_text_encoder_ti_frac, total_steps)
         start = 0
         if pivot is not None and token.disable_unet_during_ti_training:
             start = pivot
@@ -54,7 +55,7 @@ class Schedule:
             )
         end = 0
         if adapter.train_text_encoder:
-            end = _steps(adapter.train_text_encoder_frac, total_steps)
+            end = steps_of_share(adapter.train_text_encoder_frac, total_steps)
         return cls(total_steps, denoiser_start=start, text_encoders_end=end, pivot=pivot)
 
     @property
@@ -74,7 +75,3 @@ class Schedule:
     def text_learns_at(self, step: int) -> bool:
         """Whether a step changes what captions are encoded to."""
         return step < self.text_frozen_from
-
-
-def _steps(share: float, total_steps: int) -> int:
-    return max(1, round(share * total_steps))

@@ -47,11 +47,6 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     return b"".join(_chunks(tensors, metadata))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's `__metadata__` of a safetensors file."""
-    return {str(k): str(v) for k, v in read_header(path).get("__metadata__", {}).items()}
-
-
 def read_header(path: Path) -> dict[str, Any]:
     """The whole JSON header of a safetensors file: name to dtype, shape and offsets.
 

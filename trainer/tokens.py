@@ -8,7 +8,6 @@ and no step.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,8 @@ from transformers import CLIPTextModel
 
 from trainer import randomness
 from trainer.config import TokenConfig
-from trainer.errors import InputError
-
-# transformers pools at the largest id in a text, not at its end mark, where a checkpoint has
-# this `eos_token_id`: configurations from before 4.31 have it, all of them wrongly.
-_LARGEST_ID = 2
+from trainer.errors import InputError, Problem
+from trainer.sections.subjects import words
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,13 @@ class TokenNames:
     def replaced(self, caption: str) -> str:
         """A caption with new tokens, without spaces between them, where identifiers stood.
 
-        Identifiers are whole words as they are written: `TOK` is neither in `TOK1` nor `TOKYO`
-        nor `tok`. Of several that fit at one place the longest is taken.
+        What counts as an identifier in a text is said at `words`.
         """
-        return self._pattern.sub(lambda found: "".join(self.tokens_of(found[0])), caption)
+        return words(self.identifiers).sub(lambda found: "".join(self.tokens_of(found[0])), caption)
 
     def occurs_in(self, caption: str) -> bool:
         """Whether a caption has an identifier, and so teaches the new tokens something."""
-        return self._pattern.search(caption) is not None
-
-    @property
-    def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.identifiers, key=len, reverse=True)
-        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+        return words(self.identifiers).search(caption) is not None
 
 
 def token_names(token: TokenConfig) -> TokenNames | None:
@@ -127,6 +117,20 @@ class NewTokens(nn.Module):
         return torch.where(is_new.unsqueeze(-1), new, known)
 
 
+def refuse_taken(names: TokenNames, tokenizer: Any, *, component: str) -> None:
+    """Refuses new tokens that a tokenizer has among its words.
+
+    Raises:
+        InputError: it has one of them.
+    """
+    known = tokenizer.get_vocab()
+    taken = [token for token in names.all_tokens() if token in known]
+    if taken:
+        message = f"the new token `{taken[0]}` is in the vocabulary of {component} already"
+        hint = "give a base model whose tokenizers have no tokens of an earlier training"
+        raise InputError([Problem("token_abstraction", message, hint)])
+
+
 def add_new_tokens(
     text_encoder: Any, tokenizer: Any, names: TokenNames, *, seed: int, component: str
 ) -> NewTokens:
@@ -145,13 +149,8 @@ def add_new_tokens(
     Raises:
         InputError: the tokenizer knows one of the tokens already.
     """
+    refuse_taken(names, tokenizer, component=component)
     tokens = list(names.all_tokens())
-    known = tokenizer.get_vocab()
-    taken = [token for token in tokens if token in known]
-    if taken:
-        message = f"the new token `{taken[0]}` is in the vocabulary of {component} already"
-        hint = "give a base model whose tokenizers have no tokens of an earlier training"
-        raise InputError.of("token_abstraction", message, hint)
     tokenizer.add_tokens(tokens)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     # The next free id is not always the table's size: tables with rows to spare, or a tokenizer
@@ -190,18 +189,12 @@ def retract(tokens: NewTokens, exponent: float) -> None:
     tokens.rows.mul_(torch.where(spread > 0, factor, 1.0))
 
 
-def pools_at_largest_id(text_encoder: Any) -> bool:
-    """Whether a CLIP text model takes its pooled vector at the largest id of a text.
-
-    That is the end mark in texts of the checkpoint's own words, but the last new token in
-    texts that have one, since new ids are the largest.
-    """
-    return any(model.eos_token_id == _LARGEST_ID for model in _text_models(text_encoder))
-
-
 def pool_at_end_of_text(text_encoder: Any, tokenizer: Any) -> None:
     """Makes a CLIP text model take its pooled vector at the first end mark of each text.
 
+    A checkpoint whose configuration has `eos_token_id` 2, as all from before transformers 4.31
+    have, wrongly, takes it at the largest id instead. That is the end mark in texts of its own
+    words, but the last new token in texts that have one, since new ids are the largest.
     Changes the model and its configuration; texts without new tokens are pooled as before.
 
     Args:

@@ -53,21 +53,22 @@ class Trainables:
         name, denoiser = self.denoiser
         return {name: denoiser, **self.text_encoders}
 
-    def all_parameters(self) -> list[torch.nn.Parameter]:
-        """Everything that learns at some time, in a fixed order."""
-        return [p for parts in self.parameters.values() for group in parts.values() for p in group]
-
-    def text_parameters(self) -> list[torch.nn.Parameter]:
-        """What learns outside the denoiser."""
-        parts: tuple[Part, ...] = ("text_encoders", "tokens")
-        return [p for part in parts for group in self.parameters[part].values() for p in group]
-
     def learn(self, parts: Collection[Part]) -> None:
         """Lets these parts learn and freezes the others: they get no gradient at all."""
         for part, components in self.parameters.items():
             for group in components.values():
                 for parameter in group:
                     parameter.requires_grad_(part in parts)
+
+    def of(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
+        """Everything that learns in these parts, in a fixed order."""
+        return [
+            p
+            for part, components in self.parameters.items()
+            if part in parts
+            for group in components.values()
+            for p in group
+        ]
 
     def groups(self, optim: OptimConfig) -> list[ParameterGroup]:
         """The optimizer's groups: the denoiser, and each text encoder or its new tokens."""
@@ -135,7 +136,7 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
     }
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        for name in {*text_encoders, *new_tokens}:
+        for name in dict.fromkeys([*text_encoders, *new_tokens]):
             _enable_gradient_checkpointing(family.pipeline.components[name])
     notes = [*_make_trainable(config, denoiser_name, denoiser, is_text=False)]
     for name, text_encoder in text_encoders.items():

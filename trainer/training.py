@@ -90,7 +90,7 @@ class Training:
         self.objective = family.objective_class.from_scheduler(family.pipeline.scheduler)
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
-        self.parameters = trainables.all_parameters()
+        self.parameters = trainables.of(trainables.parameters)
         self._spread_denoiser = accelerator.prepare_model(self.denoiser)
         if self.pictures is None:
             family.pipeline.vae.to(accelerator.device)
@@ -159,8 +159,15 @@ class Training:
         # A denoiser that learns nothing has no gradients for its processes to wait for.
         learns = "denoiser" in parts
         self.family.denoiser = self._spread_denoiser if learns else self.denoiser
-        if self.schedule.parts_at(0) != {"denoiser"}:
-            earlier = self.schedule.parts_at(self.step - 1) if self.step > 0 else frozenset()
+        earlier = self.schedule.parts_at(self.step - 1) if self.step > 0 else frozenset[Part]()
+        if self.step > 0 and parts != earlier:
+            optim.enter_phase(
+                self.optimizer,
+                self.config.optim,
+                frozen=self.trainables.of(earlier - parts),
+                staying=self.trainables.of(earlier & parts),
+            )
+        if self.schedule.parts_at(0) != {"denoiser"} and parts != earlier:
             yield PhaseEvent(self.step, tuple(sorted(parts)), tuple(sorted(earlier - parts)))
         if self.text.is_live and not self.schedule.text_learns_at(self.step):
             yield from self.text.keep()
@@ -257,7 +264,7 @@ class Training:
         """The mean over the processes of gradients that the denoiser's wrapper does not see."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.trainables.text_parameters():
+        for parameter in self.trainables.of(("text_encoders", "tokens")):
             if parameter.grad is not None:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
@@ -301,7 +308,8 @@ class Training:
         pictures = [
             (e.name, e.sha256, e.caption, e.mask_sha256, e.is_class) for e in self.dataset.examples
         ]
-        digest = hashlib.sha256(repr(pictures).encode()).hexdigest()
+        shares = repr((pictures, self.dataset.plan.portions))
+        digest = hashlib.sha256(shares.encode()).hexdigest()
         contents = {"training pictures": digest, "base model's contents": self.base_contents}
         return identity(self.config, self.accelerator) | contents
 

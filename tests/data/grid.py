@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trainer.data.plan import Plan, Portion
-from trainer.data.prepare import Example
+from trainer.data.prepared import Example
 
 
 def grid_image(height: int, width: int, blue: int = 0) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader
 from trainer.config import DataConfig, MaskConfig
 from trainer.data.dataset import Batch, Dataset, has_fixed_window
 from trainer.data.plan import Plan, Portion
-from trainer.data.prepare import Example, prepare
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Example
 
 Examples = tuple[Example, ...]
 HEIGHT, WIDTH = 80, 100  # of the prepared pictures; the trained size is 64 x 64
@@ -505,3 +507,71 @@ def test_the_luminance_of_the_final_pixels_is_the_mask(
 def luminance_of(pixels: np.ndarray) -> np.ndarray:
     """ITU-R BT.601."""
     return pixels.astype(float) @ np.array([0.299, 0.587, 0.114]) / 255
+
+
+def corner_mask(height: int, width: int) -> np.ndarray:
+    """Keeps nothing but so much of the top left corner."""
+    mask = np.zeros((HEIGHT, WIDTH))
+    mask[:height, :width] = 1
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("options", "unseen"),
+    [
+        # The middle window of 64 x 64 begins at row 8 and column 18.
+        ({}, ["0.jpg", "1.jpg"]),
+        ({"random_flip": True}, ["0.jpg", "1.jpg"]),
+        # A quarter turn about the same middle shows the same square.
+        ({"random_rotation_start": 90, "random_rotation_end": 90}, ["0.jpg", "1.jpg"]),
+        # A larger window begins at row 0 and column 2.
+        ({"resolution_width": 96, "resolution_height": 80}, []),
+        # What is drawn may show something in another step.
+        ({"center_crop": False}, []),
+        ({"random_crop_offset_x": 1}, []),
+    ],
+)
+def test_pictures_whose_mask_keeps_nothing_of_the_one_view_of_them_are_named(
+    options: dict[str, object], unseen: list[str], tmp_path: Path
+) -> None:
+    examples = grid_examples(tmp_path, 4, height=HEIGHT, width=WIDTH, num_class_images=1)
+    masks = [corner_mask(8, WIDTH), corner_mask(HEIGHT, 18), corner_mask(9, WIDTH)]
+    masked = [with_mask(*pair) for pair in zip(examples[:3], masks, strict=True)]
+    of_class = with_mask(examples[4], corner_mask(1, 1))
+
+    dataset = dataset_of([*masked, examples[3], of_class], plan=plan_of(4), **options)
+
+    assert dataset.unseen() == unseen
+    if has_fixed_window(dataset.data):
+        weightless = {
+            batch.numbers[0] for batch in batches_of(dataset, 4) if not batch.weights.any()
+        }
+        assert [f"{number}.jpg" for number in sorted(weightless)] == unseen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "without"),
+    [
+        ([(64, 64), (64, 64)], {"x": 3, "y": 2}, ["random_crop_offset_x", "random_crop_offset_y"]),
+        ([(64, 80), (64, 64)], {"x": 3, "y": 2}, ["random_crop_offset_y"]),
+        ([(64, 80), (90, 64)], {"x": 3, "y": 2}, []),
+        ([(64, 64)], {"x": 0, "y": 2}, ["random_crop_offset_y"]),
+        ([(64, 64)], {"x": 0, "y": 0}, []),
+    ],
+)
+def test_an_offset_that_no_picture_has_room_for_is_named(
+    sizes: list[tuple[int, int]], options: dict[str, int], without: list[str], tmp_path: Path
+) -> None:
+    examples = [
+        replace(grid_examples(tmp_path / str(number), 1, height=h, width=w)[0], number=number)
+        for number, (h, w) in enumerate(sizes)
+    ]
+    offsets = {f"random_crop_offset_{axis}": pixels for axis, pixels in options.items()}
+
+    dataset = dataset_of(examples, **offsets)
+
+    assert dataset.offsets_without_room() == without
+    shown = [batch.geometry["crop_top_left"][0].tolist() for batch in batches_of(dataset, 20)]
+    for axis, option in ((1, "random_crop_offset_x"), (0, "random_crop_offset_y")):
+        moves = len({corner[axis] for corner in shown}) > 1
+        assert moves == (offsets[option] > 0 and option not in without)

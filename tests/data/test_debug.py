@@ -76,6 +76,41 @@ def test_they_come_in_the_order_of_positions_with_the_class_picture_behind(
     assert positions == [0, ~0, 1, ~1, 2, ~2]
 
 
+def test_a_class_picture_is_of_the_concept_of_the_picture_beside_it(tmp_path: Path) -> None:
+    examples = grid_examples(tmp_path, 4, height=64, width=64, num_class_images=1)
+    # Both concepts share the class picture.
+    portions = [Portion(numbers, class_images=(4,)) for numbers in ((0, 3), (1, 2))]
+    still = DataConfig(resolution_width=64, resolution_height=64)
+    dataset = Dataset(examples, plan_of(*portions, batch_size=3), still, with_pixels=True)
+
+    shown = {example.position: example for example in trained_examples(dataset, range(2))}
+
+    of = {"0.jpg": 1, "3.jpg": 1, "1.jpg": 2, "2.jpg": 2}
+    assert len(shown) == 8
+    for position in range(4):
+        assert shown[position].concept == of[shown[position].name]
+        assert shown[~position].name == "4.jpg"
+        assert shown[~position].concept == shown[position].concept
+
+
+def test_the_facts_are_all_but_pixels_and_mask(dataset: Dataset) -> None:
+    (example, *_) = trained_examples(dataset, range(1))
+
+    assert example.facts() == {
+        "name": example.name,
+        "concept": 1,
+        "caption": example.caption,
+        "is_class": False,
+        "step": 1,
+        "position": 0,
+        "flipped": example.flipped,
+        "angle": example.angle,
+        "original_size": (500, 501),
+        "crop_top_left": example.crop_top_left,
+        "target_size": (64, 64),
+    }
+
+
 def test_some_steps_alone_are_the_same_as_among_all(dataset: Dataset) -> None:
     alone = list(trained_examples(dataset, range(3, 4)))
     among = [example for example in trained_examples(dataset, range(6)) if example.step == 4]

@@ -164,6 +164,14 @@ def test_a_given_mask_may_be_smaller_but_not_of_another_shape() -> None:
     assert "shape of its picture" in error.value.hint
 
 
+def test_a_given_mask_may_be_a_few_pixels_coarse() -> None:
+    pixels = np.array([[0, 255, 0], [0, 0, 51]], np.uint8)
+
+    mask = given_mask(encoded(Image.fromarray(pixels)), (400, 600), inverted=False)
+
+    np.testing.assert_allclose(mask, pixels / 255, atol=1e-7)
+
+
 def test_a_given_mask_that_leaves_nothing_is_refused() -> None:
     black, white = (encoded(Image.new("L", (60, 40), value)) for value in (0, 255))
 

@@ -11,7 +11,9 @@ from grid import encoded, grid_bytes, grid_image, write_folder, zip_bytes
 from PIL import Image
 
 from trainer.config import DataConfig, MaskConfig
-from trainer.data.prepare import Example, inspect, prepare
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Example
+from trainer.data.report import inspect
 from trainer.errors import DiskError, InputError
 from trainer.events import Event, NoteEvent, StageEvent
 

@@ -13,9 +13,12 @@ from PIL import Image
 from trainer.config import DataConfig, MaskConfig
 from trainer.data import prepare as prepare_module
 from trainer.data.masks import SEGMENTERS
-from trainer.data.prepare import Example, inspect, prepare
+from trainer.data.prepare import prepare
+from trainer.data.prepared import Example
+from trainer.data.report import inspect
 from trainer.errors import InputError
 from trainer.events import Event, NoteEvent, StageEvent
+from trainer.sections.subjects import ClassSource, class_data_of
 
 LUMINANCE = MaskConfig(clip_seg_mask_prompt="head", segmenter="luminance", clip_seg_mask_bias=0.0)
 
@@ -345,7 +348,6 @@ def test_class_pictures_say_so_and_are_told_of_under_their_own_options(tmp_path:
         MaskConfig(),
         of_class=True,
         instance_prompt="a photo of a man",
-        skip_caption_generation=False,
     )
 
     notes = [event for event in events if isinstance(event, NoteEvent)]
@@ -356,6 +358,18 @@ def test_class_pictures_say_so_and_are_told_of_under_their_own_options(tmp_path:
     }
     assert {note.field for note in notes} == {"class_images_url"}
     assert not any("recommended" in note.message for note in notes)
+
+
+def test_class_pictures_take_the_class_prompt_whether_captions_are_to_be_made_or_not(
+    tmp_path: Path,
+) -> None:
+    source = str(write_folder(tmp_path / "set", {"a.png": grid_bytes()}))
+    data = DataConfig(skip_caption_generation=False, captions_file_url="captions.jsonl")
+    of_class = class_data_of(ClassSource("a man", source, 0), source, data)
+
+    report = inspect(of_class, MaskConfig(), of_class=True)
+
+    assert [picture.caption for picture in report.pictures] == ["a man"]
 
 
 def test_class_pictures_that_cannot_be_used_are_put_down_to_their_own_option(

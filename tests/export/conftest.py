@@ -30,7 +30,7 @@ def facts() -> TrainingFacts:
     return TrainingFacts(
         output_name="astronaut",
         base_model="owner/base",
-        instance_prompt='a "TOK" portrait: in space',
+        instance_prompts=('a "TOK" portrait: in space',),
         num_images=5,
         width=64,
         height=96,

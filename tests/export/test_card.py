@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ FILES = [
     CardFile("kohya_lora", "astronaut.safetensors"),
     CardFile("kohya_lora_comfyui", "astronaut_comfyui.safetensors"),
 ]
+WHOLE = [CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors")]
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -264,7 +266,7 @@ def _with_tokens(facts: TrainingFacts, pooling: str) -> TrainingFacts:
     return replace(
         facts,
         tokens={"TOK": ("<s0>", "<s1>")},
-        token_prompt='a "<s0><s1>" portrait: in space',
+        token_prompts=('a "<s0><s1>" portrait: in space',),
         settings={**facts.settings, "ti_pooling": pooling},
     )
 
@@ -315,6 +317,46 @@ def test_a_card_without_new_tokens_does_not_speak_of_them(
 
     assert "New tokens" not in card
     assert "ti_pooling" not in card
+
+
+def test_the_card_names_the_prompt_of_every_concept(facts: TrainingFacts) -> None:
+    several = replace(facts, instance_prompts=("a TOK1", "a TOK2"))
+    tokens = {"TOK1": ("<s0>",), "TOK2": ("<s1>",)}
+    with_tokens = replace(several, tokens=tokens, token_prompts=("a <s0>", "a <s1>"))
+    files = [*WHOLE, CardFile("embeddings", "astronaut_emb.safetensors")]
+    files += [CardFile("token_embedding", f"astronaut_{name}.safetensors") for name in tokens]
+
+    plain, pivotal = (
+        model_card(
+            each, listed, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=None
+        )
+        for each, listed in [(several, WHOLE), (with_tokens, files)]
+    )
+
+    assert "Prompts it was trained with:\n\n- `a TOK1`\n- `a TOK2`\n" in plain
+    assert front_matter(plain)["instance_prompt"] == "a TOK1"
+    for card, prompts in [(plain, ["a TOK1", "a TOK2"]), (pivotal, ["a <s0>", "a <s1>"])]:
+        code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+        asked: list[str] = []
+        made = SimpleNamespace(images=["a picture"])
+        scope = {"pipe": lambda prompt, asked=asked, made=made: asked.append(prompt) or made}
+        exec("prompts = " + code.split("prompts = ")[1], scope)
+        assert asked == prompts
+        assert len(scope["images"]) == 2
+
+
+def test_a_card_of_a_training_without_prompts_names_none(facts: TrainingFacts) -> None:
+    card = model_card(
+        replace(facts, instance_prompts=()),
+        FILES,
+        [],
+        pipeline_class="StableDiffusionPipeline",
+        names=SD15,
+        state=None,
+    )
+
+    assert "it was trained with" not in card
+    assert "instance_prompt" not in front_matter(card)
 
 
 def test_the_card_tells_rank_and_alpha_of_text_encoders_of_their_own_strength(

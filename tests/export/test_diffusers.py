@@ -20,8 +20,8 @@ from trainer.export.diffusers import (
     write_diffusers,
     write_peft_folders,
 )
+from trainer.export.readers import metadata_of
 from trainer.export.state import Strength
-from trainer.tensorfile import read_metadata
 
 
 def test_keys_are_pefts_with_text_model_and_magnitudes_with_weight(
@@ -45,7 +45,7 @@ def test_the_header_is_minimal_and_says_alpha_equals_rank(
 ) -> None:
     write_diffusers(tmp_path / FILE_NAME, trained("sd15", alpha=2).state, torch.float32)
 
-    metadata = read_metadata(tmp_path / FILE_NAME)
+    metadata = metadata_of(tmp_path / FILE_NAME)
     config = json.loads(metadata[METADATA_KEY])
 
     assert metadata["format"] == "pt"
@@ -71,7 +71,7 @@ def test_layers_of_another_rank_stand_in_the_patterns(
 
     write_diffusers(tmp_path / FILE_NAME, state, torch.float32)
 
-    config = json.loads(read_metadata(tmp_path / FILE_NAME)[METADATA_KEY])
+    config = json.loads(metadata_of(tmp_path / FILE_NAME)[METADATA_KEY])
     pattern = config["unet.rank_pattern"]
     assert config["unet.r"] == 8
     assert set(pattern.values()) == {2}
@@ -87,7 +87,7 @@ def test_each_component_has_its_own_rank_in_the_header_and_no_pattern(
 
     write_diffusers(tmp_path / FILE_NAME, state, torch.float32)
 
-    config = json.loads(read_metadata(tmp_path / FILE_NAME)[METADATA_KEY])
+    config = json.loads(metadata_of(tmp_path / FILE_NAME)[METADATA_KEY])
     alpha = "lora_alpha" if algorithm == "lora" else "alpha"
     for component, rank in (("unet", 4), ("text_encoder", 2), ("text_encoder_2", 2)):
         assert config[f"{component}.r"] == config[f"{component}.{alpha}"] == rank

@@ -21,8 +21,8 @@ from trainer.export.embeddings import (
     write_token_files,
 )
 from trainer.export.facts import TrainingFacts
+from trainer.export.readers import metadata_of
 from trainer.export.verify import Check, WrittenFile, nothing_learnt
-from trainer.tensorfile import read_metadata
 
 TOKENS = {"TOK": ("<s0>", "<s1>"), "TOK1": ("<s2>", "<s3>")}
 FACTS = TrainingFacts(
@@ -114,7 +114,7 @@ def test_rows_that_do_not_fit_the_tokens_are_refused(tmp_path: Path) -> None:
 def test_the_header_names_tokens_base_model_and_pooling_and_no_time(tmp_path: Path) -> None:
     write_all(tmp_path, "sd15")
 
-    header = read_metadata(tmp_path / "astronaut_TOK1.safetensors")
+    header = metadata_of(tmp_path / "astronaut_TOK1.safetensors")
 
     assert json.loads(header["tokens"]) == ["<s2>", "<s3>"]
     assert json.loads(header["identifiers"]) == {"TOK1": ["<s2>", "<s3>"]}

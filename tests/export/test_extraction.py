@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from checking import run_checks
-from torch import Tensor, nn
+from torch import Tensor
 from trained_adapters import TABLES, TrainedAdapter
 
+from trainer.adapters import adaptable_layers
 from trainer.export.diffusers import METADATA_KEY, write_diffusers
 from trainer.export.extraction import (
     Extraction,
     Weights,
-    adaptable_layers,
     extract,
     write_extraction_report,
 )
 from trainer.export.facts import TrainingFacts
 from trainer.export.kohya import write_kohya
+from trainer.export.readers import metadata_of
 from trainer.export.verify import WrittenFile
-from trainer.tensorfile import read_metadata
 
 SHAPES = {
     "tall": (24, 9),
@@ -173,14 +173,6 @@ def test_both_factors_share_the_size_of_the_change() -> None:
     assert float((up.half() - up).norm() / up.norm()) < 1e-3
 
 
-def test_layers_are_linear_and_convolution_layers_alone() -> None:
-    module = nn.Sequential(
-        nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Embedding(2, 2), nn.LayerNorm(2), nn.GroupNorm(1, 1)
-    )
-
-    assert adaptable_layers(module) == {"0", "1"}
-
-
 def fully_trained(adapter: TrainedAdapter) -> tuple[Weights, Weights, Extraction]:
     """Weights before and after a change of all components, and its LoRA of rank 6."""
     components = ["unet", *adapter.names.text_encoder_prefixes]
@@ -235,7 +227,7 @@ def test_every_reader_gets_base_and_product_from_the_files(
         ("formula", "passed"),
     ]
     assert max(c.largest_change_difference for c in checks) < tolerance
-    pattern = json.loads(read_metadata(diffusers)[METADATA_KEY])["unet.rank_pattern"]
+    pattern = json.loads(metadata_of(diffusers)[METADATA_KEY])["unet.rank_pattern"]
     # conv_out has four rows.
     assert pattern == {"conv_out": 4}
     weight = holds["unet"]["conv_in"] - base["unet"]["conv_in.weight"].detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from trained_adapters import TABLES, TrainedAdapter
 
-from trainer import tensorfile
 from trainer.export.facts import TrainingFacts, public_name
 from trainer.export.kohya import kohya_tensors, row_norms, write_kohya
+from trainer.export.readers import metadata_of
 from trainer.export.state import Strength
 
 
@@ -41,7 +42,7 @@ def test_text_encoders_of_their_own_strength_have_the_same_alpha(
 
     write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
 
-    tensors, header = load_file(tmp_path / "a"), tensorfile.read_metadata(tmp_path / "a")
+    tensors, header = load_file(tmp_path / "a"), metadata_of(tmp_path / "a")
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert alphas == {8.0}
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("8", "8.0")
@@ -162,7 +163,7 @@ def test_the_header_tells_family_network_and_training(
 
     write_kohya(tmp_path / "a.safetensors", adapter.state, adapter.names, facts, torch.float32)
 
-    header = tensorfile.read_metadata(tmp_path / "a.safetensors")
+    header = metadata_of(tmp_path / "a.safetensors")
     expected = {
         "sd15": ("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
         "sdxl": (
@@ -179,11 +180,21 @@ def test_the_header_tells_family_network_and_training(
     assert header["ss_v2"] == "False"
     assert header["ss_resolution"] == "(64, 96)"
     assert header["modelspec.resolution"] == "64x96"
-    assert header["modelspec.trigger_phrase"] == facts.instance_prompt
+    assert (header["modelspec.trigger_phrase"],) == facts.instance_prompts
     assert json.loads(header["ss_tag_frequency"]) == {
         "astronaut": {"TOK": 4, "a portrait of TOK": 1}
     }
     assert (header["ss_seed"], header["ss_min_snr_gamma"]) == ("42", "5.0")
+
+
+def test_the_header_names_the_prompts_of_all_concepts(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    several = replace(facts, instance_prompts=("a TOK1", "a TOK2"))
+
+    write_kohya(tmp_path / "a", trained("sd15").state, TABLES["sd15"], several, torch.float32)
+
+    assert metadata_of(tmp_path / "a")["modelspec.trigger_phrase"] == "a TOK1, a TOK2"
 
 
 def test_the_header_keeps_zeros_and_falsehoods_and_leaves_out_what_is_not_known(
@@ -194,7 +205,7 @@ def test_the_header_keeps_zeros_and_falsehoods_and_leaves_out_what_is_not_known(
 
     write_kohya(tmp_path / "a", trained("sd15").state, TABLES["sd15"], facts, torch.float32)
 
-    header = tensorfile.read_metadata(tmp_path / "a")
+    header = metadata_of(tmp_path / "a")
     found = {key: header[key] for key in ("ss_seed", "ss_noise_offset", "ss_flip_aug")}
     assert found == {"ss_seed": "0", "ss_noise_offset": "0.0", "ss_flip_aug": "False"}
     unknown = {"ss_min_snr_gamma", "ss_sd_model_name", "ss_num_train_images", "ss_learning_rate"}
@@ -223,7 +234,7 @@ def test_the_header_states_the_convolutions_rank_where_there_are_any(
 
     write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
 
-    args = json.loads(tensorfile.read_metadata(tmp_path / "a")["ss_network_args"])
+    args = json.loads(metadata_of(tmp_path / "a")["ss_network_args"])
     expected = {"conv_dim": "4", "conv_alpha": "4"} if stated else {}
     assert {key: args[key] for key in ("conv_dim", "conv_alpha") if key in args} == expected
 
@@ -235,7 +246,7 @@ def test_the_header_has_no_place_and_no_time(
 
     write_kohya(tmp_path / "a.safetensors", adapter.state, adapter.names, facts, torch.float32)
 
-    header = tensorfile.read_metadata(tmp_path / "a.safetensors")
+    header = metadata_of(tmp_path / "a.safetensors")
     assert "private" not in json.dumps(header)
     assert not [key for key in header if "date" in key or "time" in key or "started" in key]
 
@@ -256,7 +267,7 @@ def test_both_meanings_of_dora_are_said_in_the_header(
         )
 
     for convention in ("paper", "comfyui"):
-        header = tensorfile.read_metadata(tmp_path / convention)
+        header = metadata_of(tmp_path / convention)
         assert header["dora_convention"] == convention
         args = json.loads(header["ss_network_args"])
         assert args["dora_convention"] == convention
@@ -274,7 +285,7 @@ def test_other_algorithms_are_named_for_lycoris(
 
     write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
 
-    header = tensorfile.read_metadata(tmp_path / "a")
+    header = metadata_of(tmp_path / "a")
     assert header["ss_network_module"] == "lycoris.kohya"
     assert json.loads(header["ss_network_args"])["algo"] == algorithm
 
@@ -288,7 +299,7 @@ def test_the_model_hash_is_that_of_the_data_section(
 
     content = (tmp_path / "a").read_bytes()
     data = content[8 + int.from_bytes(content[:8], "little") :]
-    header = tensorfile.read_metadata(tmp_path / "a")
+    header = metadata_of(tmp_path / "a")
     assert header["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     assert len(header["sshs_legacy_hash"]) == 8
 

@@ -18,7 +18,7 @@ from trainer.export.state import (
 
 
 def adapter(algorithm: str, tensors: dict[str, Tensor], rank: int, alpha: float) -> AdapterState:
-    return AdapterState.of_component("unet", tensors, Strength(rank, alpha), algorithm=algorithm)
+    return AdapterState(algorithm, False, {"unet": tensors}, {"unet": Strength(rank, alpha)})
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,8 @@ def test_a_model_whose_original_names_are_unknown_is_not_checked(
         f"{path}.lora_A.weight": torch.ones(2, 32),
         f"{path}.lora_B.weight": torch.ones(32, 2),
     }
-    state = AdapterState.of_component("transformer", factors, Strength(2, 2.0))
+    strengths = {"transformer": Strength(2, 2.0)}
+    state = AdapterState("lora", False, {"transformer": factors}, strengths)
     names = KohyaNames(
         "lora_unet", {}, "flux1", "flux-1-dev", "bfl", {"transformer_blocks": "double"}
     )

@@ -333,7 +333,7 @@ def deliver(config: TrainingConfig, folder: Path) -> Delivery:
     root = RunFolder(folder)
     recorder = _Recorder()
 
-    def unread(*_: Any) -> Iterator[Any]:
+    def unread(*_: Any, **__: Any) -> Iterator[Any]:
         yield from ()
         return []
 

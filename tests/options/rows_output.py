@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def pictures_are_those_of_the_steps(case: Case) -> None:
     }
     assert len(trained) == 4
     assert files == trained
-    assert entries["examples.jsonl"].count(b"A photograph of a TOK") == 4
+    lines = [json.loads(line) for line in entries["examples.jsonl"].splitlines()]
+    assert [line["caption"] for line in lines] == ["A photograph of a TOK"] * 4
 
 
 def masks_are_those_of_the_loss(case: Case) -> None:

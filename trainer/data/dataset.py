@@ -97,9 +97,7 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
     def pixels_of(self, number: int, flipped: bool) -> torch.Tensor:
         """The fixed view of one picture, perhaps mirrored: float32 (3, H, W) in [-1, 1]."""
         example = self.examples[number]
-        window = center_window(example.size, self.target)
-        placement = Placement(window, flipped, float(self.data.random_rotation_start))
-        return _to_tensor(placement.apply(_load(example)))
+        return _to_tensor(self._fixed_placement(example, flipped).apply(_load(example)))
 
     def all_captions(self) -> tuple[str, ...]:
         """Every caption that a step may ask for, each once, in the order of the pictures."""
@@ -111,6 +109,40 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         """Every (picture, mirrored) that a step may ask for."""
         mirrored = (False, True) if self.data.random_flip else (False,)
         return tuple((example.number, flip) for example in self.examples for flip in mirrored)
+
+    def unseen(self) -> list[str]:
+        """Names of the subjects' pictures that weigh nothing in any step.
+
+        Their masks keep nothing of the one view that is shown of them. Where views are drawn,
+        each may show something else, so none is named.
+        """
+        if not has_fixed_window(self.data):
+            return []
+        names = []
+        for example in self.examples:
+            if example.is_class or example.mask_path is None:
+                continue
+            mask = _mask(example, self._fixed_placement(example, flipped=False))
+            if mask is not None and not mask.any():
+                names.append(example.name)
+        return names
+
+    def offsets_without_room(self) -> list[str]:
+        """The options that move windows, where every picture is just as long as its window."""
+        axes = (
+            ("random_crop_offset_x", self.data.random_crop_offset_x, 1),
+            ("random_crop_offset_y", self.data.random_crop_offset_y, 0),
+        )
+        return [
+            option
+            for option, offset, axis in axes
+            if offset > 0
+            and all(example.size[axis] == self.target[axis] for example in self.examples)
+        ]
+
+    def _fixed_placement(self, example: Example, flipped: bool) -> Placement:
+        window = center_window(example.size, self.target)
+        return Placement(window, flipped, float(self.data.random_rotation_start))
 
     def _batch(self, slots: Sequence[Slot]) -> Batch:
         examples = [self.examples[slot.number] for slot in slots]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.data.crop import Mask, Pixels, Size
 from trainer.data.dataset import Batch, Dataset
+from trainer.data.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class TrainedExample:
 
     Args:
         name: of the picture in the user's source.
-        caption: as trained: empty where dropped.
+        concept: whose picture it is, from 1; a class picture's is that of the picture beside it.
+        caption: as trained, in the user's words: empty where dropped.
         is_class: whether it is a class picture.
         step: from 1.
         position: in the run, see `plan.Slot`.
@@ -36,6 +39,7 @@ class TrainedExample:
     """
 
     name: str
+    concept: int
     caption: str
     is_class: bool
     step: int
@@ -47,6 +51,10 @@ class TrainedExample:
     target_size: Size
     pixels: Pixels
     mask: Mask | None
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but pixels and mask, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("pixels", "mask")}
 
 
 def trained_examples(dataset: Dataset, steps: range) -> Iterator[TrainedExample]:
@@ -89,6 +97,7 @@ def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExam
     geometry = {name: _pair(sizes[row].tolist()) for name, sizes in batch.geometry.items()}
     return TrainedExample(
         name=dataset.examples[batch.numbers[row]].name,
+        concept=_concept(dataset.plan, batch, row),
         caption=batch.captions[row],
         is_class=bool(batch.is_class[row]),
         step=step + 1,
@@ -101,6 +110,13 @@ def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExam
         pixels=_bytes(batch.pixels[row]),
         mask=mask,
     )
+
+
+def _concept(plan: Plan, batch: Batch, row: int) -> int:
+    position = batch.positions[row]
+    number = batch.numbers[row if position >= 0 else batch.positions.index(~position)]
+    of_concepts = enumerate(plan.portions, start=1)
+    return next(concept for concept, portion in of_concepts if number in portion.instances)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

@@ -6,14 +6,17 @@ By their names only; no picture is decoded here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from trainer.config import DataConfig, Note
-from trainer.data.archive import FIELD, Source
+from trainer.config import DataConfig, MaskConfig, Note
+from trainer.data.archive import FIELD, BadEntry, Source, open_source
 from trainer.data.captions import Caption, find_captions, listed
+from trainer.data.masks import BadMask
 from trainer.data.pictures import ACCEPTED
+from trainer.data.remarks import warning
 from trainer.errors import InputError
 
 # A file without a suffix may be a picture; HEIC is refused by name, not overlooked.
@@ -62,7 +65,7 @@ def take_inventory(source: Source, data: DataConfig) -> Inventory:
     others = _PICTURE_SUFFIXES | _TEXT_SUFFIXES
     ignored = [name for name, suffix in suffixes.items() if suffix not in others]
     if ignored:
-        notes.append(_warning(f"these files are not pictures and are left out: {listed(ignored)}"))
+        notes.append(warning(f"these files are not pictures and are left out: {listed(ignored)}"))
     tables = [name for name, suffix in suffixes.items() if suffix in _TABLE_SUFFIXES]
     if tables and data.captions_file_url is None:
         notes.append(
@@ -102,12 +105,12 @@ def _pictures_and_masks(
     unused = sorted(set(candidates) - set(names) - set(masks.values()))
     if unused:
         notes.append(
-            _warning(f"these masks belong to no picture and are left out: {listed(unused)}")
+            warning(f"these masks belong to no picture and are left out: {listed(unused)}")
         )
     lone = [name for name in names if _stem(name).endswith(_MASK_ENDING)]
     if lone:
         notes.append(
-            _warning(
+            warning(
                 f"{listed(lone)} would be the mask of a picture that is not there, and is "
                 "trained as a picture"
             )
@@ -151,5 +154,37 @@ def _stem(name: str) -> str:
     return "/".join([*small, last])
 
 
-def _warning(message: str) -> Note:
-    return Note(kind="warning", field=FIELD, message=message)
+@contextmanager
+def opened(data: DataConfig, *, of_class: bool) -> Iterator[tuple[Source, Inventory]]:
+    """The files of the pictures, and what they are.
+
+    Args:
+        data: for class pictures theirs, under the same names.
+        of_class: whether they are class pictures.
+
+    Raises:
+        InputError: see `take_inventory`.
+    """
+    with open_source(data.images_data_url) as source:
+        inventory = take_inventory(source, data)
+        if of_class:
+            # There is no option for a captions file of class pictures.
+            notes = tuple(n for n in inventory.notes if n.field != "captions_file_url")
+            inventory = replace(inventory, notes=notes)
+        yield source, inventory
+
+
+def given_mask_file(
+    source: Source, inventory: Inventory, name: str, mask: MaskConfig
+) -> bytes | None:
+    """The content of the mask file that the user gave for a picture, if it is wanted.
+
+    Raises:
+        BadMask: it cannot be read.
+    """
+    if not mask.use_given_masks or name not in inventory.masks:
+        return None
+    try:
+        return source.read(inventory.masks[name])
+    except BadEntry as error:
+        raise BadMask(f"cannot be used: {error}", "save it as a greyscale PNG") from error

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 # Two-picture phone JPEGs are read through "JPEG"; naming "MPO" here breaks every other format.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 ACCEPTED = "JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF"
-# Anything smaller is an icon or a tracking pixel.
+# A training picture smaller than this is an icon or a tracking pixel.
 MIN_SIDE = 16
 
 # What Pillow's decoders raise on damaged files.
@@ -87,6 +87,10 @@ def decode(content: bytes) -> Picture:
         # Pillow warns of large pictures, odd EXIF data and bytes it does not need.
         warnings.simplefilter("ignore")
         image = _load(content)
+        if min(image.size) < MIN_SIDE:
+            raise BadPicture(
+                f"{image.width}x{image.height} pixels: this looks like an icon, not a photograph"
+            )
         several = ("only the first of its frames or pages is used",)
         remarks = several if _has_second_frame(content, image.format) else ()
         upright = _upright(image)
@@ -96,10 +100,11 @@ def decode(content: bytes) -> Picture:
 def decode_grey(content: bytes) -> npt.NDArray[np.float32]:
     """The brightness (h, w) in [0, 1] of a picture in a file's content, upright by its EXIF data.
 
-    8 and 16 bits keep their precision, colours are converted, transparent pixels are black.
+    8 and 16 bits keep their precision, colours are converted, transparent pixels are black. It
+    may be of any size: what it says of a picture can be coarse.
 
     Raises:
-        BadPicture: not a picture, damaged, too large or too small.
+        BadPicture: not a picture, damaged or too large.
     """
     if not is_picture(content[:32]):
         raise BadPicture(_foreign_reason(content) if content else "the file is empty (0 bytes)")
@@ -124,10 +129,6 @@ def decode_grey(content: bytes) -> npt.NDArray[np.float32]:
 def _load(content: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(content), formats=FORMATS)
-        if min(image.size) < MIN_SIDE:
-            raise BadPicture(
-                f"{image.width}x{image.height} pixels: this looks like an icon, not a photograph"
-            )
         image.load()
     except Image.DecompressionBombError as error:
         # A flat PNG of any size packs into a few kilobytes: Pillow refuses above 179 megapixels.

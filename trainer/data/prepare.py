@@ -7,22 +7,19 @@ file is; a second call with the same pictures and masks decodes nothing again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from trainer.config import DataConfig, MaskConfig, Note
-from trainer.data.archive import FIELD, BadEntry, Source, open_source
-from trainer.data.captions import Origin
-from trainer.data.crop import Mask, Size, enlargement, resize_to_cover
-from trainer.data.inventory import Inventory, take_inventory
+from trainer.data.archive import BadEntry, Source
+from trainer.data.crop import Mask, resize_to_cover
+from trainer.data.inventory import Inventory, given_mask_file, opened
 from trainer.data.masks import (
     SEGMENTERS,
     BadMask,
@@ -35,7 +32,7 @@ from trainer.data.masks import (
     mask_origin,
     resized_mask,
 )
-from trainer.data.pictures import ACCEPTED, BadPicture, Picture, decode
+from trainer.data.pictures import BadPicture, Picture, decode
 from trainer.data.prepared import (
     Example,
     Index,
@@ -45,64 +42,18 @@ from trainer.data.prepared import (
     publish_index,
     sha256_of,
 )
+from trainer.data.remarks import (
+    mask_problem,
+    none_left,
+    notes_on_the_set,
+    remarks_on,
+    told,
+    told_of,
+    warning,
+)
 from trainer.durable import write_bytes
 from trainer.errors import InputError, Problem
 from trainer.events import Event, NoteEvent, StageEvent
-
-__all__ = ["DataReport", "Example", "PictureReport", "inspect", "prepare"]
-
-# The fal documentation asks for at least ten pictures.
-FEW_PICTURES = 10
-# A picture enlarged more than this teaches blur.
-LARGEST_ENLARGEMENT = 2.0
-# What the user calls the options of pictures when they are class pictures.
-CLASS_FIELDS: Mapping[str, str] = {FIELD: "class_images_url", "instance_prompt": "class_prompt"}
-
-_SHOWN_REASONS = 10
-
-
-@dataclass(frozen=True)
-class PictureReport:
-    """What `validate` says of one picture.
-
-    Args:
-        size: (height, width) upright, or nothing if it cannot be used.
-        problem: why it cannot be used, or what is odd about it; empty if all is well.
-    """
-
-    name: str
-    size: Size | None
-    caption: str
-    caption_origin: Origin
-    problem: str
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What `validate` says of the pictures and captions."""
-
-    pictures: tuple[PictureReport, ...]
-    notes: tuple[Note, ...]
-
-    @property
-    def num_usable(self) -> int:
-        """Pictures that would be trained."""
-        return sum(picture.size is not None for picture in self.pictures)
-
-    @classmethod
-    def joined(cls, reports: Sequence[DataReport]) -> DataReport:
-        """What several sources of pictures hold together."""
-        pictures = tuple(picture for report in reports for picture in report.pictures)
-        notes = dict.fromkeys(note for report in reports for note in report.notes)
-        return cls(pictures, tuple(notes))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
-        return {
-            "num_usable": self.num_usable,
-            "pictures": [asdict(picture) for picture in self.pictures],
-            "notes": [note.model_dump() for note in self.notes],
-        }
 
 
 def prepare(
@@ -133,7 +84,7 @@ def prepare(
     pictures: list[Prepared] = []
     reasons: list[str] = []
     problems: list[Problem] = []
-    with _told_of(of_class), _opened(data, of_class) as (source, inventory):
+    with told_of(of_class), opened(data, of_class=of_class) as (source, inventory):
         yield from _events(inventory.notes, of_class)
         work = _Preparation(source, inventory, earlier, folder, mask, of_class, cache(_segmenter))
         for done, name in enumerate(inventory.names, start=1):
@@ -141,61 +92,22 @@ def prepare(
                 picture = work.prepared(name, len(pictures))
             except (BadEntry, BadPicture) as error:
                 reasons.append(f"`{name}`: {error}")
-                yield from _events([_warning(f"`{name}` is left out: {error}")], of_class)
+                yield from _events([warning(f"`{name}` is left out: {error}")], of_class)
             except BadMask as error:
-                message = f"the mask `{inventory.masks[name]}` {error}"
-                problems.append(Problem(FIELD, message, error.hint))
+                problems.append(mask_problem(inventory.masks[name], error))
             else:
                 pictures.append(picture)
-                remarks = [_warning(f"`{name}` {remark}") for remark in picture.all_remarks()]
+                remarks = [warning(f"`{name}` {remark}") for remark in picture.all_remarks()]
                 yield from _events(remarks, of_class)
             yield StageEvent(stage, done, len(inventory.names))
         if problems:
             raise InputError(problems)
         if not pictures:
-            raise _none_left(reasons)
+            raise none_left(reasons)
     digests = [(picture.name, picture.sha256) for picture in pictures]
-    yield from _events(_notes_on_the_set(digests, of_class), of_class)
+    yield from _events(notes_on_the_set(digests, of_class), of_class)
     publish_index(Index(target=(height, width), pictures=tuple(pictures)), folder)
     return tuple(picture.example(folder, is_class=of_class) for picture in pictures)
-
-
-def inspect(data: DataConfig, mask: MaskConfig, *, of_class: bool = False) -> DataReport:
-    """What `prepare` would find, without writing anything or segmenting any picture.
-
-    Raises:
-        InputError: pictures, given masks or captions cannot be used, or no picture is usable.
-    """
-    pictures: list[PictureReport] = []
-    digests: list[tuple[str, str]] = []
-    problems: list[Problem] = []
-    target = None
-    if data.resolution_height is not None and data.resolution_width is not None:
-        target = data.resolution_height, data.resolution_width
-    with _told_of(of_class), _opened(data, of_class) as (source, inventory):
-        for name in inventory.names:
-            caption = inventory.captions[name]
-            try:
-                content = source.read(name)
-                picture = decode(content)
-                _check_mask(_given(source, inventory, name, mask), picture, mask, of_class)
-            except (BadEntry, BadPicture) as error:
-                report = PictureReport(name, None, caption.text, caption.origin, str(error))
-            except BadMask as error:
-                message = f"the mask `{inventory.masks[name]}` {error}"
-                problems.append(Problem(FIELD, message, error.hint))
-                continue
-            else:
-                digests.append((name, sha256_of(content)))
-                problem = "; ".join(_remarks(picture, target))
-                report = PictureReport(name, picture.size, caption.text, caption.origin, problem)
-            pictures.append(report)
-        if problems:
-            raise InputError(problems)
-        if not digests:
-            raise _none_left([f"`{picture.name}`: {picture.problem}" for picture in pictures])
-    notes = (*inventory.notes, *_notes_on_the_set(digests, of_class))
-    return DataReport(tuple(pictures), tuple(_told(note, of_class) for note in notes))
 
 
 @dataclass(frozen=True)
@@ -262,7 +174,7 @@ class _Preparation:
             original_size=picture.size,
             size=(resized.height, resized.width),
             has_alpha=picture.alpha is not None,
-            remarks=_remarks(picture, target),
+            remarks=remarks_on(picture, target),
         )
 
     def _mask(
@@ -276,7 +188,7 @@ class _Preparation:
             picture: decoded, if that was necessary.
             content: of the picture's file.
         """
-        given = _given(self.source, self.inventory, name, self.mask)
+        given = given_mask_file(self.source, self.inventory, name, self.mask)
         origin = mask_origin(
             self.mask,
             of_class=self.of_class,
@@ -337,105 +249,6 @@ def _png(image: Image.Image) -> bytes:
     return encoded.getvalue()
 
 
-@contextmanager
-def _opened(data: DataConfig, of_class: bool) -> Iterator[tuple[Source, Inventory]]:
-    """The files of the pictures, and what they are."""
-    # Class pictures without a caption of their own get the class prompt.
-    if of_class:
-        data = data.model_copy(update={"skip_caption_generation": True})
-    with open_source(data.images_data_url) as source:
-        inventory = take_inventory(source, data)
-        if of_class:
-            # There is no option for a captions file of class pictures.
-            notes = tuple(n for n in inventory.notes if n.field != "captions_file_url")
-            inventory = replace(inventory, notes=notes)
-        yield source, inventory
-
-
-def _given(source: Source, inventory: Inventory, name: str, mask: MaskConfig) -> bytes | None:
-    """The content of the mask file that the user gave for a picture, if it is wanted.
-
-    Raises:
-        BadMask: it cannot be read.
-    """
-    if not mask.use_given_masks or name not in inventory.masks:
-        return None
-    try:
-        return source.read(inventory.masks[name])
-    except BadEntry as error:
-        raise BadMask(f"cannot be used: {error}", "save it as a greyscale PNG") from error
-
-
-def _check_mask(given: bytes | None, picture: Picture, mask: MaskConfig, of_class: bool) -> None:
-    """Refuses a mask file that cannot be used.
-
-    Raises:
-        BadMask: see `given_mask`.
-    """
-    origin = mask_origin(
-        mask, of_class=of_class, given_sha256="" if given is not None else None, has_alpha=False
-    )
-    if given is not None and origin is not None:
-        given_mask(given, picture.size, inverted=origin.inverted)
-
-
-@contextmanager
-def _told_of(of_class: bool) -> Iterator[None]:
-    """Puts errors down to the options of class pictures where it is about those."""
-    try:
-        yield
-    except InputError as error:
-        if not of_class:
-            raise
-        raise InputError(
-            [replace(p, field=CLASS_FIELDS.get(p.field, p.field)) for p in error.problems]
-        ) from error
-
-
-def _told(note: Note, of_class: bool) -> Note:
-    """A note, put down to the options of class pictures where it is about those."""
-    field = CLASS_FIELDS.get(note.field, note.field) if of_class else note.field
-    return note.model_copy(update={"field": field})
-
-
-def _remarks(picture: Picture, target: Size | None) -> tuple[str, ...]:
-    if target is None or enlargement(picture.size, target) <= LARGEST_ENLARGEMENT:
-        return picture.remarks
-    height, width = picture.size
-    times = enlargement(picture.size, target)
-    small = f"({width}x{height}) is enlarged {times:.1f} times and teaches blur; use a larger one"
-    return (*picture.remarks, small)
-
-
-def _notes_on_the_set(digests: Sequence[tuple[str, str]], of_class: bool) -> list[Note]:
-    """Remarks on all usable pictures together, given as names and sha256."""
-    notes = []
-    if len(digests) < FEW_PICTURES and not of_class:
-        message = f"only {len(digests)} pictures; at least {FEW_PICTURES} are recommended"
-        notes.append(_warning(message))
-    first_with: dict[str, str] = {}
-    for name, digest in digests:
-        first = first_with.setdefault(digest, name)
-        if first != name:
-            notes.append(_warning(f"`{name}` is the same picture as `{first}` and counts twice"))
-    return notes
-
-
-def _none_left(reasons: Sequence[str]) -> InputError:
-    shown = "; ".join(reasons[:_SHOWN_REASONS])
-    more = len(reasons) - _SHOWN_REASONS
-    return InputError.of(
-        FIELD,
-        f"no picture can be used: {shown}" + (f"; and {more} more" if more > 0 else ""),
-        f"give pictures that open in an image viewer; accepted: {ACCEPTED}",
-    )
-
-
-def _warning(message: str) -> Note:
-    return Note(kind="warning", field=FIELD, message=message)
-
-
 def _events(notes: Sequence[Note], of_class: bool) -> Iterator[NoteEvent]:
-    for note in notes:
-        told = _told(note, of_class)
-        yield NoteEvent(told.kind, told.field, told.message)
+    for note in (told(note, of_class) for note in notes):
+        yield NoteEvent(note.kind, note.field, note.message)

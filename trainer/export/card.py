@@ -114,9 +114,11 @@ def _front_matter(facts: TrainingFacts, state: AdapterState | None, tags: Sequen
     if is_hub_id(facts.base_model):
         relation = "finetune" if state is None else "adapter"
         lines += [f"base_model: {facts.base_model}", f"base_model_relation: {relation}"]
-    if facts.instance_prompt:
-        # A JSON string is a YAML string, whatever is in it.
-        lines.append(f"instance_prompt: {json.dumps(facts.instance_prompt, ensure_ascii=False)}")
+    # A JSON string is a YAML string, whatever is in it. The hub takes one prompt only.
+    lines += [
+        f"instance_prompt: {json.dumps(prompt, ensure_ascii=False)}"
+        for prompt in facts.instance_prompts[:1]
+    ]
     unique = dict.fromkeys(all_tags)
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in unique), "---"])
 
@@ -134,9 +136,12 @@ def _summary(facts: TrainingFacts, files: Sequence[CardFile], state: AdapterStat
         what += f", with new tokens for {', '.join(f'`{name}`' for name in facts.tokens)}"
     pictures = "picture" if facts.num_images == 1 else "pictures"
     text = f"{what}, trained on {facts.num_images} {pictures}."
-    if facts.instance_prompt:
-        text += f"\n\nPrompt it was trained with: `{facts.instance_prompt}`"
-    return text
+    prompts = [f"`{prompt}`" for prompt in facts.instance_prompts]
+    if len(prompts) > 1:
+        return "\n".join(
+            [f"{text}\n\nPrompts it was trained with:\n", *(f"- {p}" for p in prompts)]
+        )
+    return f"{text}\n\nPrompt it was trained with: {prompts[0]}" if prompts else text
 
 
 _WHOLE = ("denoiser_weights", "text_encoder_weights", "text_encoder_2_weights")

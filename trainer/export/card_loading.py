@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from trainer.export.embeddings import token_file_stems
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState
-from trainer.names import KohyaNames
+from trainer.names import KohyaNames, tokenizer_name
 
 KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 
@@ -60,14 +60,21 @@ def loading_sections(
             f"from diffusers import {pipeline_class}\n\n"
             f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
         )
-        prompt = facts.token_prompt if "embeddings" in found else facts.instance_prompt
-        end = f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]"
-        sections.append(_diffusers_section(start + "".join(loads) + end))
+        prompts = facts.token_prompts if "embeddings" in found else facts.instance_prompts
+        sections.append(_diffusers_section(start + "".join(loads) + _pictures(prompts)))
     if "kohya_lora" in found or "kohya_lora_comfyui" in found:
         sections.append(_interface_section(found))
     if "embeddings" in found:
         sections.append(_tokens_section(facts, files))
     return sections
+
+
+def _pictures(prompts: Sequence[str]) -> str:
+    if len(prompts) <= 1:
+        prompt = "".join(prompts)
+        return f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]"
+    lines = [f"    {json.dumps(prompt, ensure_ascii=False)},\n" for prompt in prompts]
+    return f"prompts = [\n{''.join(lines)}]\nimages = [pipe(p).images[0] for p in prompts]"
 
 
 def _whole_components(found: Mapping[str, str]) -> list[str]:
@@ -93,7 +100,7 @@ def _embeddings(found: Mapping[str, str], facts: TrainingFacts, names: KohyaName
         return []
     tokens = json.dumps([token for each in facts.tokens.values() for token in each])
     encoders = [
-        (key, f"pipe.{component}", f"pipe.{component.replace('text_encoder', 'tokenizer')}")
+        (key, f"pipe.{component}", f"pipe.{tokenizer_name(component)}")
         for component, key in names.embedding_keys.items()
     ]
     lines = ["from safetensors.torch import load_file", ""]

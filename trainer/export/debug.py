@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,56 +22,23 @@ Pixels = NDArray[np.uint8]
 Weights = NDArray[np.float32]
 
 
-class SeenExample(Protocol):
-    """An example as the training met it at one step."""
+@dataclass(frozen=True)
+class SeenExample:
+    """An example as the training met it at one step.
 
-    @property
-    def name(self) -> str:
-        """The picture's name among the training pictures."""
+    Args:
+        name: of its picture among the training pictures.
+        pixels: the picture (H, W, 3).
+        facts: everything else that is worth a look, as JSON can hold it.
+    """
 
-    @property
-    def caption(self) -> str:
-        """The text beside it, as it was encoded."""
-
-    @property
-    def is_class(self) -> bool:
-        """Whether it is a class image."""
-
-    @property
-    def step(self) -> int:
-        """The optimizer step."""
-
-    @property
-    def position(self) -> int:
-        """Its place among all examples of the run."""
-
-    @property
-    def flipped(self) -> bool:
-        """Whether it was mirrored."""
-
-    @property
-    def angle(self) -> float:
-        """Its rotation in degrees."""
-
-    @property
-    def original_size(self) -> tuple[int, int]:
-        """(height, width) before everything."""
-
-    @property
-    def crop_top_left(self) -> tuple[int, int]:
-        """(top, left) of the crop."""
-
-    @property
-    def target_size(self) -> tuple[int, int]:
-        """(height, width) after the crop."""
-
-    @property
-    def pixels(self) -> Pixels:
-        """The picture (H, W, 3)."""
+    name: str
+    pixels: Pixels
+    facts: Mapping[str, Any]
 
 
 def dataset_entries(examples: Iterable[SeenExample]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of `images/NUMBER_NAME.png`, then of `examples.jsonl` with the rest.
+    """Names and contents of `images/NUMBER_NAME.png`, then of `examples.jsonl` with the facts.
 
     Args:
         examples: taken one by one.
@@ -78,13 +46,13 @@ def dataset_entries(examples: Iterable[SeenExample]) -> Iterator[tuple[str, byte
     lines = []
     for number, example in enumerate(examples):
         name = f"images/{_stem(number, example)}.png"
-        lines.append(json.dumps({"file": name, **_facts(example)}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"file": name, **example.facts}, ensure_ascii=False) + "\n")
         yield name, _png(example.pixels)
     yield "examples.jsonl", "".join(lines).encode()
 
 
 def mask_entries(
-    examples: Iterable[tuple[SeenExample, Weights | None]],
+    examples: Iterable[tuple[SeenExample, Weights]],
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of `masks/NUMBER_NAME.npy` and of the same as a picture.
 
@@ -93,34 +61,13 @@ def mask_entries(
     stands for.
 
     Args:
-        examples: each with the loss's weights (h, w) in latent size; None: all of them are one.
+        examples: each with the loss's weights (h, w) in latent size, float32.
     """
-    for number, (example, given) in enumerate(examples):
+    for number, (example, weights) in enumerate(examples):
         height, width = example.pixels.shape[:2]
-        size = height // _PIXELS_PER_LATENT, width // _PIXELS_PER_LATENT
-        weights = np.ones(size, np.float32) if given is None else given.astype(np.float32)
         name = f"masks/{_stem(number, example)}"
         yield f"{name}.npy", _npy(weights)
         yield f"{name}.png", _png(_picture(weights, height, width))
-
-
-# All families' autoencoders make one latent of 8 x 8 pixels.
-_PIXELS_PER_LATENT = 8
-
-
-def _facts(example: SeenExample) -> dict[str, Any]:
-    return {
-        "name": example.name,
-        "caption": example.caption,
-        "is_class": example.is_class,
-        "step": example.step,
-        "position": example.position,
-        "flipped": example.flipped,
-        "angle": example.angle,
-        "original_size": list(example.original_size),
-        "crop_top_left": list(example.crop_top_left),
-        "target_size": list(example.target_size),
-    }
 
 
 def _stem(number: int, example: SeenExample) -> str:

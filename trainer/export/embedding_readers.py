@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer.export.readers import Reader, Reading, metadata_of
-from trainer.names import KohyaNames
+from trainer.names import KohyaNames, tokenizer_name
 
 # The two keys at which A1111 and Forge know a file for SDXL; any other file has one key.
 _TWO_KEYS = {"clip_l", "clip_g"}
@@ -26,7 +26,7 @@ def _read_diffusers(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Re
     tensors, tokens = load_file(path), _tokens(path)
     for key, component in _components(tensors, names).items():
         encoder = pipeline.components[component]
-        tokenizer = pipeline.components[component.replace("text_encoder", "tokenizer")]
+        tokenizer = pipeline.components[tokenizer_name(component)]
         num_known = encoder.get_input_embeddings().num_embeddings
         # A list of one token is stored as a matrix with one row, which diffusers takes too.
         pipeline.load_textual_inversion(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import durable
 from trainer.export.state import AdapterState, LayerName, LayerTensors, largest_ranks
@@ -113,16 +113,6 @@ class _EffectiveWeights(Mapping[str, Tensor]):
         return len(self._layers)
 
 
-def adaptable_layers(module: nn.Module) -> frozenset[str]:
-    """Paths of the linear and convolution layers, whose change a LoRA can hold.
-
-    A table of embeddings is a matrix too, so shapes alone do not tell.
-    """
-    return frozenset(
-        path for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    )
-
-
 def extract(
     base: Weights, trained: Weights, layers: Mapping[str, Collection[str]], *, rank: int
 ) -> Extraction:
@@ -134,7 +124,8 @@ def extract(
     Args:
         base: the weights before training.
         trained: the trained ones, of the same names; each pair is met on the device of these.
-        layers: component to paths of its layers; see `adaptable_layers`.
+        layers: component to paths of the layers whose change a LoRA can hold. Tables of
+            embeddings are matrices too, so shapes alone do not tell.
         rank: singular values to keep.
     """
     products: dict[LayerName, LayerTensors] = {}

@@ -16,7 +16,8 @@ class TrainingFacts:
     Args:
         output_name: name of the result.
         base_model: hub id or plain name of the base model; see `public_name`.
-        instance_prompt: the caption of pictures without one of their own.
+        instance_prompts: of each concept the caption of pictures without one of their own; of
+            several that are equal just one.
         num_images: training pictures; 0 where that is not known.
         width: trained width in pixels.
         height: trained height in pixels.
@@ -25,19 +26,19 @@ class TrainingFacts:
             in the card are written.
         tokens: identifier in the captions to the new tokens that stand for it, in the order of
             their rows; empty without new tokens.
-        token_prompt: the instance prompt with the tokens in the place of the identifiers.
+        token_prompts: the same with the tokens in the place of the identifiers.
     """
 
     output_name: str
     base_model: str = ""
-    instance_prompt: str = ""
+    instance_prompts: tuple[str, ...] = ()
     num_images: int = 0
     width: int = 0
     height: int = 0
     captions: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    token_prompt: str = ""
+    token_prompts: tuple[str, ...] = ()
 
 
 def public_name(model_url: str) -> str:

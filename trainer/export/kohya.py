@@ -254,8 +254,8 @@ def _model_spec(
     }
     if facts.width and facts.height:
         spec["modelspec.resolution"] = f"{facts.width}x{facts.height}"
-    if facts.instance_prompt:
-        spec["modelspec.trigger_phrase"] = facts.instance_prompt
+    if facts.instance_prompts:
+        spec["modelspec.trigger_phrase"] = ", ".join(facts.instance_prompts)
     if state.use_dora:
         spec["modelspec.usage_hint"] = _USAGE_HINTS[convention]
     return spec

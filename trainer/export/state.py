@@ -119,23 +119,6 @@ class AdapterState:
         return self.of_layers(self.algorithm, ranks, folded)
 
     @classmethod
-    def of_component(
-        cls,
-        component: str,
-        tensors: Mapping[str, Tensor],
-        strength: Strength,
-        *,
-        algorithm: Algorithm = "lora",
-        use_dora: bool = False,
-    ) -> AdapterState:
-        """An adapter on one component alone.
-
-        Args:
-            tensors: PEFT tensor name to tensor.
-        """
-        return cls(algorithm, use_dora, {component: tensors}, {component: strength})
-
-    @classmethod
     def of_layers(
         cls,
         algorithm: Algorithm,

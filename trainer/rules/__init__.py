@@ -9,11 +9,14 @@ from __future__ import annotations
 from trainer.rules.availability import NOT_AVAILABLE_YET, refusals
 from trainer.rules.concepts import (
     give_identifiers,
+    name_identifier_in_prompt,
+    refuse_identifiers_in_class,
     require_class,
     warn_of_prompts_without_identifier,
 )
 from trainer.rules.draft import Draft
-from trainer.rules.exclusions import EXCLUSIONS
+from trainer.rules.exclusions import EXCLUSIONS, leave_steps_to_denoiser
+from trainer.rules.idle import note_idle
 from trainer.rules.pictures import (
     hold_cached_windows,
     leave_captions_to_concepts,
@@ -21,7 +24,7 @@ from trainer.rules.pictures import (
     square_one_sided_size,
 )
 from trainer.rules.rates import fill_rates, one_rate_for_prodigy
-from trainer.rules.remarks import note_idle, warn_of_odd
+from trainer.rules.remarks import warn_of_odd, warn_of_weightless_class
 
 __all__ = ["NOT_AVAILABLE_YET", "Draft", "refusals", "settle"]
 
@@ -30,12 +33,16 @@ _RULES = (
     require_pictures,
     leave_captions_to_concepts,
     give_identifiers,
+    name_identifier_in_prompt,
     require_class,
+    refuse_identifiers_in_class,
+    leave_steps_to_denoiser,
     hold_cached_windows,
     square_one_sided_size,
     one_rate_for_prodigy,
     fill_rates,
     warn_of_odd,
+    warn_of_weightless_class,
     warn_of_prompts_without_identifier,
     note_idle,
 )

@@ -9,7 +9,14 @@ from trainer.config import Concept
 from trainer.errors import Problem
 from trainer.leaves import allowed, shown
 from trainer.rules.draft import Draft
-from trainer.sections.subjects import concepts_of, renamed, subjects_of
+from trainer.sections.subjects import (
+    concepts_of,
+    fields_of_concept,
+    inherits,
+    renamed,
+    subjects_of,
+    words,
+)
 
 FIRST_IDENTIFIER = "TOK"
 
@@ -33,6 +40,15 @@ def give_identifiers(draft: Draft) -> None:
         concept.model_copy(update={"token": token})
         for concept, token in zip(concepts, tokens, strict=True)
     )
+
+
+def name_identifier_in_prompt(draft: Draft) -> None:
+    """A prompt that nobody chose and that names no identifier is about the first one."""
+    prompt, names = draft.values["instance_prompt"], draft.values["token_abstraction"]
+    if "instance_prompt" in draft.explicit or words(names).search(prompt):
+        return
+    reason = f"`{FIRST_IDENTIFIER}` stands for the identifier, which is `{names[0]}`"
+    draft.settle("instance_prompt", renamed(prompt, FIRST_IDENTIFIER, names[0]), reason)
 
 
 def require_class(draft: Draft) -> None:
@@ -65,6 +81,29 @@ def require_class(draft: Draft) -> None:
         )
 
 
+def refuse_identifiers_in_class(draft: Draft) -> None:
+    """Pictures of the class must not teach new tokens what the subject is not."""
+    values = draft.values
+    if not values["train_text_encoder_ti"]:
+        return
+    if draft.wrong & {"photo_class", "class_prompt", "concepts", "token_abstraction"}:
+        return
+    problems: dict[str, Problem] = {}
+    for place, subject in enumerate(subjects_of(values)):
+        prompt = subject.class_prompt if subject.with_prior_preservation else None
+        found = words(values["token_abstraction"]).search(prompt or "")
+        if found is None:
+            continue
+        taken = inherits(concepts_of(values)[place], "class_prompt", values)
+        own = {} if taken else fields_of_concept(values["concepts"], place)
+        field = own.get("class_prompt", "class_prompt")
+        message = f"the class prompt {shown(prompt)} names the identifier `{found[0]}`, whose new "
+        message += "tokens would learn from pictures of the class; allowed: words without it"
+        hint = f"set `{field}` to the words for the class alone, or name the subject otherwise"
+        problems[field] = Problem(field, message, hint)
+    draft.problems.extend(problems.values())
+
+
 def warn_of_prompts_without_identifier(draft: Draft) -> None:
     """New tokens learn only from captions that name them."""
     values = draft.values
@@ -77,7 +116,7 @@ def warn_of_prompts_without_identifier(draft: Draft) -> None:
         place
         for place, subject in enumerate(subjects)
         if subject.captions_file_url is None
-        and not _names_one(str(subject.instance_prompt), names or [str(subject.token)])
+        and not words(names or [str(subject.token)]).search(str(subject.instance_prompt))
     ]
     own = [place for place in bare if concepts_of(values)[place].instance_prompt is not None]
     reason = "pictures without a caption of their own do not teach the new tokens"
@@ -88,10 +127,6 @@ def warn_of_prompts_without_identifier(draft: Draft) -> None:
     if own:
         listed = ", ".join(f"`concepts[{place}].instance_prompt`" for place in own)
         draft.note("warning", "concepts", f"{listed}: the concept's token does not occur: {reason}")
-
-
-def _names_one(prompt: str, identifiers: Sequence[str]) -> bool:
-    return any(renamed(prompt, name, "") != prompt for name in identifiers)
 
 
 def _handed_out(draft: Draft, concepts: Sequence[Concept]) -> list[str]:
@@ -126,5 +161,5 @@ def _rename(draft: Draft, names: tuple[str, ...]) -> None:
     draft.settle("token_abstraction", names, "these are the tokens of `concepts`")
     prompt = draft.values["instance_prompt"]
     reason = f"`{old}` stands for the token of each concept, the first of which is `{names[0]}`"
-    if not _names_one(prompt, names[:1]):
+    if not words(names[:1]).search(prompt):
         draft.settle("instance_prompt", renamed(prompt, old, names[0]), reason)

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.leaves import shown
 from trainer.rules.draft import Condition, Draft, Values, always
+from trainer.sections.learning import steps_of_share
 
 
 @dataclass(frozen=True)
@@ -112,3 +113,25 @@ EXCLUSIONS = (
         "the smallest timestep is below the bound of the largest",
     ),
 )
+
+
+def leave_steps_to_denoiser(draft: Draft) -> None:
+    """Steps must be left for a denoiser that waits for the new tokens.
+
+    Where epochs decide, the number of steps is not known before the pictures are.
+    """
+    waits, steps = "disable_unet_during_ti_training", "max_train_steps"
+    values = draft.values
+    if not (values["train_text_encoder_ti"] and values[waits]):
+        return
+    if values["num_train_epochs"] is not None or "num_train_epochs" in draft.wrong:
+        return
+    pivot = steps_of_share(values["train_text_encoder_ti_frac"], values[steps])
+    if pivot < values[steps]:
+        return
+    reason = f"the new tokens learn in the first {pivot} steps, and the denoiser never"
+    if waits in draft.explicit:
+        hint = f"lower `train_text_encoder_ti_frac`, or raise `{steps}`"
+        draft.clash(waits, steps, reason, hint)
+    else:
+        draft.settle(waits, False, f"`{steps}` is {values[steps]}: {reason}")

@@ -1,16 +1,10 @@
-"""What is odd or without effect in a configuration whose conflicts are settled.
-
-An odd value is kept, with a warning; an option without effect is noted as ignored.
-"""
+"""What is odd in a configuration whose conflicts are settled: it is kept, with a warning."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from trainer.config import Concept
 from trainer.leaves import shown
-from trainer.rules.draft import Condition, Draft, Values, differs, is_off, trains_text
-from trainer.sections.subjects import INHERITED, concepts_of, inherits, subjects_of
+from trainer.rules.draft import Condition, Draft
+from trainer.sections.subjects import concepts_of, fields_of_concept, inherits, subjects_of
 
 # Hot learning rates for all weights of a model, and timid ones: for Prodigy, whose learning rate
 # multiplies the step size that it estimates itself, and for new tokens, which AdamW moves by
@@ -29,71 +23,18 @@ def warn_of_odd(draft: Draft) -> None:
             draft.note("warning", leaf, f"{shown(draft.values[leaf])} {message}")
 
 
-def note_idle(draft: Draft) -> None:
-    """Notes every option without an effect, with the first reason that holds."""
-    noted: set[str] = set()
-    for leaves, idle, reason in IDLE:
-        if not idle(draft.values):
-            continue
-        for leaf in leaves:
-            if leaf not in noted:
-                draft.note("ignored", leaf, reason)
-        noted.update(leaves)
-
-
-def _is_file(values: Values) -> bool:
-    return str(values["model_url"]).endswith(".safetensors")
-
-
-def _is_local(values: Values) -> bool:
-    return _is_file(values) or Path(values["model_url"]).is_dir()
-
-
-def _prior_concepts(values: Values) -> list[tuple[Concept, Concept]]:
-    """The concepts with prior preservation: as given, and with what they inherit."""
-    pairs = zip(concepts_of(values), subjects_of(values), strict=True)
-    return [(given, filled) for given, filled in pairs if filled.with_prior_preservation]
-
-
-def _without_prior(values: Values) -> bool:
-    return not _prior_concepts(values)
-
-
-def _makes_no_class_images(values: Values) -> bool:
-    return all(filled.class_images_url is not None for _, filled in _prior_concepts(values))
-
-
-def _without_class_masks(values: Values) -> bool:
-    """No class picture has a mask: none is found, and none is given."""
-    if values["clip_seg_mask_prompt"]:
-        return _without_prior(values)
-    folders = [filled.class_images_url for _, filled in _prior_concepts(values)]
-    return not values["use_given_masks"] or not any(folders)
-
-
-def _class_has_its_words(values: Values) -> bool:
-    """Whether photo_class is asked by no concept: each has a prompt or a class of its own."""
-    return not any(
-        inherits(given, "photo_class", values)
-        and given.class_prompt is None
-        and values["class_prompt"] is None
-        for given, _ in _prior_concepts(values)
-    )
-
-
-def _each_has_its_own(leaf: str) -> Condition:
-    """Whether no concept takes this option from the run."""
-    asked = {"instance_prompt", "with_prior_preservation"}
-
-    def idle(values: Values) -> bool:
-        concepts = concepts_of(values)
-        if leaf not in asked:
-            concepts = tuple(given for given, _ in _prior_concepts(values))
-        return values["concepts"] is not None and not any(
-            inherits(concept, leaf, values) for concept in concepts
-        )
-
-    return idle
+def warn_of_weightless_class(draft: Draft) -> None:
+    """Class pictures whose loss has no weight are made and run for nothing."""
+    leaf = "prior_loss_weight"
+    concepts = concepts_of(draft.values)
+    weightless = set()
+    for place, subject in enumerate(subjects_of(draft.values)):
+        if subject.with_prior_preservation and subject.prior_loss_weight == 0:
+            own = fields_of_concept(draft.values["concepts"], place)
+            weightless.add(leaf if inherits(concepts[place], leaf, draft.values) else own[leaf])
+    for field in sorted(weightless):
+        message = "0: class pictures are made and run for nothing; to save the time, set "
+        draft.note("warning", field, f"{message}`with_prior_preservation: false`")
 
 
 # leaf, when it is odd, what to say after its value
@@ -144,131 +85,4 @@ WARNINGS: tuple[tuple[str, Condition, str], ...] = (
         lambda v: v["snr_gamma"] is not None and 0 < v["snr_gamma"] < SMALLEST_USUAL_GAMMA,
         "weakens the loss of most timesteps; 5 is the usual value, perhaps 5.0 was meant",
     ),
-)
-
-# leaves, when they have no effect, why
-IDLE: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
-    (
-        ("rank", "alpha", "lora_type", "use_dora", "target_unet_modules"),
-        is_off("use_lora"),
-        "all weights are trained, there is no adapter",
-    ),
-    (
-        ("lokr_factor",),
-        lambda v: not v["use_lora"] or v["lora_type"] != "lokr",
-        "lora_type is not lokr",
-    ),
-    (
-        ("kohya_dora",),
-        lambda v: not (v["use_lora"] and v["use_dora"]),
-        "no DoRA is trained",
-    ),
-    (("extract_rank",), lambda v: bool(v["use_lora"]), "an adapter is trained already"),
-    (
-        (
-            "train_text_encoder_frac",
-            "target_text_encoder_modules",
-            "text_encoder_rank",
-            "text_encoder_alpha",
-        ),
-        is_off("train_text_encoder"),
-        "train_text_encoder is false",
-    ),
-    (
-        ("target_text_encoder_modules", "text_encoder_rank", "text_encoder_alpha"),
-        is_off("use_lora"),
-        "all weights are trained, there is no adapter",
-    ),
-    (
-        (
-            "num_new_tokens_per_abstraction",
-            "train_text_encoder_ti_frac",
-            "disable_unet_during_ti_training",
-            "token_retraction",
-            "ti_pooling",
-        ),
-        is_off("train_text_encoder_ti"),
-        "train_text_encoder_ti is false",
-    ),
-    (
-        ("token_abstraction",),
-        lambda v: (
-            not v["train_text_encoder_ti"]
-            and v["skip_caption_generation"]
-            and v["concepts"] is None
-        ),
-        "no new tokens are trained and no captions are written",
-    ),
-    (
-        ("text_encoder_lr", "adam_weight_decay_text_encoder"),
-        lambda v: not trains_text(v),
-        "no text encoder and no new token is trained",
-    ),
-    (
-        (
-            "prior_loss_weight",
-            "photo_class",
-            "class_prompt",
-            "class_images_url",
-            "num_class_images",
-            "class_inference_steps",
-            "class_guidance_scale",
-        ),
-        _without_prior,
-        "with_prior_preservation is false",
-    ),
-    (
-        ("num_class_images", "class_inference_steps", "class_guidance_scale"),
-        _makes_no_class_images,
-        "class_images_url gives the class pictures",
-    ),
-    (("photo_class",), _class_has_its_words, "class_prompt has the words for the class"),
-    *(((leaf,), _each_has_its_own(leaf), "each concept has its own") for leaf in INHERITED),
-    (("class_image_mask_style",), _without_class_masks, "there are no class pictures with masks"),
-    (
-        ("clip_seg_mask_temperature", "clip_seg_mask_bias", "segmenter"),
-        is_off("clip_seg_mask_prompt"),
-        "clip_seg_mask_prompt is empty",
-    ),
-    (("lr_warmup_steps",), lambda v: v["lr_scheduler"] == "constant", "lr_scheduler is constant"),
-    (
-        ("lr_num_cycles",),
-        differs("lr_scheduler", "cosine_with_restarts"),
-        "lr_scheduler is not cosine_with_restarts",
-    ),
-    (("lr_power",), differs("lr_scheduler", "polynomial"), "lr_scheduler is not polynomial"),
-    (
-        (
-            "prodigy_beta3",
-            "prodigy_decouple",
-            "prodigy_use_bias_correction",
-            "prodigy_safeguard_warmup",
-        ),
-        differs("optimizer", "prodigy"),
-        "optimizer is not prodigy",
-    ),
-    (
-        ("max_train_steps",),
-        lambda v: v["num_train_epochs"] is not None,
-        "num_train_epochs decides the length of the run",
-    ),
-    (
-        ("caption_column",),
-        lambda v: not any(concept.captions_file_url for concept in concepts_of(v)),
-        "there is no captions_file_url",
-    ),
-    (
-        ("data_archive_format",),
-        lambda v: not v["debug_dataset"] and not v["debug_loss_masks"],
-        "no folders are delivered",
-    ),
-    (("num_workers",), lambda v: bool(v["cache_latents"]), "latents are cached"),
-    (
-        ("upscale_vae_32bit",),
-        lambda v: v["mixed_precision"] == "no",
-        "everything is computed in 32 bits",
-    ),
-    (("revision",), _is_local, "model_url is local"),
-    (("variant",), _is_file, "model_url is a single file"),
-    (("single_file_config",), lambda v: not _is_file(v), "model_url is not a single file"),
 )

@@ -13,6 +13,7 @@ from trainer.fields import (
     as_tuple,
     capitalized,
     clash,
+    stripped,
 )
 
 
@@ -23,7 +24,7 @@ class Concept(Section):
     """
 
     images_data_url: Text = Field(description="Its pictures: folder, archive or data: URI.")
-    token: Text | None = Field(
+    token: Annotated[Text | None, BeforeValidator(stripped)] = Field(
         None,
         pattern="^[^,]+$",
         description="Its identifier among token_abstraction. None: the identifier at its place.",

@@ -21,6 +21,11 @@ from trainer.fields import (
 CAPTION_TOKENS = 75
 
 
+def steps_of_share(share: float, total_steps: int) -> int:
+    """A share of a run in steps: the nearest whole number, and at least one."""
+    return max(1, round(share * total_steps))
+
+
 class TokenConfig(Section):
     """Pivotal tuning: new tokens for what is learnt."""
 
