@@ -10,12 +10,13 @@ from typing import Any
 import make_tiny_models
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from tiny import configuration, digests, losses, train
+from tiny import compose, configuration, digests, losses, train
 
 from trainer import engine
 from trainer.errors import CheckpointError, InputError, Interrupted, NonFiniteError
-from trainer.events import CheckpointEvent, FileEvent, StepEvent, VerifyEvent
+from trainer.events import CheckpointEvent, FileEvent, NoteEvent, StepEvent, VerifyEvent
 from trainer.job import RunFolder
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -244,3 +245,35 @@ def test_a_wish_to_stop_while_files_are_written_is_granted_and_the_next_run_deli
     again = train(config, tmp_path)
     assert losses(again) == []
     assert any(isinstance(event, VerifyEvent) for event in again)
+
+
+def test_pictures_of_which_the_masks_leave_nothing_to_see_are_told(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(photo_folder / "photo_4.jpg", photos)
+    # The picture is tall: the middle window does not reach its uppermost rows.
+    mask = Image.new("L", (300, 512))
+    mask.paste(255, (0, 0, 300, 20))
+    mask.save(photos / "photo_4_mask.png")
+    config = configuration(sd15_folder, photos)
+    with pytest.raises(InputError, match="the masks keep nothing of what is seen of any picture"):
+        compose(config, tmp_path / "alone")
+
+    shutil.copy(photo_folder / "photo_1.jpg", photos)
+    _, events = compose(config, tmp_path / "two")
+    notes = [event.message for event in events if isinstance(event, NoteEvent)]
+    assert any("`photo_4.jpg`: they teach nothing" in note for note in notes)
+
+
+def test_an_offset_without_room_is_reported_as_without_effect(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(photo_folder / "photo_1.jpg", photos)
+    leaves = {"random_crop_offset_x": 4, "cache_latents": False}
+    _, events = compose(configuration(sd15_folder, photos, **leaves), tmp_path / "run")
+    ignored = [e.field for e in events if isinstance(e, NoteEvent) and e.note == "ignored"]
+    assert "random_crop_offset_x" in ignored

@@ -15,7 +15,8 @@ from snapshots import changed, encoded, fresh, norm_of, stopped_after, watched
 from tiny import compose, configuration, digests, losses, steps, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import tokens
+from trainer import base_model, tokens
+from trainer.errors import InputError
 from trainer.events import Event, NoteEvent, PhaseEvent, StepEvent
 from trainer.job import RunFolder
 
@@ -445,3 +446,32 @@ def test_the_files_give_the_trained_prediction_in_a_fresh_pipeline_of_diffusers(
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     # The caption of another text would not pass.
     assert float((without - expected).abs().max()) > 1e-4
+
+
+def test_new_tokens_that_no_caption_asks_for_are_refused_before_a_model_is_loaded(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(photo_folder / "photo_1.jpg", photos)
+    leaves = {"train_text_encoder_ti": True, "instance_prompt": "a portrait of a woman"}
+    monkeypatch.setattr(base_model, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match="no caption has `TOK`, so the new tokens would learn"):
+        compose(configuration(sd15_folder, photos, **leaves), tmp_path / "run")
+
+
+def test_a_class_caption_with_an_identifier_deserves_a_warning(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {
+        "train_text_encoder_ti": True,
+        "with_prior_preservation": True,
+        "photo_class": "Woman",
+        # Its first picture has a caption of its own, which speaks of TOK.
+        "class_images_url": str(photo_folder),
+    }
+    _, events = compose(configuration(sd15_folder, photo_folder, **leaves), tmp_path / "run")
+    notes = [event.message for event in events if isinstance(event, NoteEvent)]
+    assert "1 class pictures have captions with `TOK`, which then learns the class: " in " ".join(
+        notes
+    )

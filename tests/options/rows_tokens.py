@@ -169,7 +169,11 @@ TOKEN = [
         ("conditioning", "gradient"),
         "the second identifier becomes the third and fourth token, the first does not touch it",
         captions_hold("A photograph of a <s2><s3>", [2, 3], 4),
-        base={**TOKENS, "instance_prompt": "A photograph of a TOK1"},
+        base={
+            **TOKENS,
+            "token_abstraction": "TOK1",
+            "instance_prompt": "A photograph of a TOK1",
+        },
         flipped={"token_abstraction": "TOK, TOK1"},
     ),
     acts(
