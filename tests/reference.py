@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from skimage.transform import rotate
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from trainer.randomness import key, permutation, source
 
+Array = NDArray[np.float64]
 SEED, WORDS = 42, ["<s0>", "<s1>"]
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
 
@@ -36,6 +39,7 @@ class Recipe:
     use_dora: bool = False
     pivot: int = 0
     masked: bool = False
+    rotation: float = 0
     snr_gamma: float = math.inf
     learning_rate: float = 2e-4
     batch: int = 2
@@ -75,9 +79,29 @@ def add_lora(unet: torch.nn.Module, recipe: Recipe) -> None:
     inject_adapter_in_model(config, unet)
 
 
+def turned(values: Array, angle: float) -> Array:
+    """Turned about the middle, degrees counter-clockwise; edges are repeated outside."""
+    return rotate(values, angle, order=1, mode="edge", preserve_range=True)
+
+
+def is_picture(angle: float, size: tuple[int, int]) -> Array:
+    """Which pixels of a turned picture have their middle inside it before it was turned."""
+    down, right = (np.indices(size) + 0.5) - np.array(size).reshape(2, 1, 1) / 2
+    point = (right + 1j * down) * np.exp(1j * math.radians(angle))
+    return (abs(point.real) <= size[1] / 2) & (abs(point.imag) <= size[0] / 2)
+
+
+def as_batch(values: Array) -> Tensor:
+    """(H, W, C) as (1, C, H, W) in 32 bits."""
+    return torch.from_numpy(values.transpose(2, 0, 1)[None]).float()
+
+
 def example_loss(pipe: Any, recipe: Recipe, path: Path, caption: str, position: int) -> Tensor:
     """The loss of one picture; class pictures have negative positions."""
-    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
+    picture = np.array(Image.open(path)).astype(np.float64)
+    luminance = picture @ [0.299, 0.587, 0.114] / 255
+    angle = source(SEED, "rotation", position).uniform(-recipe.rotation, recipe.rotation)
+    pixels = as_batch(turned(picture, angle).round()) / 255
     posterior = pipe.vae.encode(pixels * 2 - 1).latent_dist
     size = posterior.mean.shape[1:]
     latents = posterior.mean + posterior.std * normal("posterior", position, *size)
@@ -105,8 +129,8 @@ def example_loss(pipe: Any, recipe: Recipe, path: Path, caption: str, position: 
     target = signal * noise - sigma * latents if is_v else noise
     error = (prediction - target).square()
     if recipe.masked:
-        luminance = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
-        mask = avg_pool2d((luminance + 0.001).clamp(0, 1)[None], 8)
+        kept = turned((luminance + 0.001).clip(0, 1), angle) * is_picture(angle, picture.shape[:2])
+        mask = avg_pool2d(as_batch(kept[..., None]), 8)
         error = error * mask / mask.mean()
     snr = share / (1 - share)
     weight = min(snr, recipe.snr_gamma) / (snr + 1 if is_v else snr)

@@ -58,12 +58,14 @@ PIVOTAL = {
     "snr_gamma": 0.5,
     "cache_latents": False,
     "center_crop": False,
+    "random_rotation_start": -2,
+    "random_rotation_end": 2,
 }
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "plain LoRA": ({}, {}, 1e-6),
     "pivotal with prior and masks": (
         PIVOTAL,
-        {"use_dora": True, "pivot": 10, "masked": True, "snr_gamma": 0.5},
+        {"use_dora": True, "pivot": 10, "masked": True, "rotation": 2, "snr_gamma": 0.5},
         1e-6,
     ),
     "v-prediction": ({"snr_gamma": 5.0}, {"snr_gamma": 5.0}, 1e-6),
