@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Makes tiny base models with random weights and the true structure of their families.
+"""Makes tiny models with random weights and the true structure of their families.
 
+Base models, and models that look at pictures: CLIPSeg, and a LLaVA that says the same of each.
 Layer names, block layout, conditioning and file layout are those of the real checkpoints; only
 widths are small, so that a training runs in seconds on a processor. Nothing is downloaded.
 
-Usage: make_tiny_models.py sd15|sdxl FOLDER
+Usage: make_tiny_models.py sd15|sdxl|clipseg|llava FOLDER
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -22,12 +24,26 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPSegProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.utils import logging
 
 NOISE_SCHEDULE = {
     "beta_start": 0.00085,
@@ -37,6 +53,28 @@ NOISE_SCHEDULE = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
+
+# What a LLaVA says of every picture: from then on all that is written can be checked. No word may
+# stand in it twice.
+SENTENCE = "one white cup of coffee stands on the brown table."
+
+# The prompt of llava-hf/llava-1.5-7b-hf, cut down to one user and one picture.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SPECIAL_WORDS = ("<pad>", "<s>", "</s>", "<unk>")
+ENGLISH = (
+    *("a", "the", "of", "in", "on", "with", "man", "woman", "cat", "cup", "red", "green"),
+    *("blue", "photo", "table", "smiles", "sits", ",", "."),
+)
+
+# Of pictures as models that look at them see them.
+VISION_SIDE = 64
+# What weights in 4 bits are cut to blocks of.
+VISION_WIDTH = 64
 
 
 def make_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
@@ -124,6 +162,166 @@ def make_sdxl(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) 
     return folder
 
 
+def make_clipseg(folder: Path, *, seed: int = 0) -> Path:
+    """A CLIPSeg whose map of a picture is 352 x 352 like the real one's."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder, "<|endoftext|>")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text: dict[str, Any] = {
+        **shape,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPSegConfig(
+        text_config=text,
+        vision_config={**shape, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+        reduce_dim=8,
+        extract_layers=[0, 1, 2],
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    )
+    pictures = ViTImageProcessorPil(
+        size={"height": 352, "width": 352},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    return save(folder, CLIPSegForImageSegmentation(config), CLIPSegProcessor(pictures, tokenizer))
+
+
+def make_llava(folder: Path, *, says: str | None = SENTENCE, template: bool = True) -> Path:
+    """A LLaVA 1.5 that says the same of every picture.
+
+    Args:
+        says: the sentence; None: random words.
+        template: bring a prompt, as its first checkpoints did not.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_words(":", says, extra=("<image>",))
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=VISION_SIDE,
+        patch_size=16,
+    )
+    side = {"height": VISION_SIDE, "width": VISION_SIDE}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": VISION_SIDE}, crop_size=side),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE if template else None,
+    )
+    return save(folder, llava_model(tokenizer, vision, "<image>", ":", says, "default"), processor)
+
+
+def save(folder: Path, model: PreTrainedModel, processor: Any) -> Path:
+    """Saves quietly; a bar of progress for a hundred kilobytes tells nothing."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if shown:
+        logging.enable_progress_bar()
+    return folder
+
+
+def make_words(
+    start: str,
+    says: str | None,
+    *,
+    extra: tuple[str, ...],
+    named: dict[str, str] | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, with those of the sentence and the one before it."""
+    said = says.replace(".", " .").replace(",", " ,").split() if says else []
+    vocabulary = list(dict.fromkeys([*SPECIAL_WORDS, *extra, start, *ENGLISH, *said]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary.index("<s>"))]
+    )
+    marks = [word for word in extra if word.startswith("<")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=named or marks,
+    )
+
+
+def width_for(tokenizer: PreTrainedTokenizerFast) -> int:
+    """A width in which every word can have a direction of its own."""
+    return -(-len(tokenizer) // VISION_WIDTH) * VISION_WIDTH
+
+
+def llava_model(
+    tokenizer: PreTrainedTokenizerFast,
+    vision: Any,
+    image: str,
+    start: str,
+    says: str | None,
+    strategy: Any,
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with these eyes, that says the sentence after the word `start`."""
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width_for(tokenizer),
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(image),
+        vision_feature_select_strategy=strategy,
+    )
+    model = LlavaForConditionalGeneration(config)
+    teach(model, model.model.language_model, tokenizer, start, says)
+    return model
+
+
+@torch.no_grad()
+def teach(
+    model: PreTrainedModel,
+    language: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    start: str,
+    says: str | None,
+) -> None:
+    """Gives weights that follow `start` by the sentence: each word's direction calls the next."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if says is None:
+        return
+    said = tokenizer(says, add_special_tokens=False).input_ids
+    assert len(set(said)) == len(said), "a word stands twice in the sentence"
+    for layer in language.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    language.embed_tokens.weight.copy_(torch.eye(*language.embed_tokens.weight.shape))
+    model.lm_head.weight.zero_()
+    chain = [tokenizer.convert_tokens_to_ids(start), *said, tokenizer.eos_token_id]
+    for word, following in zip(chain, chain[1:], strict=False):
+        model.lm_head.weight[following, word] = 10.0
+
+
 def _make_vae(*, scaling_factor: float) -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=64,
@@ -166,7 +364,12 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
-MAKERS = {"sd15": make_sd15, "sdxl": make_sdxl}
+MAKERS = {
+    "sd15": make_sd15,
+    "sdxl": make_sdxl,
+    "clipseg": make_clipseg,
+    "llava": make_llava,
+}
 
 
 def main() -> None:

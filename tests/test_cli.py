@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import make_tiny_models
 import pytest
 from click.testing import CliRunner
 
@@ -379,7 +380,10 @@ def test_a_refused_command_leaves_the_finished_result(
 def test_a_request_leaves_its_services_answer_beside_the_result(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
+    clipseg = make_tiny_models.make_clipseg(tmp_path / "clipseg")
+    llava = make_tiny_models.make_llava(tmp_path / "llava")
     flags = [*small_run(sd15_folder, photo_folder), "--max-train-steps", "1"]
+    flags += ["--clipseg-url", str(clipseg), "--captioner", str(llava)]
 
     code = commands.run(
         ["train", *TRIAL, "--dialect", "fal", *flags, "--output", str(tmp_path / "run")]

@@ -249,8 +249,9 @@ def test_a_note_names_the_concept_that_it_is_about(
         ("concepts[1].images_data_url", "only 3"),
     ]
     assert "concepts[1].instance_prompt" in {event.field for event in said}
-    notes = inspect_pictures(config).notes
-    assert {(e.field, e.message) for e in said} == {(n.field, n.message) for n in notes}
+    # That there are few, `validate` tells in its advice.
+    others = {(e.field, e.message) for e in said if e.message not in few.values()}
+    assert others == {(note.field, note.message) for note in inspect_pictures(config).notes}
 
 
 def test_class_pictures_of_the_run_and_pictures_without_concepts_keep_their_names(

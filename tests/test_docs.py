@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import click
+import make_tiny_models
 import pytest
 from make_parameter_table import page_with_table
 
@@ -110,7 +111,12 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = {"model-url": sd15_folder, **TINY_RUN}
+    flags = {
+        "model-url": sd15_folder,
+        "clipseg-url": make_tiny_models.make_clipseg(tmp_path / "clipseg"),
+        "captioner": make_tiny_models.make_llava(tmp_path / "llava"),
+        **TINY_RUN,
+    }
     tiny = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     payload = json.loads((ROOT / "configs/payloads/fal_personalization.json").read_text())
     configuration, *_ = blocks("README.md", "yaml")
@@ -122,7 +128,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
 
     for arguments in run_here("README.md"):
-        trains = arguments[0] in ("train", "estimate")
+        trains = arguments[0] in ("train", "prepare", "estimate")
         code = run([*arguments, *(tiny if trains else [])])
 
         said = capsys.readouterr()
@@ -130,7 +136,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
         assert said.out
 
     folders = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert folders == {"me", "person", "portrait", "lora"}
+    assert folders == {"look", "me", "person", "portrait", "lora"}
     assert (tmp_path / "runs/lora/result.fal.json").exists()
     assert list((tmp_path / "runs/me/logs").iterdir())
 

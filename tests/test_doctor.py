@@ -6,7 +6,9 @@ import shutil
 import socket
 import sys
 from collections import namedtuple
+from pathlib import Path
 
+import cv2
 import pytest
 from packaging.requirements import Requirement
 
@@ -91,3 +93,31 @@ def test_disk_space_is_judged(monkeypatch: pytest.MonkeyPatch, free: float, stat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))
 
     assert doctor.disk_finding().status == status
+
+
+def test_a_torchvision_made_for_another_torch_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    finding = doctor.torchvision_finding()
+
+    assert finding.status == "fail"
+    assert "torchvision::nms" in finding.message
+    assert finding.fix.startswith("pip uninstall torchvision")
+
+
+def test_an_opencv_without_cascades_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.opencv_finding().status == "ok"
+    monkeypatch.delattr(cv2, "CascadeClassifier")
+
+    finding = doctor.opencv_finding()
+
+    assert finding.status == "warn"
+    assert "lacks CascadeClassifier" in finding.message
+    assert "<5" in finding.fix

@@ -146,3 +146,17 @@ def test_everything_is_synced_before_it_gets_its_name(
     monkeypatch.setattr(os, "rename", rename)
     durable.publish_folder(temporary, tmp_path / "step-1")
     assert calls == ["sync a", "sync .tmp-1", "name step-1", f"sync {tmp_path.name}"]
+
+
+def test_a_finished_file_gets_its_name_in_place_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-a").write_bytes(b"new")
+    (tmp_path / "a").write_bytes(b"old")
+
+    durable.publish_file(tmp_path / ".tmp-a", tmp_path / "a")
+
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"new")]
+
+
+def test_a_finished_file_that_is_gone_is_a_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="could not be written"):
+        durable.publish_file(tmp_path / ".tmp-a", tmp_path / "a")

@@ -257,7 +257,7 @@ def test_pictures_of_which_the_masks_leave_nothing_to_see_are_told(
     mask = Image.new("L", (300, 512))
     mask.paste(255, (0, 0, 300, 20))
     mask.save(photos / "photo_4_mask.png")
-    config = configuration(sd15_folder, photos)
+    config = configuration(sd15_folder, photos, enable_bucket=False)
     with pytest.raises(InputError, match="the masks keep nothing of what is seen of any picture"):
         compose(config, tmp_path / "alone")
 

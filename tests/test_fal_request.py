@@ -8,14 +8,17 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
-import snapshots
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from skimage import data as pictures
 from snapshots import stopped_after
 from tiny import compose, digests, train
+from tiny_vision import tiny_clipseg, tiny_llava
 
 from trainer import cli as commands
 from trainer.config import TrainingConfig
+from trainer.data.prepared import Index
 from trainer.dialects.fal_personalization import Input
 from trainer.flags import configuration
 from trainer.job import RunFolder
@@ -23,23 +26,42 @@ from trainer.job import RunFolder
 PAYLOADS = Path(__file__).parent.parent / "configs" / "payloads"
 REQUEST = PAYLOADS / "fal_personalization.json"
 SMALLER = PAYLOADS / "fal_personalization_tiny.yaml"
-STEPS, PIVOT, PICTURES = 8, 4, 5
+STEPS, PIVOT = 8, 4
+# Left, top, right and lower edge of what is cut out of a portrait whose face is at (177, 66) and
+# 96 x 110 large: it is never in the middle.
+CUTS = (
+    (0, 0, 460, 300),
+    (150, 0, 512, 250),
+    (60, 20, 300, 512),
+    (100, 0, 420, 400),
+    (30, 0, 330, 220),
+)
+SAID = "one person smiles before two flags."
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive that the request names."""
+    """What the request and its trial need: the archive, and models that look at pictures."""
     root = tmp_path_factory.mktemp("fal")
-    folder = snapshots.write_pictures(root / "pictures", PICTURES)
+    portrait = Image.fromarray(pictures.astronaut())
     with ZipFile(root / "photographs.zip", "w") as archive:
-        for picture in sorted(folder.iterdir()):
-            archive.write(picture, f"holiday/{picture.name}")
+        for number, cut in enumerate(CUTS):
+            portrait.crop(cut).save(root / f"{number}.png")
+            archive.write(root / f"{number}.png", f"holiday/{number}.png")
+    tiny_clipseg(root / "clipseg")
+    tiny_llava(root / "llava", says=SAID)
     return root / "photographs.zip"
 
 
 def given(model: Path, photographs: Path) -> list[str]:
     """The command line's arguments beside the request."""
-    return ["--images-data-url", str(photographs), "--model-url", str(model)]
+    places = {
+        "images-data-url": photographs,
+        "model-url": model,
+        "clipseg-url": photographs.parent / "clipseg",
+        "captioner": photographs.parent / "llava",
+    }
+    return [word for name, place in places.items() for word in (f"--{name}", str(place))]
 
 
 def requested(model: Path, photographs: Path, *flags: str) -> TrainingConfig:
@@ -93,10 +115,32 @@ def test_every_field_but_those_of_the_small_trial_has_fals_default(
     assert training.schedule.pivot == PIVOT
 
 
+def test_each_picture_is_cropped_to_its_face_masked_and_captioned(whole: RunFolder) -> None:
+    index = Index.model_validate_json((whole.prepared / "prepared.json").read_text())
+    assert len(index.pictures) == len(CUTS)
+    for picture, cut in zip(index.pictures, CUTS, strict=True):
+        x, y, scale = 177 + 48 - cut[0], 66 + 55 - cut[1], picture.view.size[1] / (cut[2] - cut[0])
+        assert picture.window is not None
+        top, left = picture.window
+        assert left < x * scale < left + 64, picture.name
+        assert top < y * scale < top + 64, picture.name
+        assert picture.mask is not None
+        assert (picture.mask.origin.kind, picture.mask.origin.prompt) == ("segmented", "head")
+        assert 0 < picture.mask.mean < 1
+        assert picture.caption_origin == "generated"
+        assert picture.caption == f"TOK {SAID.removesuffix('.')}"
+    # The service's mask lies on class pictures too.
+    of_class = (whole.prepared / "class_1" / "prepared.json").read_text()
+    masks = [picture.mask for picture in Index.model_validate_json(of_class).pictures]
+    assert [mask.origin.prompt for mask in masks if mask is not None] == ["head"] * 4
+
+
 def test_every_stage_of_the_request_is_told_in_its_order(whole: RunFolder) -> None:
     events = whole.read_events()
     stages = list(dict.fromkeys(e["stage"] for e in events if e["event"] == "stage"))
-    assert stages[:4] == ["prepare", "class images", "prepare class images", "encode captions"]
+    assert stages[:5] == [
+        *("prepare", "caption", "class images", "prepare class images", "encode captions"),
+    ]
     assert "verify" in stages
     kinds = [e["event"] for e in events if e["event"] in ("run", "phase", "checkpoint", "step")]
     before, after = ["phase", *["step"] * PIVOT], ["phase", *["step"] * (STEPS - PIVOT)]

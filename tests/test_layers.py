@@ -19,7 +19,10 @@ LONGEST_FUNCTION = 60
 # Room: (its modules, the rooms it may look into). A folder stands for all modules in it.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": (
-        {"", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"},
+        {
+            *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
+            "fetch",
+        },
         set(),
     ),
     "configuration": (
@@ -33,7 +36,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"foundation", "configuration", "objectives"},
     ),
     "families": ({"families"}, {"foundation", "configuration", "objectives"}),
-    "data": ({"data"}, {"foundation", "configuration"}),
+    "images": ({"images"}, {"foundation", "configuration"}),
+    "sources": ({"sources"}, {"foundation", "configuration", "images"}),
+    "data": ({"data"}, {"foundation", "configuration", "images", "sources"}),
     "export": ({"export"}, {"foundation", "configuration", "job"}),
     "pipeline": (
         {
@@ -42,7 +47,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
-            "data",
+            *("data", "sources", "images"),
         },
     ),
     "forecast": (
@@ -51,7 +56,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "foundation",
             "configuration",
             "families",
-            "data",
+            *("data", "sources", "images"),
             "mathematics",
             "objectives",
             "pipeline",
@@ -61,22 +66,33 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"engine", "training", "results", "artifacts"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
-            *("data", "export", "pipeline", "forecast"),
+            *("data", "sources", "images", "export", "pipeline", "forecast"),
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
     "listeners": ({"listeners"}, {"foundation", "configuration", "job"}),
     "doors": (
-        {"cli", "__main__", "flags", "runner", "doctor"},
+        {"cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
-            *("data", "export", "pipeline", "forecast", "engine", "dialects", "listeners"),
+            *(
+                "data",
+                "sources",
+                "images",
+                "export",
+                "pipeline",
+                "forecast",
+                "engine",
+                "dialects",
+                "listeners",
+            ),
         },
     ),
 }
 
 WITHOUT_TORCH = [
     "errors",
+    "fetch",
     "randomness",
     "names",
     "events",

@@ -16,7 +16,6 @@ from options.tables import ROWS, observables
 from options.world import World
 
 from trainer.config import LEAVES
-from trainer.rules import NOT_AVAILABLE_YET
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +42,13 @@ def test_the_option_does_what_its_row_says(family: str, row: Row, lab: Lab) -> N
     row.shows(Case(row, family, lab))
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.acts_on])
+def test_an_option_that_acts_is_not_said_to_be_idle(row: Row, lab: Lab) -> None:
+    case = Case(row, row.families[0], lab)
+
+    assert row.leaf not in case.config(row.flipped).resolved.ignored_options
+
+
 def test_every_option_has_a_row_for_every_family() -> None:
     assert len(LEAVES) > 90
     for family in ("sd15", "sdxl"):
@@ -52,10 +58,4 @@ def test_every_option_has_a_row_for_every_family() -> None:
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_an_option_is_seen_somewhere_or_only_ever_refused(leaf: str) -> None:
-    unseen = {"face_aware_cropping", "model_family", "skip_caption_generation"}
-    assert (leaf in unseen) == (observables()[leaf] == ())
-
-
-def test_what_cannot_be_had_yet_has_a_row_about_its_refusal() -> None:
-    refusals = {row.leaf for row in ROWS if row.says.startswith("is refused")}
-    assert set(NOT_AVAILABLE_YET) <= refusals
+    assert (observables()[leaf] == ()) == (leaf == "model_family")

@@ -64,13 +64,21 @@ def start_until_step(arguments: list[str], output: Path, step: int) -> subproces
     raise AssertionError(f"never saw step {step}: {process.communicate()[0]}")
 
 
+# A batch holds pictures of one size: where sizes differ, batches of another length are others.
+SAME_GLOBAL_BATCH = [
+    (["--enable-bucket=false", "--batch-size", "4"], ["--enable-bucket=false"]),
+    (["--gradient-accumulation-steps", "2", "--batch-size", "2"], []),
+]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("alone", "together"), SAME_GLOBAL_BATCH)
 def test_two_processes_train_like_one_with_the_same_global_batch(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, alone: list[str], together: list[str]
 ) -> None:
-    one = run(command(sd15_folder, photo_folder, tmp_path / "one", "--batch-size", "4"))
+    one = run(command(sd15_folder, photo_folder, tmp_path / "one", *alone))
     two = run(
-        command(sd15_folder, photo_folder, tmp_path / "two", "--batch-size", "2"),
+        command(sd15_folder, photo_folder, tmp_path / "two", *together, "--batch-size", "2"),
         *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     )
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr

@@ -10,7 +10,6 @@ from trainer.config import LEAVES, TrainingConfig
 from trainer.errors import InputError, Problem
 from trainer.leaves import allowed
 from trainer.resolve import Layer, resolve
-from trainer.rules import NOT_AVAILABLE_YET
 from trainer.rules.idle import IDLE, IDLE_IN_SUBJECT
 from trainer.sections.subjects import INHERITED
 
@@ -37,12 +36,12 @@ def of_concepts(*concepts: dict[str, object], **values: object) -> Layer:
 
 
 def resolved(*layers: Layer) -> TrainingConfig:
-    return resolve(layers, refuse=False)
+    return resolve(layers)
 
 
-def problems_of(*layers: Layer, refuse: bool = False) -> list[Problem]:
+def problems_of(*layers: Layer) -> list[Problem]:
     with pytest.raises(InputError) as caught:
-        resolve(layers, refuse=refuse)
+        resolve(layers)
     return list(caught.value.problems)
 
 
@@ -183,12 +182,10 @@ def test_every_problem_is_named_at_once() -> None:
                 "learning_rate": float("nan"),
                 "min_timestep_trained": 500,
                 "max_timestep_trained": 500,
-                "face_aware_cropping": True,
                 "with_prior_preservation": True,
             },
             explicit=True,
-        ),
-        refuse=True,
+        )
     )
 
     assert {problem.field for problem in problems} == {
@@ -197,10 +194,9 @@ def test_every_problem_is_named_at_once() -> None:
         "learning_rate",
         "images_data_url",
         "min_timestep_trained",
-        "face_aware_cropping",
         "photo_class",
     }
-    assert len(problems) == 7
+    assert len(problems) == 6
 
 
 @pytest.mark.parametrize(
@@ -244,6 +240,7 @@ CONFLICTS = [
     ({"train_text_encoder": True}, {"train_text_encoder_ti": True}),
     ({"lora_type": "lokr"}, {"use_dora": True}),
     ({"center_crop": True}, {"face_aware_cropping": True}),
+    ({"face_restore": "gfpgan_1.4"}, {"face_detector": "haar"}),
     ({"random_rotation_start": 5}, {"random_rotation_end": -5}),
     ({"min_timestep_trained": 900}, {"max_timestep_trained": 800}),
     ({"cache_latents": True}, {"center_crop": False}),
@@ -499,6 +496,14 @@ WAKING: dict[str, dict[str, object]] = {
     "segmenter": {"clip_seg_mask_prompt": "head"},
     "clip_seg_mask_temperature": {"clip_seg_mask_prompt": "head"},
     "clip_seg_mask_bias": {"clip_seg_mask_prompt": "head"},
+    "clipseg_url": {"clip_seg_mask_prompt": "head"},
+    "face_detector": {"face_crop_region": 1.4},
+    "face_detector_path": {"face_restore": "gfpgan_1.4"},
+    "face_restore_upscale": {"face_restore": "gfpgan_1.4"},
+    "face_restorer_path": {"face_restore": "gfpgan_1.4"},
+    "captioner": {"skip_caption_generation": False},
+    "caption_mode": {"skip_caption_generation": False},
+    "captioner_load_in_4bit": {"skip_caption_generation": False},
     "lr_warmup_steps": {"lr_scheduler": "cosine"},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
@@ -507,7 +512,6 @@ WAKING: dict[str, dict[str, object]] = {
     "prodigy_use_bias_correction": {"optimizer": "prodigy"},
     "prodigy_safeguard_warmup": {"optimizer": "prodigy"},
     "max_train_steps": {},
-    "caption_column": {"captions_file_url": "captions.jsonl"},
     "data_archive_format": {"debug_dataset": True},
     "num_workers": {"cache_latents": False},
     "upscale_vae_32bit": {},
@@ -599,36 +603,6 @@ def test_a_local_folder_has_no_revision(tmp_path: Path) -> None:
 
     assert "revision" in ignored(config)
     assert "variant" not in ignored(config)
-
-
-# ----------------------------------------------------------------------------- not available yet
-
-ASKING: dict[str, object] = {"face_aware_cropping": True, "clip_seg_mask_prompt": "head"}
-OFF: dict[str, object] = {"face_aware_cropping": False, "clip_seg_mask_prompt": ""}
-
-
-def test_what_cannot_act_yet_has_a_case_here() -> None:
-    assert set(ASKING) == set(OFF) == set(NOT_AVAILABLE_YET)
-
-
-@pytest.mark.parametrize("leaf", NOT_AVAILABLE_YET)
-def test_what_cannot_act_yet_is_refused_with_the_value_that_switches_it_off(leaf: str) -> None:
-    (problem,) = problems_of(given(**{leaf: ASKING[leaf]}), refuse=True)
-
-    assert problem.field == leaf
-    assert "not available yet" in problem.message
-    assert f"`{leaf}: " in problem.hint
-
-
-def test_the_value_named_by_a_refusal_is_accepted() -> None:
-    assert resolve([assumed(**ASKING), given(**OFF)]).resolved.explicit
-
-
-def test_a_mask_prompt_is_refused_only_where_clipseg_should_find_it() -> None:
-    (problem,) = problems_of(given(clip_seg_mask_prompt="head"), refuse=True)
-
-    assert problem.hint == 'set `segmenter: luminance` or `clip_seg_mask_prompt: ""`'
-    assert resolve([given(clip_seg_mask_prompt="head", segmenter="luminance")])
 
 
 @pytest.mark.parametrize(
@@ -792,13 +766,13 @@ def test_a_token_that_is_no_explicit_identifier_is_refused_and_so_is_a_place_wit
 def test_a_prompt_that_nobody_chose_names_the_chosen_identifier(
     listed: bool, leaves: dict[str, object]
 ) -> None:
-    leaves = {"token_abstraction": "sks,dog", **leaves}
+    leaves = {"token_abstraction": "sks,ohwx", **leaves}
     config = resolved(of_concepts({}, {}, **leaves) if listed else given(**leaves))
-    alone = resolved(of_concepts({"token": "sks"}, {"token": "dog"}))
+    alone = resolved(of_concepts({"token": "sks"}, {"token": "ohwx"}))
 
     assert config.data.instance_prompt == "A photograph of a sks" == alone.data.instance_prompt
     prompts = [subject.instance_prompt for subject in config.subjects()]
-    assert prompts == ["A photograph of a sks", "A photograph of a dog"][: len(prompts)]
+    assert prompts == ["A photograph of a sks", "A photograph of a ohwx"][: len(prompts)]
     (note,) = [note for note in config.resolved.notes if note.kind == "yielded"]
     assert (note.field, warned(config)) == ("instance_prompt", set())
     assert note.message == (
@@ -1025,3 +999,25 @@ def test_a_weight_of_nothing_is_warned_of_where_it_is_given() -> None:
 
     assert warned(resolved(one)) == {"concepts[0].prior_loss_weight"}
     assert warned(resolved(both)) == {"concepts[0].prior_loss_weight", "prior_loss_weight"}
+
+
+@pytest.mark.parametrize("trigger", ["man", "Person", "dogs", "a photo of a woman", "the style"])
+def test_everyday_words_are_no_good_identifiers(trigger: str) -> None:
+    config = resolved(given(token_abstraction=[trigger], instance_prompt=trigger))
+
+    (message,) = [n.message for n in config.resolved.notes if "ordinary word" in n.message]
+    assert message.startswith(f"`{trigger}`")
+
+
+@pytest.mark.parametrize("trigger", ["TOK", "TOK1", "SIDAI", "photo of SIDAI", "ohwx man", "!"])
+def test_a_made_up_word_is_a_good_identifier_also_among_everyday_words(trigger: str) -> None:
+    config = resolved(given(token_abstraction=[trigger], instance_prompt=trigger))
+
+    assert not [n for n in config.resolved.notes if "ordinary word" in n.message]
+
+
+def test_a_new_token_may_have_the_name_of_an_everyday_word() -> None:
+    options = {"token_abstraction": ["dog"], "instance_prompt": "a dog"}
+    config = resolved(given(**options, train_text_encoder_ti=True))
+
+    assert not [n for n in config.resolved.notes if "ordinary word" in n.message]

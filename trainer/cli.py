@@ -10,20 +10,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from trainer import __version__
 from trainer.errors import InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.leaves import nearest
+from trainer.printing import checked, diagnosis, emit, pairs, paper, prepared, print_json, talk
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -41,6 +40,11 @@ MET_BY_EVERY_PROCESS = ("input", "interrupted", "checkpoint")
 
 request_argument = click.argument("request", required=False, type=click.Path(path_type=Path))
 overrides_argument = click.argument("overrides", nargs=-1, type=click.Path(path_type=Path))
+output_option = click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Run folder; one with checkpoints is gone on from. [default: runs/<output_name>]",
+)
 preset_option = click.option("--preset", metavar="NAME", help="Start from a preset.")
 dialect_option = click.option(
     "--dialect", metavar="NAME", help="REQUEST is a JSON request to this service, such as fal."
@@ -57,11 +61,7 @@ def cli() -> None:
 @cli.command(cls=HyperparameterCommand)
 @request_argument
 @overrides_argument
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Run folder; one with checkpoints is gone on from. [default: runs/<output_name>]",
-)
+@output_option
 @preset_option
 @dialect_option
 @json_option
@@ -88,13 +88,47 @@ def train(
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
-        displays = [progress_for(_talk(), config.resolved.explicit), summary]
+        displays = [progress_for(talk(), config.resolved.explicit), summary]
         result = supervise(config, folder, [*logs, *displays], engine=_engine, stop=stop)
     if is_main_process():
         _report(result, folder, summary, dialect=dialect, as_json=as_json)
     elif result.error_kind not in (None, *MET_BY_EVERY_PROCESS):
         _say_error(str(result.error_kind), f"{result.error}", result.hint or "")
     return result.exit_code
+
+
+@cli.command(cls=HyperparameterCommand)
+@request_argument
+@overrides_argument
+@output_option
+@preset_option
+@dialect_option
+@json_option
+def prepare(
+    request: Path | None,
+    overrides: tuple[Path, ...],
+    output: Path | None,
+    preset: str | None,
+    dialect: str | None,
+    as_json: bool,
+) -> None:
+    """Prepare pictures, masks and captions, to be looked at before training.
+
+    Writes the contact sheet, and what `train` with the same options and run folder goes on from.
+    """
+    from trainer.job import RunFolder
+    from trainer.listeners import progress_for
+    from trainer.runner import stop_on_signals, watched
+
+    with stop_on_signals() as stop:
+        config = configuration(request, preset, dialect, overrides)
+        folder = RunFolder(output or Path("runs") / config.output.output_name)
+        _hush_libraries()
+        from trainer import preparing
+
+        events = preparing.prepare(config, folder, stop)
+        watched(events, folder, [progress_for(talk(), config.resolved.explicit)])
+    emit(preparing.report(config, folder), as_json, prepared)
 
 
 @cli.command(cls=HyperparameterCommand)
@@ -116,7 +150,7 @@ def validate(
 
     report = inspect_pictures(config)
     notes = [note.model_dump() for note in config.resolved.notes]
-    _emit(
+    emit(
         {
             "config": config.values(),
             "notes": notes,
@@ -124,7 +158,7 @@ def validate(
             "data": report.as_dict(),
         },
         as_json,
-        _checked,
+        checked,
     )
 
 
@@ -152,7 +186,7 @@ def estimate(
     _hush_libraries()
     from trainer.estimate import estimate as estimate_training
 
-    _emit(estimate_training(config, hourly=hourly).as_dict(), as_json, _pairs)
+    emit(estimate_training(config, hourly=hourly).as_dict(), as_json, pairs)
 
 
 @cli.command()
@@ -163,7 +197,7 @@ def inspect(file: Path, as_json: bool) -> None:
     candidates = _kohya_names()
     from trainer.export.describe import describe
 
-    _emit(describe(file, candidates).as_dict(), as_json, _pairs)
+    emit(describe(file, candidates).as_dict(), as_json, pairs)
 
 
 @cli.command()
@@ -190,7 +224,7 @@ def convert(source: Path, target: Path, form: Any, family: str | None, as_json: 
         raise InputError.of("TARGET", f"is the source itself, `{source}`", "give another file")
     state = read.convert(source, target, form, candidates, family=family)
     layers = len(state.layers())
-    _emit({"file": str(target), "format": form, "layers": layers}, as_json, _pairs)
+    emit({"file": str(target), "format": form, "layers": layers}, as_json, pairs)
 
 
 @cli.command()
@@ -200,7 +234,7 @@ def schema(as_json: bool) -> None:
     from trainer.leaves import json_schema
 
     del as_json  # the schema is JSON either way
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 @cli.group()
@@ -214,7 +248,7 @@ def list_presets(as_json: bool) -> None:
     """Name every preset with what it is for."""
     from trainer import presets as shelf
 
-    _emit({preset.name: preset.description for preset in shelf.list_presets()}, as_json, _pairs)
+    emit({preset.name: preset.description for preset in shelf.list_presets()}, as_json, pairs)
 
 
 @presets.command("show")
@@ -226,7 +260,7 @@ def show_preset(name: str, as_json: bool) -> None:
     from trainer.config_files import parse_yaml
 
     text = shelf.preset_text(name)
-    _emit(parse_yaml(text, name), as_json, lambda _: click.echo(text, nl=False))
+    emit(parse_yaml(text, name), as_json, lambda _: click.echo(text, nl=False))
 
 
 @presets.command("copy")
@@ -243,7 +277,7 @@ def copy_preset(name: str, target: Path | None, as_json: bool) -> None:
     if target.exists():
         raise InputError.of("TARGET", f"`{target}` exists already", "give another file name")
     write_text(target, text)
-    _emit({"file": str(target)}, as_json, _pairs)
+    emit({"file": str(target)}, as_json, pairs)
 
 
 @cli.command()
@@ -254,7 +288,7 @@ def doctor(as_json: bool) -> int:
 
     findings = [asdict(finding) for finding in examine()]
     failed = any(finding["status"] == "fail" for finding in findings)
-    _emit({"healthy": not failed, "findings": findings}, as_json, _diagnosis)
+    emit({"healthy": not failed, "findings": findings}, as_json, diagnosis)
     return int(failed)
 
 
@@ -262,7 +296,7 @@ def doctor(as_json: bool) -> int:
 @json_option
 def version(as_json: bool) -> None:
     """Print the version."""
-    _emit({"version": __version__}, as_json, lambda data: click.echo(data["version"]))
+    emit({"version": __version__}, as_json, lambda data: click.echo(data["version"]))
 
 
 def main() -> None:
@@ -322,9 +356,9 @@ def _report(
         sentence, command = way_on()
         click.echo(f"{sentence}\n  {command}", err=True)
     if as_json:
-        _print_json(data)
+        print_json(data)
     elif result.status == "done":
-        _paper().print(summary.table(result))
+        paper().print(summary.table(result))
         click.echo(f"Files are in {folder.outputs.resolve()}")
 
 
@@ -361,7 +395,7 @@ def _complain(error: TrainerError, as_json: bool) -> int:
     if as_json:
         problems = error.problems if isinstance(error, InputError) else ()
         data = Result.of_error(error).model_dump(mode="json")
-        _print_json(data | {"problems": [asdict(problem) for problem in problems]})
+        print_json(data | {"problems": [asdict(problem) for problem in problems]})
     return error.exit_code
 
 
@@ -376,64 +410,3 @@ def _report_bug(
 ) -> None:
     sys.__excepthook__(kind, error, trace)
     click.echo("error[internal]: this is a bug in the trainer; please report the above", err=True)
-
-
-def _talk() -> Console:
-    return Console(stderr=True)
-
-
-def _paper() -> Console:
-    """The console of stdout; wide enough for file names where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
-
-
-def _emit(
-    data: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, Any]], None]
-) -> None:
-    if as_json:
-        _print_json(data)
-    else:
-        show(data)
-
-
-def _print_json(data: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-
-
-def _pairs(data: Mapping[str, Any]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, value in data.items():
-        table.add_row(name, _in_words(value))
-    _paper().print(table, markup=False, highlight=False)
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {inner}" for name, inner in value.items())
-    if isinstance(value, list):
-        return "\n".join(map(str, value))
-    return "unknown" if value is None else str(value)
-
-
-def _checked(data: Mapping[str, Any]) -> None:
-    from trainer.listeners import deserves_a_line
-
-    report = data["data"]
-    table = Table("picture", "size", "caption", "remark")
-    for picture in report["pictures"]:
-        height, width = picture["size"] or ("?", "?")
-        table.add_row(picture["name"], f"{width}x{height}", picture["caption"], picture["problem"])
-    _paper().print(table, markup=False, highlight=False)
-    for note in [*data["notes"], *report["notes"]]:
-        kind, field, message = note["kind"], note["field"], note["message"]
-        if deserves_a_line(kind, field, data["explicit"]):
-            click.echo(f"{kind}: `{field}`: {message}", err=True)
-    click.echo(f"{report['num_usable']} of {len(report['pictures'])} pictures can be used")
-
-
-def _diagnosis(data: Mapping[str, Any]) -> None:
-    for finding in data["findings"]:
-        click.echo(f"{finding['status']:<5} {finding['check']}: {finding['message']}")
-        if finding["fix"]:
-            click.echo(f"      fix: {finding['fix']}")

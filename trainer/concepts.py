@@ -18,9 +18,11 @@ from accelerate import Accelerator
 from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
 from trainer.config import Concept, TrainingConfig
+from trainer.data.picture_set import class_pictures_of, pictures_of
 from trainer.data.plan import Portion
-from trainer.data.prepare import prepare
+from trainer.data.prepare import forget, prepare
 from trainer.data.prepared import Example
+from trainer.data.store import Store
 from trainer.durable import disk_errors
 from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
@@ -28,9 +30,7 @@ from trainer.job import RunFolder
 from trainer.sampling import Sampler
 from trainer.sections.subjects import (
     ClassSource,
-    class_data_of,
     class_sources,
-    data_of,
     fields_of_class,
     fields_of_concept,
     put_down_to,
@@ -59,15 +59,17 @@ def prepare_concepts(
     instances: list[tuple[Example, ...]] = []
     classes: dict[ClassSource, tuple[Example, ...]] = {}
     concepts = config.subjects()
+    said: set[Event] = set()
     if accelerator.is_main_process:
         _remove_others(config, folder)
-    width, height = _size(config)
-    folders = _folders(config, folder)
+    folders = prepared_folders(config, folder)
+    # A training on what was prepared goes on with just that.
+    settled = folder.checkpoints.exists()
     for place, concept in enumerate(concepts):
-        data = data_of(concept, config.data)
-        preparing = prepare(data, config.mask, folders[place], width=width, height=height)
+        wanted = pictures_of(config, concept)
+        preparing = prepare(wanted, folders[place], store(), settled=settled)
         told = _told_as(preparing, fields_of_concept(config.data.concepts, place))
-        instances.append((yield from _one_process_first(told, accelerator)))
+        instances.append((yield from _one_process_first(_said_once(told, said), accelerator)))
     for source in class_sources(concepts):
         if source.url is not None:
             classes[source] = yield from _prepare_class(
@@ -140,7 +142,7 @@ def joined(
     def numbered(group: Sequence[Example]) -> tuple[int, ...]:
         start = len(examples)
         examples.extend(replace(e, number=start + place) for place, e in enumerate(group))
-        return tuple(range(start, len(examples)))
+        return tuple(e.number for e in examples[start:] for _ in range(e.repeats))
 
     own = [numbered(group) for group in instances]
     of_class = {source: numbered(group) for source, group in classes.items()}
@@ -160,7 +162,7 @@ def joined(
     return tuple(examples), tuple(portions)
 
 
-def _folders(config: TrainingConfig, folder: RunFolder) -> list[Path]:
+def prepared_folders(config: TrainingConfig, folder: RunFolder) -> list[Path]:
     """Where the pictures of each concept are prepared."""
     count = len(config.subjects())
     if count == 1:
@@ -168,12 +170,30 @@ def _folders(config: TrainingConfig, folder: RunFolder) -> list[Path]:
     return [folder.prepared / f"concept_{number}" for number in range(1, count + 1)]
 
 
+def prepared_sets(
+    config: TrainingConfig, folder: RunFolder
+) -> list[tuple[Path, Mapping[str, str]]]:
+    """Where each set that `prepare_concepts` prepares lies, and what the user calls its options."""
+    given, concepts = config.data.concepts, config.subjects()
+    sets = [
+        (path, fields_of_concept(given, place))
+        for place, path in enumerate(prepared_folders(config, folder))
+    ]
+    for source in class_sources(concepts):
+        if source.url is not None:
+            path = folder.prepared / f"class_{_number(config, source)}"
+            sets.append((path, fields_of_class(source, given, concepts)))
+    return sets
+
+
 def _remove_others(config: TrainingConfig, folder: RunFolder) -> None:
     """Removes the folders of concepts and classes that are not of this configuration."""
     sources = class_sources(config.subjects())
-    prepared = {path.name for path in _folders(config, folder)}
+    prepared = {path.name for path in prepared_folders(config, folder)}
     prepared |= {f"class_{_number(config, source)}" for source in sources}
     made = {_number(config, source) for source in sources if source.url is None}
+    if folder.prepared not in prepared_folders(config, folder):
+        forget(folder.prepared)
     with disk_errors(folder.root):
         for place, pattern, kept in (
             (folder.prepared, r"(concept|class)_\d+", prepared),
@@ -183,6 +203,11 @@ def _remove_others(config: TrainingConfig, folder: RunFolder) -> None:
                 is_ours = re.fullmatch(pattern, path.name) and not path.is_symlink()
                 if is_ours and path.is_dir() and path.name not in kept:
                     shutil.rmtree(path)
+
+
+def store() -> Store:
+    """What was found out about pictures in earlier trainings."""
+    return Store(cache_folder() / "pictures")
 
 
 def _number(config: TrainingConfig, source: ClassSource) -> str:
@@ -196,10 +221,10 @@ def _prepare_class(
     source: ClassSource,
     url: str,
 ) -> Generator[Event, None, tuple[Example, ...]]:
-    data = class_data_of(source, url, config.data)
-    width, height = _size(config)
+    wanted = class_pictures_of(config, source, url)
     place = folder.prepared / f"class_{_number(config, source)}"
-    preparing = prepare(data, config.mask, place, width=width, height=height, of_class=True)
+    settled = folder.checkpoints.exists()
+    preparing = prepare(wanted, place, store(), settled=settled)
     fields = fields_of_class(source, config.data.concepts, config.subjects())
     return (yield from _one_process_first(_told_as(preparing, fields), accelerator))
 
@@ -218,6 +243,26 @@ def _told_as(
             if isinstance(event, NoteEvent):
                 event = replace(event, field=fields.get(event.field, event.field))
             yield event
+
+
+def _said_once(
+    stage: Generator[Event, None, Value], said: set[Event]
+) -> Generator[Event, None, Value]:
+    """A stage without the notes that earlier ones said already.
+
+    Args:
+        said: they, and then those of this stage.
+    """
+    while True:
+        try:
+            event = next(stage)
+        except StopIteration as end:
+            value: Value = end.value
+            return value
+        if not isinstance(event, NoteEvent) or event not in said:
+            yield event
+        if isinstance(event, NoteEvent):
+            said.add(event)
 
 
 def _one_process_first(

@@ -17,13 +17,16 @@ from trainer.fields import Names, Section, as_tuple
 from trainer.sections.data import Concept, DataConfig, MaskConfig
 from trainer.sections.learning import AdapterConfig, LossConfig, PriorConfig, TokenConfig
 from trainer.sections.model import ModelConfig
+from trainer.sections.preparing import CaptionConfig, FaceConfig
 from trainer.sections.running import OptimConfig, OutputConfig, RunConfig
 from trainer.sections.subjects import subjects_of
 
 __all__ = [
     "AdapterConfig",
+    "CaptionConfig",
     "Concept",
     "DataConfig",
+    "FaceConfig",
     "LEAVES",
     "Leaf",
     "LossConfig",
@@ -80,6 +83,8 @@ class TrainingConfig(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    caption: CaptionConfig = CaptionConfig()
+    face: FaceConfig = FaceConfig()
     mask: MaskConfig = MaskConfig()
     token: TokenConfig = TokenConfig()
     adapter: AdapterConfig = AdapterConfig()

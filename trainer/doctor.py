@@ -7,6 +7,7 @@ about it, so that a broken one is a finding.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -165,6 +166,45 @@ def lycoris_finding() -> Finding:
     return Finding("lycoris", "ok", version)
 
 
+def opencv_finding() -> Finding:
+    """Whether this OpenCV finds faces: version 5 has no cascades any more."""
+    fix = "pip install --force-reinstall 'opencv-python-headless>=4.10,<5'"
+    try:
+        cv2: Any = importlib.import_module("cv2")
+    except (ImportError, OSError) as error:
+        return Finding("faces", "warn", f"OpenCV cannot be loaded: {error}", fix)
+    missing = [name for name in ("FaceDetectorYN", "CascadeClassifier") if not hasattr(cv2, name)]
+    if missing:
+        lacks = " and ".join(missing)
+        return Finding("faces", "warn", f"OpenCV {cv2.__version__} lacks {lacks}", fix)
+    return Finding("faces", "ok", f"OpenCV {cv2.__version__} finds them")
+
+
+def torchvision_finding() -> Finding:
+    """Whether torchvision, which only some captioners and face restoration need, loads.
+
+    One made for another torch is worse than none: transformers then cannot load any image
+    processor.
+    """
+    name = "torchvision"
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "ok", "not installed: needed for restoring faces and by Qwen-VL alone")
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        fix = "pip uninstall torchvision  # or install the one that belongs to this torch"
+        return Finding(name, "fail", f"is made for another torch: {error}", fix)
+    return Finding(name, "ok", metadata.version(name))
+
+
+def heic_finding() -> Finding:
+    """Whether HEIC photographs can be read."""
+    if importlib.util.find_spec("pi_heif") is not None:
+        return Finding("heic", "ok", f"pi-heif {metadata.version('pi-heif')}")
+    message = "not installed: HEIC photographs are left out"
+    return Finding("heic", "warn", message, f"pip install '{DISTRIBUTION}[heic]'")
+
+
 def hub_finding() -> Finding:
     """Whether base models can be fetched from the hub."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
@@ -202,6 +242,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     gpu_finding,
     bitsandbytes_finding,
     lycoris_finding,
+    opencv_finding,
+    torchvision_finding,
+    heic_finding,
     hub_finding,
     disk_finding,
 )

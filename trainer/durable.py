@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ _REASONS = {
     errno.EACCES: "the folder may not be written to",
     errno.EPERM: "the folder may not be written to",
 }
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 @contextmanager
@@ -62,6 +64,14 @@ def write_text(path: Path, content: str) -> None:
     write_chunks(path, [content.encode()])
 
 
+def publish_file(temporary: Path, final: Path) -> None:
+    """Gives a finished file its name, in the same folder: made durable, then named, then that."""
+    with disk_errors(final):
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(final.parent)
+
+
 def publish_folder(temporary: Path, final: Path) -> None:
     """Gives a finished folder its name: its files made durable, then the name, then the parent."""
     with disk_errors(final):
@@ -90,6 +100,48 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def write_all(target: BinaryIO, content: bytes, what: str, needed: int | None = None) -> None:
+    """Writes all of the content to a file that may be unbuffered.
+
+    Args:
+        target: the file.
+        content: to be written next.
+        what: that is written, for the message.
+        needed: bytes of the whole file, where they are known.
+
+    Raises:
+        DiskError: the disk is full, or the file cannot be written for another reason.
+    """
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[target.write(view) :]
+    except OSError as error:
+        nameless = not isinstance(target.name, str)
+        folder = tempfile.gettempdir() if nameless else str(Path(target.name).parent)
+        hint = "make room there"
+        if Path(folder) == Path(tempfile.gettempdir()):
+            hint = "make room there or set TMPDIR to another folder"
+        if error.errno != errno.ENOSPC:
+            message = f"{what} could not be written in `{folder}`: {error.strerror}"
+            raise DiskError(message, hint) from error
+        disk = os.fstatvfs(target.fileno())
+        free = f"{shown_size(disk.f_bavail * disk.f_frsize)} free"
+        room = free if needed is None else f"needs {shown_size(needed)}, {free}"
+        raise DiskError(f"no room in `{folder}` for {what} ({room})", hint) from error
+
+
+def shown_size(size: int) -> str:
+    """A number of bytes as messages show it."""
+    unit, name = unit_of(size)
+    return f"{round(size / unit, 1):g} {name}"
+
+
+def unit_of(size: int) -> tuple[int, str]:
+    """The unit that so many bytes are told in, and its name."""
+    return next((unit, name) for unit, name in _UNITS if size >= unit or unit == 1)
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from trainer.config import TokenConfig
 from trainer.data.dataset import Dataset
 from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteEvent, StageEvent
 from trainer.families.base import Conditioning, Family, LatentDistribution
 from trainer.names import tokenizer_name
+from trainer.rules.ordinary import is_ordinary
 from trainer.tokens import TokenNames
 
 # Caption to its conditioning, rows of one, on the processor.
@@ -141,6 +143,38 @@ def _cut_caption(caption: str, rest: str, instance_prompt: str) -> NoteEvent:
     start = caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN].rstrip()} …"
     message = f"the caption `{start}` is too long for the text encoder, which never sees: `{rest}`"
     return NoteEvent("warning", field, message)
+
+
+def common_identifiers(family: Family, identifiers: Sequence[str]) -> list[NoteEvent]:
+    """Warnings of identifiers that a tokenizer of the family has as one of its common tokens.
+
+    For identifiers that get no new tokens. The default one is nobody's choice, and everyday words
+    are warned of without a tokenizer.
+    """
+    default = TokenConfig().token_abstraction
+    chosen = [name for name in identifiers if name not in default and not is_ordinary(name)]
+    tokenizers = [tokenizer_of(family, name) for name in family.text_encoder_names]
+    return [
+        NoteEvent("warning", "token_abstraction", _COMMON.format(name))
+        for name in dict.fromkeys(chosen)
+        if any(_is_common(name, tokenizer) for tokenizer in tokenizers)
+    ]
+
+
+_COMMON = (
+    "`{}` is a common word to the text encoder: what it means already mixes with the subject; "
+    "a made-up word such as `SIDAI` is safer"
+)
+
+
+def _is_common(word: str, tokenizer: Any) -> bool:
+    """Whether a word is one token in the commoner half of a tokenizer's vocabulary.
+
+    Tokenizers number their tokens from the commonest on. A rare one, such as `sks`, is what
+    DreamBooth recommends as an identifier (Ruiz et al. 2023, section 3.2).
+    """
+    tokens = tokenizer(word, add_special_tokens=False).input_ids
+    return len(tokens) == 1 and tokens[0] < len(tokenizer) / 2
 
 
 def encode_pictures(

@@ -8,48 +8,46 @@ is shown and logged; stopping is asked for by a function, so no callbacks are ne
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
 
 from trainer import adapters, base_model, checkpoint, optim, results
 from trainer.base_model import BaseModel, Precision
 from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
 from trainer.config_files import write_config
-from trainer.data.captions import listed
+from trainer.data.buckets import bucket_table
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan, Portion
 from trainer.data.prepared import Example
 from trainer.durable import write_text
-from trainer.encoding import Encodings, Text, cut_captions, encode_pictures, tokenizer_of
+from trainer.encoding import (
+    Encodings,
+    Text,
+    common_identifiers,
+    cut_captions,
+    encode_pictures,
+    tokenizer_of,
+)
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
 from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
-from trainer.machine import completed, device_name, mixed_precision_of, precision_of
+from trainer.machine import accelerator_of, completed, device_name, precision_of
 from trainer.measurements import measurement_key, record_measurement
 from trainer.schedule import Schedule
+from trainer.sources.captions import listed
 from trainer.tokens import TokenNames, pool_at_end_of_text, refuse_taken, token_names
 from trainer.trainables import build as trainables_of
 from trainer.training import Training, identity
 
 Value = TypeVar("Value")
 Stop = Callable[[], bool]
-
-_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-# How long processes wait for the one that prepares the pictures.
-_PREPARATION_LIMIT = timedelta(minutes=30)
 
 # Steps that still pay for allocations and caches: not counted when the usual time is taken.
 _WARM_UP_STEPS = 3
@@ -114,7 +112,7 @@ class Composition:
 
 def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None, Composition]:
     """Everything up to the first step: pictures, base model, encodings, adapter, optimizer."""
-    accelerator = _accelerator(config.run)
+    accelerator = accelerator_of(config.run)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = completed(config, base)
     _refuse_early(config, base)
@@ -122,11 +120,13 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
         folder.create()
-    instances, classes = yield from prepare_concepts(config, folder, accelerator)
+    notes: list[Note] = []
+    preparing = prepare_concepts(config, folder, accelerator)
+    instances, classes = yield from _noted(preparing, notes)
     names = token_names(config.token)
     given, portions = joined(config.subjects(), instances, classes)
-    notes = [] if names is None else _notes_on_captions(names, given)
-    plan = _plan(config.run, accelerator, portions)
+    notes += [] if names is None else _notes_on_captions(names, given)
+    plan = _plan(config.run, accelerator, portions, given)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     schedule = Schedule.of(config.token, config.adapter, total_steps)
     precision = precision_of(config)
@@ -137,7 +137,7 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
         refuse_taken(names, tokenizer_of(family, text_encoder), component=text_encoder)
     classes |= yield from make_classes(config, folder, accelerator, family, contents)
     examples, portions = joined(config.subjects(), instances, classes)
-    plan = replace(plan, portions=portions)
+    plan = replace(plan, portions=portions, sizes=tuple(e.target for e in examples))
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
     trainables = trainables_of(config, family, names)
     notes += [*_notes_on_views(dataset), *trainables.notes]
@@ -147,6 +147,8 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
         family, dataset.all_captions(), names, accelerator.device, autocast=accelerator.autocast
     )
     yield from cut_captions(family, dataset.all_captions(), names, config.data.instance_prompt)
+    if names is None:
+        yield from common_identifiers(family, [c.token for c in config.subjects() if c.token])
     if not schedule.text_learns_at(0):
         yield from text.keep()
     pictures = None
@@ -167,7 +169,28 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     return Composition(config.with_notes(*notes), base, precision, training)
 
 
-def _plan(run: RunConfig, accelerator: Accelerator, portions: tuple[Portion, ...]) -> Plan:
+def _noted(
+    stage: Generator[Event, None, Value], notes: list[Note]
+) -> Generator[Event, None, Value]:
+    """A stage whose notes on options that do not act as given go into the configuration."""
+    while True:
+        try:
+            event = next(stage)
+        except StopIteration as end:
+            value: Value = end.value
+            return value
+        if isinstance(event, NoteEvent) and event.note in ("yielded", "ignored"):
+            kind: Any = event.note
+            notes.append(Note(kind=kind, field=event.field, message=event.message))
+        yield event
+
+
+def _plan(
+    run: RunConfig,
+    accelerator: Accelerator,
+    portions: tuple[Portion, ...],
+    examples: Sequence[Example],
+) -> Plan:
     return Plan(
         portions=portions,
         batch_size=run.batch_size,
@@ -175,26 +198,8 @@ def _plan(run: RunConfig, accelerator: Accelerator, portions: tuple[Portion, ...
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         seed=run.seed,
+        sizes=tuple(example.target for example in examples),
     )
-
-
-def _accelerator(run: RunConfig) -> Accelerator:
-    precision = mixed_precision_of(run)
-    # Accelerate keeps the precision per process; a second training here may want another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=not torch.cuda.is_available(),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PREPARATION_LIMIT)],
-    )
-    if accelerator.distributed_type not in _LAUNCHES:
-        raise InputError.of(
-            "accelerate launch",
-            f"`{accelerator.distributed_type.value}` is not available yet",
-            "launch with plain data parallelism, as configs/accelerate/ does",
-        )
-    return accelerator
 
 
 def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
@@ -266,6 +271,13 @@ def _notes_on_views(dataset: Dataset) -> list[Note]:
         Note(kind="ignored", field=option, message="no picture is longer than its window there")
         for option in dataset.offsets_without_room()
     ]
+    if dataset.plan.filled:
+        message = (
+            f"{dataset.plan.filled} places an epoch are filled with pictures of the same size, "
+            "which then count more; to fill none, set `batch_size: 1` with "
+            "`gradient_accumulation_steps`"
+        )
+        notes.append(Note(kind="warning", field="enable_bucket", message=message))
     if unseen:
         message = f"the masks keep nothing of what is seen of {listed(unseen)}: they teach nothing"
         notes.append(Note(kind="warning", field="images_data_url", message=message))
@@ -336,12 +348,21 @@ def _run_event(composed: Composition) -> RunEvent:
             "model": config.model.model_url,
             "method": config.adapter.lora_type if config.adapter.use_lora else "all weights",
             "trained_parameters": training.num_trained_parameters,
-            "resolution": f"{config.data.resolution_width}x{config.data.resolution_height}",
+            "resolution": ", ".join(_resolutions(training.dataset)),
             "device": str(training.accelerator.device),
             "processes": training.accelerator.num_processes,
             "precision": str(composed.precision.frozen).removeprefix("torch."),
         },
     )
+
+
+def _resolutions(dataset: Dataset) -> tuple[str, ...]:
+    """The trained size, or each of several with its pictures."""
+    counts = Counter(example.target for example in dataset.examples)
+    if len(counts) == 1:
+        ((height, width),) = counts
+        return (f"{width}x{height}",)
+    return bucket_table(counts)
 
 
 def _interruptible(

@@ -16,6 +16,7 @@ from trainer import base_model
 from trainer.config import Concept, TrainingConfig
 from trainer.data.plan import Plan, Portion
 from trainer.errors import InputError
+from trainer.images.crop import Size
 from trainer.inspection import inspect_concepts
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
@@ -81,17 +82,8 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     Raises:
         InputError: the pictures cannot be used.
     """
-    plan = Plan(
-        portions=_portions(config),
-        batch_size=config.run.batch_size,
-        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
-        num_processes=1,
-        process_index=0,
-        seed=config.run.seed,
-    )
-    steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     notes = _notes_on_class_images(config.subjects())
-    footprint, seconds = None, None
+    base, footprint, seconds = None, None, None
     try:
         base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
         config = completed(config, base)
@@ -100,7 +92,9 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     except (InputError, OSError) as error:
         reason = str(error).removeprefix("error[input]: ")
         notes.append(f"memory and time are unknown: {reason}")
-    else:
+    plan = _plan(config)
+    steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
+    if base is not None and footprint is not None:
         key = measurement_key(
             config, family=base.family_name, device=device_name(), num_processes=1
         )
@@ -121,15 +115,29 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
     )
 
 
-def _portions(config: TrainingConfig) -> tuple[Portion, ...]:
-    """Each concept's part of an epoch; class pictures change nothing of the steps."""
-    portions = []
-    start = 0
+def _plan(config: TrainingConfig) -> Plan:
+    """The batches of one process; class pictures change nothing of the steps.
+
+    Raises:
+        InputError: the pictures cannot be used.
+    """
+    portions: list[Portion] = []
+    sizes: list[Size | None] = []
     for concept, report in zip(config.subjects(), inspect_concepts(config), strict=True):
-        end = start + report.num_usable
-        portions.append(Portion(instances=tuple(range(start, end)), repeats=concept.repeats))
-        start = end
-    return tuple(portions)
+        numbers = range(len(sizes), len(sizes) + report.num_usable)
+        uses = zip(numbers, report.usable, strict=True)
+        instances = tuple(number for number, picture in uses for _ in range(picture.repeats))
+        portions.append(Portion(instances=instances, repeats=concept.repeats))
+        sizes += [picture.target for picture in report.usable]
+    return Plan(
+        portions=tuple(portions),
+        batch_size=config.run.batch_size,
+        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
+        num_processes=1,
+        process_index=0,
+        seed=config.run.seed,
+        sizes=tuple(size for size in sizes if size is not None),
+    )
 
 
 def _notes_on_class_images(concepts: Sequence[Concept]) -> list[str]:

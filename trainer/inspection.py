@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from trainer.config import DataConfig, MaskConfig, TrainingConfig
+from trainer.config import TrainingConfig
+from trainer.data.picture_set import PictureSet, class_pictures_of, pictures_of
 from trainer.data.report import DataReport, inspect
 from trainer.sections.subjects import (
-    class_data_of,
     class_sources,
-    data_of,
     fields_of_class,
     fields_of_concept,
     put_down_to,
@@ -30,29 +29,22 @@ def inspect_pictures(config: TrainingConfig) -> DataReport:
     concepts = config.subjects()
     for source in class_sources(concepts):
         if source.url is not None:
-            data = class_data_of(source, source.url, config.data)
             fields = fields_of_class(source, config.data.concepts, concepts)
-            reports.append(_inspected(data, config.mask, fields, of_class=True))
+            reports.append(_inspected(class_pictures_of(config, source, source.url), fields))
     return DataReport.joined(reports)
 
 
 def inspect_concepts(config: TrainingConfig) -> list[DataReport]:
     """The pictures of each concept; errors as for `inspect_pictures`."""
     return [
-        _inspected(
-            data_of(concept, config.data),
-            config.mask,
-            fields_of_concept(config.data.concepts, place),
-        )
+        _inspected(pictures_of(config, concept), fields_of_concept(config.data.concepts, place))
         for place, concept in enumerate(config.subjects())
     ]
 
 
-def _inspected(
-    data: DataConfig, mask: MaskConfig, fields: Mapping[str, str], *, of_class: bool = False
-) -> DataReport:
+def _inspected(wanted: PictureSet, fields: Mapping[str, str]) -> DataReport:
     """What pictures hold, with the options named as the user calls them, see `put_down_to`."""
     with put_down_to(fields):
-        report = inspect(data, mask, of_class=of_class)
+        report = inspect(wanted)
     notes = [n.model_copy(update={"field": fields.get(n.field, n.field)}) for n in report.notes]
     return replace(report, notes=tuple(notes))

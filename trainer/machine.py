@@ -1,15 +1,27 @@
-"""What this machine and the checkpoint decide of a training: device, precision, native size."""
+"""What this machine and the checkpoint decide of a training: device, processes, precision, size."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import timedelta
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from trainer.base_model import BaseModel, Precision
 from trainer.config import RunConfig, TrainingConfig
 from trainer.errors import InputError
+
+_LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+# How long processes wait for the one that prepares the pictures.
+_PREPARATION_LIMIT = timedelta(minutes=30)
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,6 +49,30 @@ def mixed_precision_of(run: RunConfig) -> str:
     if not on_gpu:
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def accelerator_of(run: RunConfig) -> Accelerator:
+    """The processes of this training, and its precision.
+
+    Raises:
+        InputError: they were launched in a way that is not there yet.
+    """
+    precision = mixed_precision_of(run)
+    # Accelerate keeps the precision per process; a second training here may want another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PREPARATION_LIMIT)],
+    )
+    if accelerator.distributed_type not in _LAUNCHES:
+        raise InputError.of(
+            "accelerate launch",
+            f"`{accelerator.distributed_type.value}` is not available yet",
+            "launch with plain data parallelism, as configs/accelerate/ does",
+        )
+    return accelerator
 
 
 def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:

@@ -16,7 +16,7 @@ from pydantic import ValidationError, create_model
 from trainer.config import LEAVES, SECTIONS, Note, Resolution, Section, TrainingConfig
 from trainer.errors import InputError, Problem
 from trainer.leaves import in_words, items, leaf_schema, nearest, parts, shown
-from trainer.rules import Draft, refusals, settle
+from trainer.rules import Draft, settle
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,12 @@ class Layer:
     problems: Sequence[Problem] = ()
 
 
-def resolve(layers: Sequence[Layer], *, refuse: bool = True) -> TrainingConfig:
+def resolve(layers: Sequence[Layer]) -> TrainingConfig:
     """The configuration that these layers mean, later ones over earlier ones.
-
-    Args:
-        refuse: whether options that this version cannot act upon are errors.
 
     Raises:
         InputError: with everything that is wrong: unknown options, wrong types and ranges,
-            options that exclude each other, options that are not available yet.
+            options that exclude each other.
     """
     problems = [problem for layer in layers for problem in layer.problems]
     problems += _unknown(layers)
@@ -57,8 +54,6 @@ def resolve(layers: Sequence[Layer], *, refuse: bool = True) -> TrainingConfig:
     settle(draft)
     config, clashes = _build(draft, _earlier_notes(layers, draft))
     problems += [*draft.problems, *clashes]
-    if refuse:
-        problems += refusals(draft.values)
     if problems:
         raise InputError(problems)
     return config

@@ -102,6 +102,28 @@ def supervise(
     return result
 
 
+def watched(events: Iterator[Event], folder: RunFolder, listeners: Sequence[Listener]) -> None:
+    """Runs something short of a training in a locked folder, and lets the listeners hear it.
+
+    A refusal leaves no folder where there was none.
+
+    Raises:
+        TrainerError: whatever ended it.
+    """
+    made = folder.create()
+    with folder.lock(), ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener)
+        try:
+            for event in events:
+                for listener in listeners:
+                    listener.hear(event)
+        except InputError:
+            if made:
+                folder.take_back(made)
+            raise
+
+
 class Tally:
     """Counts a run's steps and files, and says how it ended."""
 

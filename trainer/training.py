@@ -34,6 +34,7 @@ _MOST_ATTEMPTS = 24
 # Leaves that say where pictures and base model are; what they hold has digests of its own.
 _PLACES = (
     *("images_data_url", "captions_file_url", "class_images_url"),
+    *("face_detector_path", "face_restorer_path", "clipseg_url"),
     *("model_url", "model_family", "single_file_config", "revision", "variant", "vae_url"),
 )
 
@@ -306,7 +307,9 @@ class Training:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: settings, processes, pictures, weights."""
         pictures = [
-            (e.name, e.sha256, e.caption, e.mask_sha256, e.is_class) for e in self.dataset.examples
+            (e.name, e.sha256, e.caption, e.mask_sha256, e.is_class)
+            + (e.original_size, e.size, e.target, e.window)
+            for e in self.dataset.examples
         ]
         shares = repr((pictures, self.dataset.plan.portions))
         digest = hashlib.sha256(shares.encode()).hexdigest()

@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grid import bytes_of, encoded, grid_examples, plan_of, seen, with_mask, write_folder
+from grid import bytes_of, grid_examples, grid_image, plan_of, seen, with_mask
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from trainer.config import DataConfig, MaskConfig
+from trainer.config import DataConfig
 from trainer.data.dataset import Batch, Dataset, has_fixed_window
 from trainer.data.plan import Plan, Portion
-from trainer.data.prepare import prepare
 from trainer.data.prepared import Example
+from trainer.images.crop import Size
 
 Examples = tuple[Example, ...]
 HEIGHT, WIDTH = 80, 100  # of the prepared pictures; the trained size is 64 x 64
+WIDE, TALL, SQUARE = (64, 96), (96, 64), (64, 64)
 RANDOM = {
     "center_crop": False,
     "random_flip": True,
@@ -43,11 +44,28 @@ def dataset_of(
     *,
     with_pixels: bool = True,
     plan: Plan | None = None,
+    target: Size | None = None,
     **options: object,
 ) -> Dataset:
-    data = DataConfig(**{"resolution_width": 64, "resolution_height": 64, **options})
+    """A data set of pictures, perhaps all trained at another size."""
+    if target is not None:
+        examples = [replace(example, target=target) for example in examples]
     plan = plan or plan_of(len(examples))
-    return Dataset(examples, plan, data, with_pixels=with_pixels)
+    return Dataset(examples, plan, DataConfig(**options), with_pixels=with_pixels)
+
+
+def of_sizes(
+    folder: Path, sizes: Sequence[Size], targets: Sequence[Size], num_class_images: int = 0
+) -> Examples:
+    """Grid pictures of several prepared and trained sizes; the last ones are of the class."""
+    num_instances = len(sizes) - num_class_images
+    examples = []
+    for number, ((height, width), target) in enumerate(zip(sizes, targets, strict=True)):
+        (example, *_) = grid_examples(folder / str(number), 1, height=height, width=width)
+        grid_image(height, width, blue=number).save(example.path)
+        named = replace(example, number=number, name=f"{number}.jpg", caption=f"caption {number}")
+        examples.append(replace(named, target=target, is_class=number >= num_instances))
+    return tuple(examples)
 
 
 def batches_of(dataset: Dataset, steps: int) -> list[Batch]:
@@ -87,7 +105,7 @@ def test_captions_and_geometry_belong_to_the_pixels_over_shuffled_epochs(
 
 
 def test_a_batch_has_the_shapes_that_families_expect(examples: Examples) -> None:
-    (batch,) = dataset_of(examples, plan=plan_of(5, batch_size=2), resolution_width=72)[0]
+    (batch,) = dataset_of(examples, plan=plan_of(5, batch_size=2), target=(64, 72))[0]
 
     assert batch.pixels.shape == (2, 3, 64, 72)
     assert batch.pixels.dtype == torch.float32
@@ -315,8 +333,7 @@ def test_random_rotation_turns_within_its_range_and_hides_what_it_makes_up(
     examples = grid_examples(tmp_path, 1, height=200, width=200)
     dataset = dataset_of(
         examples,
-        resolution_width=192,
-        resolution_height=192,
+        target=(192, 192),
         random_rotation_start=start,
         random_rotation_end=end,
     )
@@ -373,6 +390,9 @@ def test_no_rotation_leaves_every_pixel(tmp_path: Path) -> None:
         ({"random_rotation_start": -2, "random_rotation_end": 2}, False),
         ({"random_crop_offset_y": 1}, False),
         ({"center_crop": False}, False),
+        ({"center_crop": False, "face_aware_cropping": True}, True),
+        ({"face_aware_cropping": True, "random_crop_offset_x": 1}, False),
+        ({"face_aware_cropping": True, "random_rotation_end": 1}, False),
     ],
 )
 def test_latents_can_be_cached_where_nothing_but_the_mirror_is_drawn(
@@ -457,21 +477,15 @@ def test_a_window_without_anything_of_the_subject_weighs_nothing(examples: Examp
 @pytest.fixture(scope="module")
 def luminance_examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     """Smooth pictures with the luminance of each as its mask."""
-    root = tmp_path_factory.mktemp("luminance")
-    files = {}
-    for number in range(3):
-        noise = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        image = Image.fromarray(noise).resize((200, 160), Image.Resampling.BICUBIC)
-        files[f"{number}.png"] = encoded(image)
-    write_folder(root / "set", files)
-    mask = MaskConfig(clip_seg_mask_prompt="head", segmenter="luminance", clip_seg_mask_bias=0.0)
-    data = DataConfig(images_data_url=str(root / "set"))
-    stage = prepare(data, mask, root / "prepared", width=80, height=80)
-    while True:
-        try:
-            next(stage)
-        except StopIteration as end:
-            return end.value
+    folder = tmp_path_factory.mktemp("luminance")
+    examples = []
+    for example in grid_examples(folder, 3, height=HEIGHT, width=WIDTH, target=(80, 80)):
+        noise = np.random.default_rng(example.number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        image.save(example.path)
+        luminance = luminance_of(np.asarray(image))
+        examples.append(with_mask(example, luminance / luminance.max()))
+    return tuple(examples)
 
 
 @pytest.mark.parametrize(
@@ -498,8 +512,8 @@ def test_the_luminance_of_the_final_pixels_is_the_mask(
         valid = mask > 0
         expected = luminance_of(pixels) / largest[number]
         assert valid.mean() > 0.6
-        # The picture is resized by LANCZOS and rounded, the mask by neither.
-        assert np.abs(mask - expected)[valid].max() < 0.03
+        # Turned pixels are rounded, the mask is not.
+        assert np.abs(mask - expected)[valid].max() < 0.01
         # It could have failed: the mirror of a picture is not its mask.
         assert np.abs(mask - expected[:, ::-1])[valid].max() > 0.1
 
@@ -525,7 +539,7 @@ def corner_mask(height: int, width: int) -> np.ndarray:
         # A quarter turn about the same middle shows the same square.
         ({"random_rotation_start": 90, "random_rotation_end": 90}, ["0.jpg", "1.jpg"]),
         # A larger window begins at row 0 and column 2.
-        ({"resolution_width": 96, "resolution_height": 80}, []),
+        ({"target": (80, 96)}, []),
         # What is drawn may show something in another step.
         ({"center_crop": False}, []),
         ({"random_crop_offset_x": 1}, []),
@@ -550,28 +564,181 @@ def test_pictures_whose_mask_keeps_nothing_of_the_one_view_of_them_are_named(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "without"),
+    ("sizes", "targets", "options", "without"),
     [
-        ([(64, 64), (64, 64)], {"x": 3, "y": 2}, ["random_crop_offset_x", "random_crop_offset_y"]),
-        ([(64, 80), (64, 64)], {"x": 3, "y": 2}, ["random_crop_offset_y"]),
-        ([(64, 80), (90, 64)], {"x": 3, "y": 2}, []),
-        ([(64, 64)], {"x": 0, "y": 2}, ["random_crop_offset_y"]),
-        ([(64, 64)], {"x": 0, "y": 0}, []),
+        ([(64, 64), (64, 64)], [SQUARE] * 2, {"x": 3, "y": 2}, ["x", "y"]),
+        ([(64, 80), (64, 64)], [SQUARE] * 2, {"x": 3, "y": 2}, ["y"]),
+        ([(64, 80), (90, 64)], [SQUARE] * 2, {"x": 3, "y": 2}, []),
+        ([(64, 64)], [SQUARE], {"x": 0, "y": 2}, ["y"]),
+        ([(64, 64)], [SQUARE], {"x": 0, "y": 0}, []),
+        # Each against its own trained size: wider than another's is not room.
+        ([(64, 96), (72, 64)], [WIDE, SQUARE], {"x": 3, "y": 2}, ["x"]),
+        ([(64, 96), (72, 64)], [SQUARE, SQUARE], {"x": 3, "y": 2}, []),
     ],
 )
 def test_an_offset_that_no_picture_has_room_for_is_named(
-    sizes: list[tuple[int, int]], options: dict[str, int], without: list[str], tmp_path: Path
+    sizes: list[Size],
+    targets: list[Size],
+    options: dict[str, int],
+    without: list[str],
+    tmp_path: Path,
 ) -> None:
-    examples = [
-        replace(grid_examples(tmp_path / str(number), 1, height=h, width=w)[0], number=number)
-        for number, (h, w) in enumerate(sizes)
-    ]
+    examples = of_sizes(tmp_path, sizes, targets)
     offsets = {f"random_crop_offset_{axis}": pixels for axis, pixels in options.items()}
 
-    dataset = dataset_of(examples, **offsets)
+    plan = plan_of(len(examples), sizes=tuple(targets))
+    dataset = dataset_of(examples, plan=plan, **offsets)
 
-    assert dataset.offsets_without_room() == without
+    assert dataset.offsets_without_room() == [f"random_crop_offset_{axis}" for axis in without]
     shown = [batch.geometry["crop_top_left"][0].tolist() for batch in batches_of(dataset, 20)]
-    for axis, option in ((1, "random_crop_offset_x"), (0, "random_crop_offset_y")):
-        moves = len({corner[axis] for corner in shown}) > 1
-        assert moves == (offsets[option] > 0 and option not in without)
+    for place, axis in ((1, "x"), (0, "y")):
+        moves = len({corner[place] for corner in shown}) > 1
+        assert moves == (options[axis] > 0 and axis not in without)
+
+
+TARGETS = (WIDE, TALL, SQUARE, WIDE, TALL)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Examples:
+    """Five pictures of three trained sizes, each with room on one side."""
+    prepared = ((64, 110), (110, 64), (64, 90), (70, 96), (96, 75))
+    return of_sizes(tmp_path / "mixed", prepared, TARGETS)
+
+
+def mixed_plan(**layout: int) -> Plan:
+    return plan_of(5, sizes=TARGETS, **layout)
+
+
+def test_each_batch_has_the_size_of_its_pictures(mixed: Examples) -> None:
+    shapes = set()
+
+    for batch in batches_of(dataset_of(mixed, plan=mixed_plan(batch_size=2)), 6):
+        (target,) = {mixed[number].target for number in batch.numbers}
+        assert batch.pixels.shape == (2, 3, *target)
+        assert batch.geometry["target_size"].tolist() == [list(target)] * 2
+        shapes.add(target)
+        for row, pixels in enumerate(batch.pixels):
+            top, left, _, number = seen(pixels)
+            height, width = mixed[number].size
+            assert batch.numbers[row] == number
+            # The middle window.
+            assert (top, left) == (
+                round((height - target[0]) / 2),
+                round((width - target[1]) / 2),
+            )
+            assert batch.geometry["crop_top_left"][row].tolist() == [top, left]
+    assert shapes == {WIDE, TALL, SQUARE}
+
+
+def test_masks_and_fillings_have_the_size_of_their_batch(mixed: Examples) -> None:
+    # One of the wide pictures has a mask, one of the tall ones keeps nothing.
+    masked = [
+        with_mask(mixed[0], ramp(64, 110)),
+        with_mask(mixed[1], np.zeros((110, 64))),
+        *mixed[2:],
+    ]
+    dataset = dataset_of(masked, plan=mixed_plan(batch_size=2))
+
+    kept = {WIDE: 0, TALL: 0, SQUARE: 0}
+    for batch in batches_of(dataset, 9):
+        target = mixed[batch.numbers[0]].target
+        if batch.masks is not None:
+            kept[target] += 1
+            assert batch.masks.shape == (2, 1, *target)
+        assert [float(weight) > 0 for weight in batch.weights] == [n != 1 for n in batch.numbers]
+    assert kept == {WIDE: 3, TALL: 0, SQUARE: 0}
+    assert dataset.unseen() == ["1.jpg"]
+
+
+def test_pictures_of_several_sizes_are_drawn_alike_over_processes_and_accumulation(
+    mixed: Examples,
+) -> None:
+    def by_position(**layout: int) -> dict[int, tuple[object, ...]]:
+        plan = mixed_plan(batch_size=2, **layout)
+        dataset = dataset_of(mixed, plan=plan, **RANDOM, **TURNED)
+        return {
+            position: (batch.numbers[row], batch.captions[row], bytes_of(pixels).tobytes())
+            for batch in batches_of(dataset, 6)
+            for row, (position, pixels) in enumerate(
+                zip(batch.positions, batch.pixels, strict=True)
+            )
+            if batch.weights[row] > 0
+        }
+
+    one = by_position(gradient_accumulation_steps=2)
+    first = by_position(num_processes=2, process_index=0)
+    second = by_position(num_processes=2, process_index=1)
+
+    assert not first.keys() & second.keys()
+    assert first | second == one
+
+
+def test_cached_views_of_several_sizes_are_those_of_the_uncached_run(mixed: Examples) -> None:
+    cached = dataset_of(mixed, plan=mixed_plan(batch_size=2), with_pixels=False, random_flip=True)
+    uncached = dataset_of(mixed, plan=mixed_plan(batch_size=2), random_flip=True)
+
+    for without, with_ in zip(batches_of(cached, 6), batches_of(uncached, 6), strict=True):
+        for row, (number, flipped) in enumerate(zip(without.numbers, without.flipped, strict=True)):
+            assert torch.equal(cached.pixels_of(number, flipped), with_.pixels[row])
+
+
+def test_class_pictures_of_another_size_are_a_batch_of_their_own(tmp_path: Path) -> None:
+    examples = of_sizes(tmp_path, [WIDE, WIDE, TALL], [WIDE, WIDE, TALL], num_class_images=1)
+    plan = plan_of(Portion((0, 1), class_images=(2,)), batch_size=2, sizes=(WIDE, WIDE, TALL))
+
+    own, of_class = dataset_of(examples, plan=plan)[1]
+
+    assert (own.pixels.shape, of_class.pixels.shape) == ((2, 3, *WIDE), (2, 3, *TALL))
+    assert (own.is_class.tolist(), of_class.is_class.tolist()) == ([False] * 2, [True] * 2)
+    assert of_class.positions == tuple(~position for position in own.positions)
+    assert of_class.weights.tolist() == own.weights.tolist() == [0.5, 0.5]
+
+
+def test_a_window_that_was_found_is_shown_whatever_center_crop_says(examples: Examples) -> None:
+    found = [replace(examples[0], window=(3, 30)), *examples[1:]]
+
+    for options in ({}, {"center_crop": False}):
+        for batch in batches_of(dataset_of(found, **options), 20):
+            top, left, _, number = seen(batch.pixels[0])
+            assert number != 0 or (top, left) == (3, 30)
+            assert batch.geometry["crop_top_left"][0].tolist() == [top, left]
+
+
+def test_a_found_window_is_what_cached_latents_and_masks_see(examples: Examples) -> None:
+    weights = ramp(HEIGHT, WIDTH)
+    windows = [(0, 0), (16, 36), (5, 6), (16, 0), (1, 35)]
+    found = [
+        replace(with_mask(example, weights), window=window)
+        for example, window in zip(examples, windows, strict=True)
+    ]
+    options = {"center_crop": False, "face_aware_cropping": True}
+    cached = dataset_of(found, with_pixels=False, **options)
+
+    for batch in batches_of(cached, 5):
+        (number,) = batch.numbers
+        top, left = windows[number]
+        assert seen(cached.pixels_of(number, False)) == (top, left, False, number)
+        expected = weights[top : top + 64, left : left + 64]
+        np.testing.assert_array_equal(batch.masks[0, 0].numpy(), expected)
+
+
+def test_offsets_move_a_found_window_inside_the_picture(tmp_path: Path) -> None:
+    (example,) = grid_examples(tmp_path, 1, height=HEIGHT, width=WIDTH)
+    found = replace(example, window=(8, 35))
+    dataset = dataset_of([found], center_crop=False, random_crop_offset_x=3, random_crop_offset_y=2)
+
+    shown = [seen(batch.pixels[0])[:2] for batch in batches_of(dataset, 60)]
+
+    assert {top for top, _ in shown} == {6, 7, 8, 9, 10}
+    # 36 is the last column where a window of 64 fits into 100.
+    assert {left for _, left in shown} == {32, 33, 34, 35, 36}
+
+
+def test_a_mask_outside_of_a_found_window_is_named(tmp_path: Path) -> None:
+    first, second = grid_examples(tmp_path, 2, height=HEIGHT, width=WIDTH)
+    upper = [with_mask(example, corner_mask(8, WIDTH)) for example in (first, second)]
+    found = [replace(upper[0], window=(7, 0)), replace(upper[1], window=(8, 0))]
+    options = {"center_crop": False, "face_aware_cropping": True}
+
+    assert dataset_of(found, **options).unseen() == ["1.jpg"]

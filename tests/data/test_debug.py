@@ -16,8 +16,6 @@ from trainer.data.debug import trained_examples
 from trainer.data.plan import Portion
 
 DRAWN = DataConfig(
-    resolution_width=64,
-    resolution_height=64,
     center_crop=False,
     random_flip=True,
     caption_dropout=0.5,
@@ -80,7 +78,7 @@ def test_a_class_picture_is_of_the_concept_of_the_picture_beside_it(tmp_path: Pa
     examples = grid_examples(tmp_path, 4, height=64, width=64, num_class_images=1)
     # Both concepts share the class picture.
     portions = [Portion(numbers, class_images=(4,)) for numbers in ((0, 3), (1, 2))]
-    still = DataConfig(resolution_width=64, resolution_height=64)
+    still = DataConfig()
     dataset = Dataset(examples, plan_of(*portions, batch_size=3), still, with_pixels=True)
 
     shown = {example.position: example for example in trained_examples(dataset, range(2))}
@@ -91,6 +89,32 @@ def test_a_class_picture_is_of_the_concept_of_the_picture_beside_it(tmp_path: Pa
         assert shown[position].concept == of[shown[position].name]
         assert shown[~position].name == "4.jpg"
         assert shown[~position].concept == shown[position].concept
+
+
+def test_class_pictures_of_other_sizes_come_behind_theirs_with_their_concept(
+    tmp_path: Path,
+) -> None:
+    tall, wide = (96, 64), (64, 96)
+    tall_ones = grid_examples(tmp_path / "tall", 4, height=96, width=64, target=tall)
+    wide_ones = grid_examples(
+        tmp_path / "wide", 4, height=64, width=96, target=wide, num_class_images=1
+    )
+    # Both concepts have two tall pictures; the class they share has one wide one.
+    examples = (*tall_ones, wide_ones[4])
+    sizes = (tall, tall, tall, tall, wide)
+    portions = [Portion(numbers, class_images=(4,)) for numbers in ((0, 3), (1, 2))]
+    plan = plan_of(*portions, batch_size=2, num_processes=2, sizes=sizes)
+    dataset = Dataset(examples, plan, DataConfig(), with_pixels=True)
+
+    shown = list(trained_examples(dataset, range(1)))
+
+    assert [example.position for example in shown] == [0, ~0, 1, ~1, 2, ~2, 3, ~3]
+    of = {"0.jpg": 1, "3.jpg": 1, "1.jpg": 2, "2.jpg": 2}
+    for own, partner in zip(shown[::2], shown[1::2], strict=True):
+        assert own.concept == partner.concept == of[own.name]
+        assert (own.target_size, own.pixels.shape) == (tall, (*tall, 3))
+        assert (partner.target_size, partner.pixels.shape) == (wide, (*wide, 3))
+        assert (partner.name, partner.is_class) == ("4.jpg", True)
 
 
 def test_the_facts_are_all_but_pixels_and_mask(dataset: Dataset) -> None:
@@ -121,7 +145,7 @@ def test_some_steps_alone_are_the_same_as_among_all(dataset: Dataset) -> None:
 
 
 def test_a_training_with_cached_latents_can_be_shown_too(dataset: Dataset) -> None:
-    still = DataConfig(resolution_width=64, resolution_height=64)
+    still = DataConfig()
     cached = Dataset(dataset.examples, dataset.plan, still, with_pixels=False)
 
     shown = list(trained_examples(cached, range(2)))

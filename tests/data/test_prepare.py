@@ -7,28 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from grid import encoded, grid_bytes, grid_image, write_folder, zip_bytes
+from grid import (
+    encoded,
+    grid_bytes,
+    grid_image,
+    picture_set,
+    prepared,
+    write_folder,
+    zip_bytes,
+)
 from PIL import Image
 
-from trainer.config import DataConfig, MaskConfig
-from trainer.data.prepare import prepare
 from trainer.data.prepared import Example
 from trainer.data.report import inspect
 from trainer.errors import DiskError, InputError
 from trainer.events import Event, NoteEvent, StageEvent
 
 
-def run(
-    location: Path, folder: Path, *, width: int = 64, height: int = 64, **options: object
-) -> tuple[list[Event], tuple[Example, ...]]:
-    data = DataConfig(images_data_url=str(location), **options)
-    events = []
-    stage = prepare(data, MaskConfig(), folder, width=width, height=height)
-    while True:
-        try:
-            events.append(next(stage))
-        except StopIteration as end:
-            return events, end.value
+def run(location: Path, folder: Path, **options: object) -> tuple[list[Event], tuple[Example, ...]]:
+    return prepared(picture_set(location, **options), folder)
 
 
 def messages(events: list[Event]) -> list[str]:
@@ -53,7 +50,7 @@ def messy(tmp_path: Path) -> Path:
         "clear.png": encoded(Image.new("RGBA", (70, 70), (255, 0, 0, 128))),
         "__MACOSX/._1.jpg": b"junk",
         "clip.mp4": b"film",
-        "metadata.jsonl": b"{}",
+        "captions.jsonl": b"{}",
     }
     path = tmp_path / "set.zip"
     path.write_bytes(zip_bytes(files))
@@ -79,7 +76,7 @@ def test_a_messy_archive_gives_exactly_its_usable_pictures_upright(
         with Image.open(example.path) as image:
             assert (image.mode, image.height, image.width) == ("RGB", *example.size)
     said = " | ".join(messages(events))
-    for name in ("`cut.jpg` is left out", "`clip.mp4`", "`metadata.jsonl`", "only 3 pictures"):
+    for name in ("`cut.jpg` is left out", "`clip.mp4`", "`captions.jsonl`", "only 3 pictures"):
         assert name in said
     assert "_MACOSX" not in said
 
@@ -141,7 +138,7 @@ def test_the_index_says_what_each_file_is_and_is_the_same_each_time(
 
     assert contents[0] == contents[1]
     assert (first["name"], first["file"], first["caption"]) == ("a/1.jpg", "000.png", "a caption")
-    assert first["original_size"] == [120, 80]
+    assert first["view"]["picture_size"] == [120, 80]
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
@@ -170,7 +167,8 @@ def test_only_what_changed_is_prepared_again(tmp_path: Path) -> None:
 
     after = state(tmp_path / "prepared")
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"001.png", "002.png", "prepared.json"}
+    looked_at = {"001.source.jpg", "002.source.jpg", "contact_sheet_1.jpg", "report.json"}
+    assert changed == {"001.png", "002.png", "prepared.json"} | looked_at
     Image.open(examples[2].path).load()
 
 
@@ -191,7 +189,8 @@ def test_files_of_pictures_that_are_gone_are_removed_and_nothing_else(tmp_path: 
     run(folder, tmp_path / "prepared")
 
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
-    assert names == {"000.png", "001.png", "prepared.json", "mine.png"}
+    looked_at = {"000.source.jpg", "001.source.jpg", "contact_sheet_1.jpg", "report.json"}
+    assert names == {"000.png", "001.png", "prepared.json", "mine.png"} | looked_at
 
 
 def test_an_index_that_cannot_be_read_is_made_again(messy: Path, tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_a_small_picture_and_a_copy_deserve_a_warning(tmp_path: Path) -> None:
 
     said = " | ".join(messages(events))
     assert "`a.png` (40x30) is enlarged 3.2 times" in said
-    assert "`b.png` is the same picture as `a.png`" in said
+    assert "`b.png` is the same file as `a.png`" in said
 
 
 @pytest.mark.parametrize(("count", "warned"), [(9, 1), (10, 0)])
@@ -275,7 +274,7 @@ def test_a_folder_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None
 def test_inspect_tells_what_prepare_would_find_without_writing(messy: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
 
-    report = inspect(DataConfig(images_data_url=str(messy)), MaskConfig())
+    report = inspect(picture_set(messy))
 
     assert sorted(tmp_path.rglob("*")) == before
     assert report.num_usable == 3
@@ -286,7 +285,10 @@ def test_inspect_tells_what_prepare_would_find_without_writing(messy: Path, tmp_
         "cut.jpg": None,
     }
     assert "cut off or damaged" in report.pictures[3].problem
-    assert any("at least 10" in note.message for note in report.notes)
+    assert [line.found for line in report.advice[0].lines if line.level == "act"][0] == (
+        "only 3 pictures"
+    )
+    assert not any("at least 10" in note.message for note in report.notes)
     assert json.loads(json.dumps(report.as_dict()))["num_usable"] == 3
 
 
@@ -294,7 +296,7 @@ def test_inspect_refuses_what_prepare_refuses(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", {"a.jpg": "text"})
 
     with pytest.raises(InputError, match="no picture can be used"):
-        inspect(DataConfig(images_data_url=str(folder)), MaskConfig())
+        inspect(picture_set(folder))
 
 
 def test_resizing_a_grid_keeps_its_directions(tmp_path: Path) -> None:

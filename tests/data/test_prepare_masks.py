@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from grid import encoded, grid_bytes, grid_image, write_folder
+from grid import encoded, grid_bytes, grid_image, picture_set, prepared, write_folder
 from PIL import Image
 
 from trainer.config import DataConfig, MaskConfig
-from trainer.data import prepare as prepare_module
-from trainer.data.masks import SEGMENTERS
-from trainer.data.prepare import prepare
+from trainer.data import masking, views
 from trainer.data.prepared import Example
 from trainer.data.report import inspect
 from trainer.errors import InputError
 from trainer.events import Event, NoteEvent, StageEvent
+from trainer.images.masks import Segmenter
+from trainer.images.segmenters import SegmenterKind, luminance
 from trainer.sections.subjects import ClassSource, class_data_of
 
 LUMINANCE = MaskConfig(clip_seg_mask_prompt="head", segmenter="luminance", clip_seg_mask_bias=0.0)
@@ -32,14 +33,8 @@ def run(
     side: int = 64,
     **options: object,
 ) -> tuple[list[Event], tuple[Example, ...]]:
-    data = DataConfig(images_data_url=str(source), **options)
-    events = []
-    stage = prepare(data, mask, folder, width=side, height=side, of_class=of_class)
-    while True:
-        try:
-            events.append(next(stage))
-        except StopIteration as end:
-            return events, end.value
+    size = {"width": side, "height": side}
+    return prepared(picture_set(source, mask=mask, of_class=of_class, **size, **options), folder)
 
 
 def mask_in(example: Example) -> np.ndarray:
@@ -82,14 +77,16 @@ def test_the_segmenter_sees_the_whole_upright_picture_and_the_prompt(
         asked.append((image.mode, image.size, prompt))
         return np.zeros((5, 7), np.float32)
 
-    monkeypatch.setattr(prepare_module, "SEGMENTERS", {"clipseg": lambda: segment})
+    kind = SegmenterKind(lambda _: segment, lambda _: "")
+    monkeypatch.setattr(masking, "SEGMENTERS", {"clipseg": kind})
     exif = Image.Exif()
     exif[0x0112] = 6
     write_folder(tmp_path / "set", {"a.png": encoded(grid_image(80, 120), exif=exif)})
 
     run(tmp_path / "set", tmp_path / "prepared", MaskConfig(clip_seg_mask_prompt="a blue hat"))
 
-    assert asked == [("RGB", (80, 120), "a blue hat")]
+    # At the trained scale: 64 pixels wide.
+    assert asked == [("RGB", (64, 96), "a blue hat")]
 
 
 def test_a_segmenter_is_made_ready_once_and_only_when_a_mask_is_needed(
@@ -97,11 +94,12 @@ def test_a_segmenter_is_made_ready_once_and_only_when_a_mask_is_needed(
 ) -> None:
     made = []
 
-    def make() -> object:
+    def make(_: MaskConfig) -> Segmenter:
         made.append(1)
-        return SEGMENTERS["luminance"]()
+        return luminance
 
-    monkeypatch.setattr(prepare_module, "SEGMENTERS", {"luminance": make})
+    kind = SegmenterKind(make, lambda _: "")
+    monkeypatch.setattr(masking, "SEGMENTERS", {"luminance": kind})
 
     run(grids, tmp_path / "prepared", MaskConfig(segmenter="luminance"))
     assert len(made) == 0
@@ -195,12 +193,10 @@ def test_every_mask_that_cannot_be_used_is_named_with_both_sizes(tmp_path: Path)
             "masks/d.png": encoded(ramp(40, 50)),
         },
     )
-    data = DataConfig(images_data_url=str(tmp_path / "set"))
-
     with pytest.raises(InputError) as preparing:
         run(tmp_path / "set", tmp_path / "prepared", MaskConfig())
     with pytest.raises(InputError) as inspecting:
-        inspect(data, MaskConfig())
+        inspect(picture_set(tmp_path / "set"))
 
     for error in (preparing, inspecting):
         problems = error.value.problems
@@ -208,7 +204,8 @@ def test_every_mask_that_cannot_be_used_is_named_with_both_sizes(tmp_path: Path)
         assert "the mask `a_mask.png` is 80x80, its picture 100x80 upright" in problems[0].message
         assert "the mask `masks/b.png` is all black" in problems[1].message
         assert "the mask `masks/c.png` cannot be used" in problems[2].message
-    assert inspect(data, MaskConfig(use_given_masks=False)).num_usable == 4
+    unmasked = picture_set(tmp_path / "set", mask=MaskConfig(use_given_masks=False))
+    assert inspect(unmasked).num_usable == 4
 
 
 def test_another_temperature_makes_the_masks_again_and_leaves_the_pictures(
@@ -222,7 +219,8 @@ def test_another_temperature_makes_the_masks_again_and_leaves_the_pictures(
 
     changed = {name for name, stat in state(tmp_path / "prepared").items() if stat != files[name]}
     kinds = ("npy", "png")
-    assert changed == {f"{n:03d}.mask.{k}" for n in range(3) for k in kinds} | {"prepared.json"}
+    masks = {f"{n:03d}.mask.{k}" for n in range(3) for k in kinds}
+    assert changed == masks | {"prepared.json", "contact_sheet_1.jpg", "report.json"}
     assert [a.sha256 for a in after] == [b.sha256 for b in before]
     assert all(a.mask_sha256 != b.mask_sha256 for a, b in zip(after, before, strict=True))
 
@@ -234,10 +232,10 @@ def test_a_second_call_with_masks_decodes_and_writes_nothing_and_says_the_same(
     first = run(grids, tmp_path / "prepared", LUMINANCE)
     before = state(tmp_path / "prepared")
 
-    def refuse(_: bytes) -> None:
+    def refuse(_: bytes, __: str) -> None:
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr(prepare_module, "decode", refuse)
+    monkeypatch.setattr(views, "decode", refuse)
     second = run(grids, tmp_path / "prepared", LUMINANCE)
 
     assert second == first
@@ -255,7 +253,8 @@ def test_only_the_mask_that_was_painted_anew_is_made_again(grids: Path, tmp_path
 
     after = state(tmp_path / "prepared")
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"001.mask.npy", "001.mask.png", "prepared.json"}
+    looked_at = {"contact_sheet_1.jpg", "report.json"}
+    assert changed == {"001.mask.npy", "001.mask.png", "prepared.json"} | looked_at
 
 
 def test_a_damaged_mask_file_is_made_again(grids: Path, tmp_path: Path) -> None:
@@ -293,10 +292,11 @@ def test_a_picture_in_which_the_subject_is_not_found_deserves_a_warning(tmp_path
         {"black.png": encoded(Image.new("RGB", (80, 80), 3)), "grid.png": grid_bytes(80, 80, 255)},
     )
 
-    events, _ = run(tmp_path / "set", tmp_path / "prepared", LUMINANCE)
+    events, examples = run(tmp_path / "set", tmp_path / "prepared", LUMINANCE)
 
-    said = [e.message for e in events if isinstance(e, NoteEvent) and "hardly any" in e.message]
-    assert said == ["`black.png` shows hardly any `head`, its mask may be at random"]
+    said = [e.message for e in events if isinstance(e, NoteEvent) and "`head`" in e.message]
+    assert said == ["`black.png` shows nothing like `head`: the whole picture is learned"]
+    assert [example.mask_path is None for example in examples] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_an_inverted_class_mask_of_a_segmenter_keeps_what_the_prompt_does_not_me
 def test_class_pictures_say_so_and_are_told_of_under_their_own_options(tmp_path: Path) -> None:
     write_folder(
         tmp_path / "set",
-        {"a.png": grid_bytes(), "b.png": grid_bytes(), "c.jpg": "text", "metadata.jsonl": "{}"},
+        {"a.png": grid_bytes(), "b.png": grid_bytes(), "c.jpg": "text", "captions.jsonl": "{}"},
     )
 
     events, examples = run(
@@ -367,7 +367,8 @@ def test_class_pictures_take_the_class_prompt_whether_captions_are_to_be_made_or
     data = DataConfig(skip_caption_generation=False, captions_file_url="captions.jsonl")
     of_class = class_data_of(ClassSource("a man", source, 0), source, data)
 
-    report = inspect(of_class, MaskConfig(), of_class=True)
+    wanted = replace(picture_set(source, of_class=True), data=of_class)
+    report = inspect(wanted)
 
     assert [picture.caption for picture in report.pictures] == ["a man"]
 

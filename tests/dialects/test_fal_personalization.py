@@ -137,12 +137,11 @@ ENUMS = {
     "lora_type": ["lora", "lokr", "loha"],
 }
 MINIMAL = {"images_data_url": "photographs.zip", "photo_class": "Man"}
-SWITCHED_OFF = {"clip_seg_mask_prompt": "", "face_aware_cropping": False}
 PAYLOADS = ROOT / "configs" / "payloads"
 
 
 def ignored(payload: dict[str, Any]) -> dict[str, str]:
-    return resolve(to_layers(payload), refuse=False).resolved.ignored_options
+    return resolve(to_layers(payload)).resolved.ignored_options
 
 
 def test_the_request_has_the_fields_of_the_service_and_no_other() -> None:
@@ -186,7 +185,7 @@ def test_every_field_is_placed_in_exactly_one_way() -> None:
 
 def test_the_defaults_are_places_in_the_configuration_that_nobody_set() -> None:
     defaults, request = to_layers(MINIMAL)
-    config = resolve([defaults, request], refuse=False)
+    config = resolve([defaults, request])
 
     assert not defaults.explicit
     assert config.resolved.explicit == ("images_data_url", "photo_class")
@@ -199,20 +198,16 @@ def test_the_defaults_are_places_in_the_configuration_that_nobody_set() -> None:
             assert config.leaf(field) == value, field
 
 
-def test_a_minimal_request_names_exactly_what_is_not_available_yet() -> None:
-    with pytest.raises(InputError) as caught:
-        resolve(to_layers(MINIMAL))
-
-    assert {problem.field for problem in caught.value.problems} == set(SWITCHED_OFF)
-
-
-def test_a_request_with_those_switched_off_resolves() -> None:
-    config = resolve(to_layers({**MINIMAL, **SWITCHED_OFF}))
+def test_a_minimal_request_resolves_to_the_methods_of_the_service() -> None:
+    config = resolve(to_layers(MINIMAL))
 
     assert config.adapter.use_dora
     assert (config.run.batch_size, config.loss.snr_gamma) == (6, 0.5)
-    assert not config.data.cache_latents
-    assert not config.data.center_crop
+    assert (config.data.cache_latents, config.data.center_crop) == (False, False)
+    assert (config.data.face_aware_cropping, config.data.skip_caption_generation) == (True, False)
+    assert (config.mask.clip_seg_mask_prompt, config.mask.segmenter) == ("head", "clipseg")
+    # The service puts the identifier in front of a plain caption.
+    assert config.caption.caption_mode == "plain"
 
 
 def test_the_shipped_example_is_the_smallest_request() -> None:
@@ -222,18 +217,18 @@ def test_the_shipped_example_is_the_smallest_request() -> None:
     assert not [name for name in ignored(payload) if name.startswith("request.")]
 
 
-def test_the_shipped_trial_changes_nothing_but_size_and_what_is_not_available() -> None:
+def test_the_shipped_trial_changes_nothing_but_size() -> None:
     payload = json.loads((PAYLOADS / "fal_personalization.json").read_text())
     overrides = read_config_file(PAYLOADS / "fal_personalization_tiny.yaml")
 
     config = resolve([*to_layers(payload), *overrides])
 
-    plain = resolve(to_layers(payload), refuse=False)
+    plain = resolve(to_layers(payload))
     changed = {name for name in LEAVES if config.leaf(name) != plain.leaf(name)}
     assert changed == {
         *("resolution_width", "resolution_height", "max_train_steps", "batch_size"),
         *("num_class_images", "class_inference_steps"),
-        *("segmenter", "face_aware_cropping", "skip_caption_generation", "vae_url"),
+        "vae_url",
     }
     assert changed == set(overrides[0].values)
     assert config.token.train_text_encoder_ti
@@ -267,14 +262,14 @@ def test_concepts_are_more_than_the_service_can_say() -> None:
 def test_a_default_of_the_service_yields_to_what_the_request_asks(
     chosen: dict[str, Any], leaf: str, value: object
 ) -> None:
-    config = resolve(to_layers({**MINIMAL, **chosen}), refuse=False)
+    config = resolve(to_layers({**MINIMAL, **chosen}))
 
     assert config.leaf(leaf) == value
     assert leaf in {note.field for note in config.resolved.notes if note.kind == "yielded"}
 
 
 def test_the_odd_gamma_of_the_service_is_kept_with_a_warning() -> None:
-    config = resolve(to_layers(MINIMAL), refuse=False)
+    config = resolve(to_layers(MINIMAL))
 
     warned = [note.field for note in config.resolved.notes if note.kind == "warning"]
     assert warned == ["snr_gamma"]
@@ -283,7 +278,7 @@ def test_the_odd_gamma_of_the_service_is_kept_with_a_warning() -> None:
 
 def test_a_missing_required_field_is_named_together_with_a_bad_value() -> None:
     with pytest.raises(InputError) as caught:
-        resolve(to_layers({"photo_class": "Dog"}), refuse=False)
+        resolve(to_layers({"photo_class": "Dog"}))
 
     problems = {problem.field: problem.message for problem in caught.value.problems}
     assert set(problems) == {"images_data_url", "photo_class"}
@@ -300,7 +295,7 @@ def test_a_field_that_the_service_does_not_know_is_left_aside_and_noted() -> Non
 
 def test_a_field_that_is_nearly_one_of_the_service_deserves_a_warning() -> None:
     payload = {**MINIMAL, "snr_gama": 5, "webhookUrl": "x"}
-    config = resolve(to_layers(payload), refuse=False)
+    config = resolve(to_layers(payload))
 
     warned = {note.field: note.message for note in config.resolved.notes if note.kind == "warning"}
     assert "did you mean `snr_gamma`?" in warned["request.snr_gama"]
@@ -311,20 +306,20 @@ def test_a_field_that_is_nearly_one_of_the_service_deserves_a_warning() -> None:
 def test_null_means_the_default_where_the_default_is_nothing() -> None:
     with_nulls = {**MINIMAL, **{name: None for name, value in FALSY.items() if value is None}}
 
-    config = resolve(to_layers(with_nulls), refuse=False)
+    config = resolve(to_layers(with_nulls))
 
-    assert config == resolve(to_layers(MINIMAL), refuse=False)
+    assert config == resolve(to_layers(MINIMAL))
 
 
 def test_a_null_gamma_switches_min_snr_off() -> None:
-    config = resolve(to_layers({**MINIMAL, "snr_gamma": None}), refuse=False)
+    config = resolve(to_layers({**MINIMAL, "snr_gamma": None}))
 
     assert config.loss.snr_gamma is None
 
 
 def test_a_null_mask_prompt_switches_the_mask_off() -> None:
     # The service's own behaviour: no prompt gives a mask that is one everywhere.
-    config = resolve(to_layers({**MINIMAL, "clip_seg_mask_prompt": None}), refuse=False)
+    config = resolve(to_layers({**MINIMAL, "clip_seg_mask_prompt": None}))
 
     assert config.mask.clip_seg_mask_prompt == ""
     assert config.is_explicit("clip_seg_mask_prompt")
@@ -335,7 +330,6 @@ def test_a_configuration_becomes_a_request_that_means_the_same() -> None:
         to_layers(
             {
                 **MINIMAL,
-                **SWITCHED_OFF,
                 "optimizer": "prodigy",
                 "token_abstraction": "TOK,TOK2",
                 "snr_gamma": None,
@@ -367,7 +361,7 @@ def test_a_value_that_the_service_cannot_say_is_named() -> None:
 
 
 def test_a_written_configuration_remembers_what_the_request_asked() -> None:
-    config = resolve(to_layers({**MINIMAL, **SWITCHED_OFF, "optimizer": "prodigy", "foo": 1}))
+    config = resolve(to_layers({**MINIMAL, "optimizer": "prodigy", "foo": 1}))
 
     back = resolve(as_layers(parse_yaml(write_config(config), "config.yaml"), "config.yaml"))
 

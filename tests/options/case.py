@@ -13,9 +13,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from options import onlookers
 from options.matrix import ADAPTER_FORMS, Leaves, Place, Row
 from options.probe import Delivery, Probe, deliver, probe
-from options.world import World
+from options.world import SIDE, World
 from tiny import compose
 
 from trainer import base_model
@@ -32,6 +33,8 @@ COMMON: Leaves = {
     "images_data_url": Place("pictures"),
     "rank": 4,
     "batch_size": 2,
+    "resolution_width": SIDE,
+    "resolution_height": SIDE,
     "max_train_steps": 8,
     "learning_rate": 1e-3,
     "tensorboard": False,
@@ -121,7 +124,7 @@ class Case:
         name = f"{self.family} {num_steps} {json.dumps(leaves, sort_keys=True)}"
         if name not in self.lab.probes:
             config = resolve([Layer("test", leaves, explicit=True)])
-            with self._hub(), self.lab.loading_once():
+            with self._surroundings(), self.lab.loading_once():
                 self.lab.probes[name] = probe(config, self.lab.folder(), num_steps)
         return self.lab.probes[name]
 
@@ -131,7 +134,7 @@ class Case:
         name = f"{self.family} {json.dumps(leaves, sort_keys=True)}"
         if name not in self.lab.deliveries:
             config = resolve([Layer("test", leaves, explicit=True)])
-            with self.lab.loading_once():
+            with self._surroundings(), self.lab.loading_once():
                 self.lab.deliveries[name] = deliver(config, self.lab.folder())
         return self.lab.deliveries[name]
 
@@ -153,6 +156,7 @@ class Case:
         """Asserts that the flipped configuration is refused by name, and no model is loaded."""
         self.config()
         with (
+            self._surroundings(has_spandrel=False),
             patch.object(base_model, "load", side_effect=AssertionError("a model was loaded")),
             pytest.raises(InputError, match=message) as caught,
         ):
@@ -162,6 +166,7 @@ class Case:
     def is_ignored(self, leaf: str, reason: str) -> None:
         """Asserts that the run reports an option as without effect, and why."""
         assert self.config({leaf: self.row.flipped[leaf]}).leaf(leaf) is not None
+        assert self.after().ignored[leaf] == reason
         assert self.after().config.resolved.ignored_options[leaf] == reason
 
     def changes_nothing(self) -> None:
@@ -177,9 +182,15 @@ class Case:
             same(one.after, other.after)
             assert one.rates == other.rates
 
-    def _hub(self) -> Any:
+    @contextmanager
+    def _surroundings(self, *, has_spandrel: bool = True) -> Iterator[None]:
+        """While this lasts, the hub holds what the tests put there, whatever the machine has."""
         place = str(self.world.hub())
-        return patch("huggingface_hub.constants.HF_HUB_CACHE", place)
+        with (
+            patch("huggingface_hub.constants.HF_HUB_CACHE", place),
+            onlookers.spandrel(is_installed=has_spandrel),
+        ):
+            yield
 
     def _filled(self, value: Any) -> Any:
         if isinstance(value, Place):

@@ -22,7 +22,7 @@ from trainer import encoding, engine, loss, optim, results
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Batch, Dataset
 from trainer.engine import Composition
-from trainer.events import StepEvent
+from trainer.events import NoteEvent, StepEvent
 from trainer.job import RunFolder
 from trainer.training import Training
 
@@ -81,6 +81,7 @@ class Probe:
 
     Args:
         config: as the engine completed it.
+        ignored: what the run told to be without effect: option to reason.
         dataset: its batches.
         steps: the recorded ones.
         encoded: pictures that the VAE was given before the first step.
@@ -93,6 +94,7 @@ class Probe:
     """
 
     config: TrainingConfig
+    ignored: Mapping[str, str]
     dataset: Dataset
     steps: list[Step]
     encoded: int
@@ -138,7 +140,7 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
     """
     recorder = _Recorder()
     with recorder.listening():
-        composed = _composed(config, root)
+        composed, notes = _composed(config, root)
         training = composed.training
         encoded = len(recorder.pixels)
         recorder.attach(training)
@@ -151,6 +153,7 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
     states = training.optimizer.state.values()
     return Probe(
         config=composed.config,
+        ignored={note.field: note.message for note in notes if note.note == "ignored"},
         dataset=training.dataset,
         steps=recorder.steps,
         encoded=encoded,
@@ -168,15 +171,18 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
     )
 
 
-def _composed(config: TrainingConfig, root: Path) -> Composition:
-    """A training before its first step, with the configuration as the engine completed it."""
+def _composed(config: TrainingConfig, root: Path) -> tuple[Composition, list[NoteEvent]]:
+    """A training before its first step, and what the user is told until then."""
     composing = engine.compose(config, RunFolder(root))
+    notes: list[NoteEvent] = []
     while True:
         try:
-            next(composing)
+            event = next(composing)
+            if isinstance(event, NoteEvent):
+                notes.append(event)
         except StopIteration as end:
             composition: Composition = end.value
-            return composition
+            return composition, notes
 
 
 def _dtypes(training: Training) -> tuple[set[torch.dtype], set[torch.dtype]]:
@@ -337,7 +343,7 @@ def deliver(config: TrainingConfig, folder: Path) -> Delivery:
         yield from ()
         return []
 
-    composed = _composed(config, folder)
+    composed, _ = _composed(config, folder)
     with recorder.listening(), patch.object(results, "_verified", unread):
         recorder.attach(composed.training)
         for event in composed.training.steps(root, never):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from options.bases import LUMINANCE, PRIOR, UNCACHED
+from options.bases import CLIPSEG, LUMINANCE, PRIOR, UNCACHED
 from options.case import Case, near, pictures
 from options.matrix import Place, acts, idle, refused
 from options.probe import Probe
-from options.sums import grid_masks, loss_is_the_sum, mask_of_brightness, min_snr
-from options.world import LIT, SIDE
+from options.sums import grid_masks, loss_is_the_sum, mask_of_brightness, middle, min_snr
+from options.world import LIT, SHAPES, SIDE, grid
 from PIL import Image
+from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
 Shows = Callable[[Case], None]
 
@@ -84,8 +86,56 @@ def the_given_mask_counts(case: Case) -> None:
     assert another_gradient(case)
 
 
+def clipseg_finds(prompt: str, place: str = "clipseg") -> Shows:
+    """Asserts the masks that cog-sdxl's preprocess.py makes of a CLIPSeg's map of the prompt."""
+
+    def shows(case: Case) -> None:
+        folder = str(case.world.path(place))
+        model = CLIPSegForImageSegmentation.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        words = tokenizer([prompt, ""], padding=True, return_tensors="pt")
+        expected = []
+        for name in pictures(case.after().first.pixels[0]):
+            with torch.no_grad():
+                maps = model(**words, pixel_values=_as_clipseg_sees(grid(name))).logits
+            weights = (maps.double().softmax(0)[0] + 0.001).clamp(0, 1)
+            whole = Image.fromarray((weights / weights.max()).float().numpy())
+            height, width = SHAPES[name]
+            laid_over = whole.resize((width, height), Image.Resampling.BILINEAR)
+            expected.append(torch.tensor(middle(np.asarray(laid_over))))
+        near(mask_in_the_loss(case.after()), torch.stack(expected)[:, None], rtol=0, atol=1e-4)
+        assert float(torch.stack(expected).std()) > 0.01
+        loss_is_the_sum(case, case.after(), min_snr(5.0))
+        assert another_gradient(case)
+
+    return shows
+
+
+def _as_clipseg_sees(pixels: Any) -> torch.Tensor:
+    """A picture squeezed to 352 x 352 and normalised by ImageNet's mean and deviation, twice."""
+    squeezed = Image.fromarray(pixels).resize((352, 352), Image.Resampling.BILINEAR)
+    values = torch.tensor(np.asarray(squeezed, np.float32) / 255)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((values - mean) / deviation).permute(2, 0, 1).expand(2, -1, -1, -1)
+
+
 MASK = [
-    refused("clip_seg_mask_prompt", {"clip_seg_mask_prompt": "head"}, "the segmenter clipseg"),
+    acts(
+        "clip_seg_mask_prompt",
+        ("batch", "gradient"),
+        "what CLIPSeg finds weighs the loss; empty: no mask",
+        clipseg_finds("head"),
+        base={**CLIPSEG, "clip_seg_mask_prompt": ""},
+        flipped={"clip_seg_mask_prompt": "head"},
+    ),
+    acts(
+        "clip_seg_mask_prompt",
+        ("batch", "gradient"),
+        "CLIPSeg finds something else by other words",
+        clipseg_finds("a red square"),
+        base=CLIPSEG,
+        flipped={"clip_seg_mask_prompt": "a red square"},
+    ),
     acts(
         "clip_seg_mask_prompt",
         ("batch", "gradient"),
@@ -142,13 +192,26 @@ MASK = [
         base=UNCACHED,
         flipped={"segmenter": "luminance", "clip_seg_mask_prompt": "head"},
     ),
-    refused(
+    acts(
         "segmenter",
-        {"segmenter": "clipseg"},
-        "the segmenter clipseg",
-        base=LUMINANCE,
-        field_named="clip_seg_mask_prompt",
+        ("batch", "gradient"),
+        "clipseg: the mask is what CLIPSeg finds",
+        clipseg_finds("head"),
+        base={**CLIPSEG, "segmenter": "luminance"},
+        flipped={"segmenter": "clipseg"},
     ),
+    refused("segmenter", {"segmenter": "sam"}, "clipseg, luminance"),
+    acts(
+        "clipseg_url",
+        ("batch", "gradient"),
+        "the mask is what the other weights find",
+        clipseg_finds("head", "other clipseg"),
+        base=CLIPSEG,
+        flipped={"clipseg_url": Place("other clipseg")},
+    ),
+    refused("clipseg_url", {"clipseg_url": "owner/nowhere"}, "out of reach", base=CLIPSEG),
+    refused("clipseg_url", {"clipseg_url": Place("captioner")}, "allowed: `clipseg`", base=CLIPSEG),
+    *idle("segmenter is not clipseg", base=LUMINANCE, clipseg_url=Place("clipseg")),
     acts(
         "use_given_masks",
         ("batch", "gradient"),
@@ -162,6 +225,7 @@ MASK = [
         clip_seg_mask_temperature=3.0,
         clip_seg_mask_bias=0.25,
         segmenter="luminance",
+        clipseg_url=Place("clipseg"),
     ),
     *idle("there are no class pictures with masks", class_image_mask_style="invert"),
 ]

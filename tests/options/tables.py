@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from options.matrix import Observable, Row
 from options.rows_adapter import ADAPTER
+from options.rows_captions import CAPTION
 from options.rows_data import DATA
+from options.rows_faces import FACE
 from options.rows_loss import LOSS
 from options.rows_masks import MASK
 from options.rows_model import MODEL
@@ -15,11 +17,15 @@ from options.rows_output import OUTPUT
 from options.rows_refusals import NOT_TAKEN
 from options.rows_running import RUN
 from options.rows_tokens import PRIORS, TOKEN
+from options.rows_windows import WINDOWS
 
 ROWS: tuple[Row, ...] = (
     *MODEL,
     *DATA,
+    *WINDOWS,
     *MASK,
+    *FACE,
+    *CAPTION,
     *TOKEN,
     *ADAPTER,
     *PRIORS,

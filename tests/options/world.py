@@ -1,4 +1,4 @@
-"""The pictures and base models that rows ask for by name, made when they are first asked for."""
+"""The pictures and models that rows ask for by name, made when they are first asked for."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import numpy as np
 import single_file
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from options import onlookers
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
+from tiny_vision import tiny_llava
 
 SIDE = 64
 # Their longer sides let a window of the trained size move along one axis each.
 SHAPES = {"landscape": (SIDE, 2 * SIDE), "portrait": (2 * SIDE, SIDE)}
-BLUE = {"landscape": 10, "portrait": 200}
+BLUE = {"landscape": 100, "portrait": 200}
 LIT = 16  # columns and rows that a given mask keeps, from the left and from the top
+# Left and top of a drawn head, and its side; below it is a body as large.
+HEADS = {"landscape": (24, 8), "portrait": (16, 64)}
+HEAD = 24
 
 SINGLE_FILES = {"sd15": single_file.write_sd15, "sdxl": single_file.write_sdxl}
 
@@ -100,11 +105,38 @@ def _masked(world: World, folder: Path) -> Path:
     return folder
 
 
+def person(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """A grid picture with somebody in it: a red square above a blue one."""
+    pixels, (left, top) = grid(name), HEADS[name]
+    pixels[top : top + HEAD, left : left + HEAD] = (255, 0, 0)
+    pixels[top + HEAD : top + 2 * HEAD, left : left + HEAD] = (0, 0, 255)
+    return pixels
+
+
+def _people(world: World, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in SHAPES:
+        Image.fromarray(person(name)).save(folder / f"{name}.png")
+    return folder
+
+
 def _captions(world: World, path: Path) -> Path:
     rows = [
         {"file_name": f"{name}.png", "text": f"{name} TOK", "long": f"TOK, {name}, at length"}
         for name in reversed(SHAPES)
     ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def _captioned(world: World, folder: Path) -> Path:
+    _pictures(world, folder)
+    _captions(world, folder / "metadata.jsonl")
+    return folder
+
+
+def _nameless(world: World, path: Path) -> Path:
+    rows = [{"file_name": f"{name}.png", "text": f"a {name}"} for name in SHAPES]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -197,6 +229,17 @@ _MAKERS: Mapping[str, Callable[[World, Path], Path | str]] = {
     "other class pictures": _photographs(photographs.coffee(), 3),
     "masked pictures": _masked,
     "captions.jsonl": _captions,
+    "captioned pictures": _captioned,
+    "nameless.jsonl": _nameless,
+    "people": _people,
+    "squares": lambda world, _: onlookers.SQUARES,
+    "clipseg": lambda world, folder: onlookers.clipseg(folder, seed=0),
+    "other clipseg": lambda world, folder: onlookers.clipseg(folder, seed=1),
+    "captioner": lambda world, folder: tiny_llava(folder, says=onlookers.SAYS),
+    "other captioner": lambda world, folder: tiny_llava(folder, says=onlookers.ALSO_SAYS),
+    "captioner of two minds": lambda world, folder: onlookers.captioner_of_two_minds(folder),
+    "restorer": lambda world, path: onlookers.restorer(path),
+    "other restorer": lambda world, path: onlookers.restorer(path),
     "other model": _other_model,
     "velocity model": _velocity_model,
     "vae": _vae,

@@ -1,5 +1,5 @@
-"""The data room: from whatever pictures a user has to the batches of a step.
+"""From whatever pictures a user has to the batches of a step.
 
-archive → inventory, captions → pictures → crop, masks → prepare (writes `prepared/`) → plan,
-dataset → debug (the same again, to look at).
+inventory → views, masking → captioning → prepare (writes `prepared/`) → overview, to be looked at
+→ plan, dataset → debug (the same again, to look at).
 """

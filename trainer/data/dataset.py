@@ -17,24 +17,24 @@ from PIL import Image
 
 from trainer import randomness
 from trainer.config import DataConfig
-from trainer.data.crop import (
+from trainer.data.plan import Plan, Slot
+from trainer.data.prepared import Example
+from trainer.images.crop import (
     Mask,
     Pixels,
     Placement,
-    Size,
+    Window,
     center_window,
     jittered,
     random_window,
 )
-from trainer.data.plan import Plan, Slot
-from trainer.data.prepared import Example
 
 __all__ = ["Batch", "Dataset", "Plan", "Slot"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The examples of one forward pass: first all of the subject, then all of its class.
+    """The examples of one forward pass, all of one size: first the subject's, then its class's.
 
     Args:
         numbers: of the pictures.
@@ -69,7 +69,7 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
     Args:
         examples: the prepared pictures, by number.
         plan: which of them a step takes.
-        data: geometry and caption options; both resolutions are set.
+        data: geometry and caption options.
         with_pixels: false where latents are cached; window and angle are then always the same.
     """
 
@@ -81,13 +81,11 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         *,
         with_pixels: bool,
     ) -> None:
-        assert data.resolution_height is not None
-        assert data.resolution_width is not None
         assert with_pixels or has_fixed_window(data)
+        assert data.center_crop or with_pixels or all(e.window is not None for e in examples)
         self.examples = tuple(examples)
         self.plan = plan
         self.data = data
-        self.target: Size = data.resolution_height, data.resolution_width
         self.with_pixels = with_pixels
 
     def __getitem__(self, step: int) -> list[Batch]:
@@ -137,15 +135,16 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
             option
             for option, offset, axis in axes
             if offset > 0
-            and all(example.size[axis] == self.target[axis] for example in self.examples)
+            and all(example.size[axis] == example.target[axis] for example in self.examples)
         ]
 
     def _fixed_placement(self, example: Example, flipped: bool) -> Placement:
-        window = center_window(example.size, self.target)
+        window = _given_window(example) or center_window(example.size, example.target)
         return Placement(window, flipped, float(self.data.random_rotation_start))
 
     def _batch(self, slots: Sequence[Slot]) -> Batch:
         examples = [self.examples[slot.number] for slot in slots]
+        assert len({example.target for example in examples}) == 1
         placements = [self._placement(slot) for slot in slots]
         corners = [
             placement.crop_top_left(example.size)
@@ -176,38 +175,23 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
             geometry={
                 "original_size": torch.tensor([example.original_size for example in examples]),
                 "crop_top_left": torch.tensor(corners),
-                "target_size": torch.tensor([self.target for _ in slots]),
+                "target_size": torch.tensor([example.target for example in examples]),
             },
             pixels=pixels,
-            masks=self._stacked(masks),
+            masks=_stacked(masks),
             weights=torch.tensor(weights, dtype=torch.float32),
             is_class=torch.tensor([slot.is_class for slot in slots]),
         )
 
-    def _stacked(self, masks: Sequence[Mask | None]) -> torch.Tensor | None:
-        """The masks (B, 1, H, W) of a batch, or nothing where every weight is 1.
-
-        A mask without any weight becomes a whole one: a loss cannot be normalised by it, and its
-        example weighs nothing.
-        """
-        weights = [mask if mask is not None and mask.any() else None for mask in masks]
-        if all(mask is None or bool((mask == 1).all()) for mask in weights):
-            return None
-        whole = np.ones(self.target, np.float32)
-        rows = [whole if mask is None else mask for mask in weights]
-        return torch.from_numpy(np.stack(rows)[:, None])
-
     def _placement(self, slot: Slot) -> Placement:
-        size, data = self.examples[slot.number].size, self.data
+        example, data = self.examples[slot.number], self.data
         rng = self._source("crop", slot)
-        window = (
-            center_window(size, self.target)
-            if data.center_crop
-            else random_window(size, self.target, rng)
-        )
+        window = _given_window(example)
+        if window is None and data.center_crop:
+            window = center_window(example.size, example.target)
         window = jittered(
-            window,
-            size,
+            window or random_window(example.size, example.target, rng),
+            example.size,
             rng,
             offset_x=data.random_crop_offset_x,
             offset_y=data.random_crop_offset_y,
@@ -229,9 +213,18 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
 
 
 def has_fixed_window(data: DataConfig) -> bool:
-    """Whether every use of a picture shows the same view, so that its latents can be cached."""
+    """Whether every use of a picture shows the same view, so that its latents can be cached.
+
+    With face-aware cropping each picture has a window of its own, found once.
+    """
     still = data.random_crop_offset_x == data.random_crop_offset_y == 0
-    return data.center_crop and still and data.random_rotation_start == data.random_rotation_end
+    upright = data.random_rotation_start == data.random_rotation_end
+    return (data.center_crop or data.face_aware_cropping) and still and upright
+
+
+def _given_window(example: Example) -> Window | None:
+    """The window that a face or mask put in view, if one did."""
+    return None if example.window is None else Window(*example.window, *example.target)
 
 
 def _load(example: Example) -> Pixels:
@@ -247,6 +240,20 @@ def _mask(example: Example, placement: Placement) -> Mask | None:
     mask: Mask = np.load(example.mask_path)
     seen = placement.apply(mask)
     return seen if valid is None else seen * valid
+
+
+def _stacked(masks: Sequence[Mask | None]) -> torch.Tensor | None:
+    """The masks (B, 1, H, W) of a batch, or nothing where every weight is 1.
+
+    A mask without any weight becomes a whole one: a loss cannot be normalised by it, and its
+    example weighs nothing.
+    """
+    weights = [mask if mask is not None and mask.any() else None for mask in masks]
+    shapes = [mask.shape for mask in weights if mask is not None and not (mask == 1).all()]
+    if not shapes:
+        return None
+    rows = [np.ones(shapes[0], np.float32) if mask is None else mask for mask in weights]
+    return torch.from_numpy(np.stack(rows)[:, None])
 
 
 def _to_tensor(pixels: Pixels) -> torch.Tensor:

@@ -6,16 +6,16 @@ position, so the same steps give the same pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from trainer.data.crop import Mask, Pixels, Size
 from trainer.data.dataset import Batch, Dataset
 from trainer.data.plan import Plan
+from trainer.images.crop import Mask, Pixels, Size
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ def trained_examples(dataset: Dataset, steps: range) -> Iterator[TrainedExample]
     for step in steps:
         batches = [batch for process in processes for batch in process[step]]
         rows = [(batch, row) for batch in batches for row in range(len(batch.numbers))]
+        numbers = {batch.positions[row]: batch.numbers[row] for batch, row in rows}
         for batch, row in sorted(rows, key=_place):
             if batch.weights[row] > 0:
-                yield _trained(dataset, batch, row, step)
+                concept = _concept(dataset.plan, numbers, batch.positions[row])
+                yield _trained(dataset, batch, row, step=step, concept=concept)
 
 
 def _place(item: tuple[Batch, int]) -> tuple[int, bool]:
@@ -89,7 +91,9 @@ def _place(item: tuple[Batch, int]) -> tuple[int, bool]:
     return (~position, True) if position < 0 else (position, False)
 
 
-def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExample:
+def _trained(
+    dataset: Dataset, batch: Batch, row: int, *, step: int, concept: int
+) -> TrainedExample:
     assert batch.pixels is not None
     mask: Mask | None = None
     if batch.masks is not None and not bool((batch.masks[row] == 1).all()):
@@ -97,7 +101,7 @@ def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExam
     geometry = {name: _pair(sizes[row].tolist()) for name, sizes in batch.geometry.items()}
     return TrainedExample(
         name=dataset.examples[batch.numbers[row]].name,
-        concept=_concept(dataset.plan, batch, row),
+        concept=concept,
         caption=batch.captions[row],
         is_class=bool(batch.is_class[row]),
         step=step + 1,
@@ -112,9 +116,15 @@ def _trained(dataset: Dataset, batch: Batch, row: int, step: int) -> TrainedExam
     )
 
 
-def _concept(plan: Plan, batch: Batch, row: int) -> int:
-    position = batch.positions[row]
-    number = batch.numbers[row if position >= 0 else batch.positions.index(~position)]
+def _concept(plan: Plan, numbers: Mapping[int, int], position: int) -> int:
+    """The concept of an example, from 1; a class picture may be in another batch than its own.
+
+    Args:
+        plan: of any process.
+        numbers: of all pictures of the step, by position.
+        position: of the example.
+    """
+    number = numbers[position if position >= 0 else ~position]
     of_concepts = enumerate(plan.portions, start=1)
     return next(concept for concept, portion in of_concepts if number in portion.instances)
 

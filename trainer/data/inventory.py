@@ -9,24 +9,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from trainer.config import DataConfig, MaskConfig, Note
-from trainer.data.archive import FIELD, BadEntry, Source, open_source
-from trainer.data.captions import Caption, find_captions, listed
-from trainer.data.masks import BadMask
-from trainer.data.pictures import ACCEPTED
 from trainer.data.remarks import warning
 from trainer.errors import InputError
+from trainer.images.masks import BadMask
+from trainer.images.pictures import ACCEPTED
+from trainer.sources.archive import FIELD, PICTURE_SUFFIXES, BadEntry, Source, open_source
+from trainer.sources.caption_files import TEXT_SUFFIXES, listed
+from trainer.sources.captions import METADATA, Caption, KohyaFolder, find_captions, kohya_folder
 
-# A file without a suffix may be a picture; HEIC is refused by name, not overlooked.
-_PICTURE_SUFFIXES = frozenset(("", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"))
-_PICTURE_SUFFIXES |= {".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+# A file without a suffix may be a picture; HEIC that cannot be read is refused by name, not
+# overlooked.
+_PICTURE_SUFFIXES = PICTURE_SUFFIXES | {""}
 _TABLE_SUFFIXES = frozenset((".jsonl", ".json", ".csv", ".parquet"))
-_TEXT_SUFFIXES = _TABLE_SUFFIXES | {".txt", ".md"}
+_ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"))
+_TEXT_SUFFIXES = _TABLE_SUFFIXES | {*TEXT_SUFFIXES, ".md"}
 
 _MASKS = "masks"
 _MASK_ENDING = "_mask"
+# Pictures before and after an edit, as trainers of edits want them.
+_EDIT_ENDINGS = ("_start", "_end")
+# Options that class pictures have not: what is said of them would be about other pictures.
+_NOT_OF_A_CLASS = ("captions_file_url", "caption_column")
+# Folders that one note names.
+_SHOWN_FOLDERS = 10
 
 
 @dataclass(frozen=True)
@@ -37,17 +45,35 @@ class Inventory:
         names: of the files that should be pictures, in their order.
         captions: by picture.
         masks: the name of the mask file by picture, where there is one.
+        repeats: times that an epoch shows each picture, 1 but for kohya's folders.
         notes: what the user should know of the rest.
     """
 
     names: tuple[str, ...]
     captions: Mapping[str, Caption]
     masks: Mapping[str, str]
+    repeats: Mapping[str, int]
     notes: tuple[Note, ...]
 
 
-def take_inventory(source: Source, data: DataConfig) -> Inventory:
+def take_inventory(
+    source: Source,
+    data: DataConfig,
+    *,
+    trigger: str | None = None,
+    identifiers: Sequence[str] = (),
+    add_trigger: bool = False,
+    captions_file: Path | None = None,
+) -> Inventory:
     """The pictures of a source with their captions and masks, and what is left out.
+
+    Args:
+        source: the user's files.
+        data: where captions are.
+        trigger: the word that captions should have, see `find_captions`.
+        identifiers: words that do as well.
+        add_trigger: whether captions without it get it in front.
+        captions_file: the file behind the captions' web address.
 
     Raises:
         InputError: there is no picture, or the captions cannot be used.
@@ -61,23 +87,92 @@ def take_inventory(source: Source, data: DataConfig) -> Inventory:
             f"`{source.label}` holds {len(suffixes)} files but no picture",
             f"put pictures into it; accepted: {ACCEPTED}",
         )
-    notes = [*source.notes, *mask_notes]
-    others = _PICTURE_SUFFIXES | _TEXT_SUFFIXES
-    ignored = [name for name, suffix in suffixes.items() if suffix not in others]
-    if ignored:
-        notes.append(warning(f"these files are not pictures and are left out: {listed(ignored)}"))
-    tables = [name for name, suffix in suffixes.items() if suffix in _TABLE_SUFFIXES]
+    captions, caption_notes = find_captions(
+        source,
+        names,
+        data,
+        trigger=trigger,
+        identifiers=identifiers,
+        add_trigger=add_trigger,
+        captions_file=captions_file,
+    )
+    folders = {name: folder for name in names if (folder := kohya_folder(name)) is not None}
+    notes = [
+        *source.notes,
+        *mask_notes,
+        *_notes_on_others(suffixes, data),
+        *_notes_on_edits(names),
+        *_notes_on_folders(folders, captions),
+        *caption_notes,
+    ]
+    repeats = {name: folders[name].repeats if name in folders else 1 for name in names}
+    return Inventory(tuple(names), captions, masks, repeats, tuple(notes))
+
+
+def _notes_on_others(suffixes: Mapping[str, str], data: DataConfig) -> list[Note]:
+    """What is neither a picture nor a caption.
+
+    Args:
+        suffixes: of all files by their names, in small letters.
+        data: whether a captions file is given.
+    """
+    notes = []
+    known = _PICTURE_SUFFIXES | _TEXT_SUFFIXES
+    others = [name for name, suffix in suffixes.items() if suffix not in known]
+    packed = [name for name in others if suffixes[name] in _ARCHIVE_SUFFIXES]
+    if packed:
+        notes.append(warning(f"archives among the pictures are not opened: {listed(packed)}"))
+    rest = [name for name in others if name not in packed]
+    if rest:
+        notes.append(warning(f"these files are not pictures and are left out: {listed(rest)}"))
+    tables = [
+        name
+        for name, suffix in suffixes.items()
+        if suffix in _TABLE_SUFFIXES and PurePosixPath(name).name != METADATA
+    ]
     if tables and data.captions_file_url is None:
-        notes.append(
-            Note(
-                kind="warning",
-                field="captions_file_url",
-                message=f"{listed(tables)} among the pictures is not read; give the path of a "
-                "JSON lines file here if it holds captions",
-            )
-        )
-    captions, caption_notes = find_captions(source, names, data)
-    return Inventory(tuple(names), captions, masks, (*notes, *caption_notes))
+        message = f"{listed(tables)} among the pictures is not read; give the path of a JSON lines "
+        message += f"file here, or call it `{METADATA}`, if it holds captions"
+        notes.append(Note(kind="warning", field="captions_file_url", message=message))
+    return notes
+
+
+def _notes_on_edits(names: Sequence[str]) -> list[Note]:
+    """That pictures before and after an edit are no pairs here, where there is nothing else."""
+    before, after = _EDIT_ENDINGS
+    stems = {_stem(name) for name in names}
+    roots = sorted(stem.removesuffix(before) for stem in stems if stem.endswith(before))
+    if not roots or stems != {root + ending for root in roots for ending in _EDIT_ENDINGS}:
+        return []
+    message = f"all pictures are named as pairs before and after an edit (`{roots[0]}{before}`, "
+    message += f"`{roots[0]}{after}`); edits are not learned here, each is a picture by itself"
+    return [warning(message)]
+
+
+def _notes_on_folders(
+    folders: Mapping[str, KohyaFolder], captions: Mapping[str, Caption]
+) -> list[Note]:
+    """What the names of kohya's folders do.
+
+    Args:
+        folders: by picture.
+        captions: by picture.
+    """
+    said = []
+    for folder in dict.fromkeys(folders.values()):
+        inside = [name for name, other in folders.items() if other == folder]
+        named = sum(captions[name].origin == "folder" for name in inside)
+        repeats = f"{folder.repeats} repeat{'s' if folder.repeats > 1 else ''}"
+        share = f" for {named} of {len(inside)}" if named < len(inside) else ""
+        caption = f", caption `{folder.caption}`{share}" if named else ""
+        unused = f", `{folder.caption}` is not used: all pictures have captions of their own"
+        said.append(f"`{folder.name}`: {repeats}{caption or unused}")
+    if not said:
+        return []
+    more = len(said) - _SHOWN_FOLDERS
+    rest = f"; and {more} more" if more > 0 else ""
+    shown = "; ".join(said[:_SHOWN_FOLDERS])
+    return [warning(f"{shown}{rest}, as kohya's folder names say")]
 
 
 def _pictures_and_masks(
@@ -98,7 +193,9 @@ def _pictures_and_masks(
     names = [name for name in outside if name not in beside]
     files: dict[str, str] = {}
     # Where one mask is there in two formats, PNG loses nothing.
-    for name in sorted(set(candidates) - set(names), key=lambda n: not n.lower().endswith(".png")):
+    for name in sorted(
+        set(candidates) - set(names), key=lambda n: (not n.lower().endswith(".png"), n)
+    ):
         files.setdefault(_stem(name), name)
     masks = _masks(names, files)
     notes = []
@@ -155,21 +252,41 @@ def _stem(name: str) -> str:
 
 
 @contextmanager
-def opened(data: DataConfig, *, of_class: bool) -> Iterator[tuple[Source, Inventory]]:
+def opened(
+    data: DataConfig,
+    *,
+    of_class: bool,
+    trigger: str | None = None,
+    identifiers: Sequence[str] = (),
+    add_trigger: bool = False,
+    downloaded: Path | None = None,
+    captions_file: Path | None = None,
+) -> Iterator[tuple[Source, Inventory]]:
     """The files of the pictures, and what they are.
 
     Args:
         data: for class pictures theirs, under the same names.
-        of_class: whether they are class pictures.
+        of_class: whether they are class pictures, which no trigger belongs to.
+        trigger: the word that captions should have, see `find_captions`.
+        identifiers: words that do as well.
+        add_trigger: whether captions without it get it in front.
+        downloaded: the file behind the pictures' web address.
+        captions_file: the file behind the captions'.
 
     Raises:
         InputError: see `take_inventory`.
     """
-    with open_source(data.images_data_url) as source:
-        inventory = take_inventory(source, data)
+    with open_source(data.images_data_url, downloaded) as source:
+        inventory = take_inventory(
+            source,
+            data,
+            trigger=None if of_class else trigger,
+            identifiers=identifiers,
+            add_trigger=add_trigger,
+            captions_file=captions_file,
+        )
         if of_class:
-            # There is no option for a captions file of class pictures.
-            notes = tuple(n for n in inventory.notes if n.field != "captions_file_url")
+            notes = tuple(n for n in inventory.notes if n.field not in _NOT_OF_A_CLASS)
             inventory = replace(inventory, notes=notes)
         yield source, inventory
 

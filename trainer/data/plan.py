@@ -1,17 +1,21 @@
 """Which examples a step trains, on which process and in which batch: arithmetic without pixels.
 
 A pure function of the step, so that workers, resumed runs and other process counts agree. Beside
-each instance picture of a subject with class pictures stands one class picture.
+each instance picture of a subject with class pictures stands one class picture. A batch holds
+pictures of one trained size; how a picture came by its size is not known here.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle, islice
 
 from trainer import randomness
+from trainer.images.crop import Size
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Portion:
     """One subject's part of the training pictures, all by number.
 
     Args:
-        instances: pictures of the subject.
-        repeats: times that an epoch shows each of them.
+        instances: pictures of the subject; one that stands here twice is shown twice as often.
+        repeats: times that an epoch shows all of them.
         class_images: pictures of its class; empty without prior preservation.
         prior_loss_weight: of the class pictures' loss.
     """
@@ -63,13 +67,18 @@ class Portion:
 class Plan:
     """The batches of one process.
 
+    Where instance pictures have several trained sizes, each epoch shuffles full batches of one
+    size each; the last of a size is filled with pictures of that size. Where they have one, the
+    last batch of an epoch stays short.
+
     Args:
         portions: the subjects' pictures.
         batch_size: instance slots per process and forward pass.
-        gradient_accumulation_steps: forward passes per optimizer step.
+        gradient_accumulation_steps: batches of instances per process and optimizer step.
         num_processes: processes that train together.
         process_index: this one, from 0.
         seed: of the order of the pictures.
+        sizes: trained (height, width) by number of the picture; empty where all are alike.
     """
 
     portions: tuple[Portion, ...]
@@ -78,21 +87,38 @@ class Plan:
     num_processes: int
     process_index: int
     seed: int
+    sizes: tuple[Size, ...] = ()
 
     @property
     def num_examples(self) -> int:
-        """Instance slots in one pass over the pictures."""
+        """Instance slots in one pass over the pictures, without those that only fill batches."""
         return sum(portion.uses_per_epoch for portion in self.portions)
+
+    @property
+    def filled(self) -> int:
+        """Instance slots per epoch that repeat a picture of the same size to fill a batch."""
+        if len(self._uses) == 1:
+            return 0
+        return sum(_missing(uses, self.batch_size) for uses in self._uses)
 
     @property
     def examples_per_step(self) -> int:
         """Instance slots of one full optimizer step over all processes."""
-        return self.batch_size * self.gradient_accumulation_steps * self.num_processes
+        return self.batch_size * self._batches_per_step
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the pictures; the last one may be short."""
-        return math.ceil(self.num_examples / self.examples_per_step)
+        batches = sum(math.ceil(uses / self.batch_size) for uses in self._uses)
+        return math.ceil(batches / self._batches_per_step)
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def _uses(self) -> tuple[int, ...]:
+        return _uses_by_size(self.portions, self.sizes)
 
     def total_steps(self, max_train_steps: int, num_train_epochs: int | None) -> int:
         """Optimizer steps of the run; epochs decide where they are given."""
@@ -107,26 +133,41 @@ class Plan:
     def at(self, step: int) -> list[list[Slot]]:
         """The batches of this process in one optimizer step (from 0).
 
-        A batch is its instance slots, then the class slots beside them in the same order. A
-        process that a short step leaves without examples repeats the step's last instance slot
-        with weight 0, so that all processes run equally many forward passes.
+        A batch is its instance slots, then the class slots beside them in the same order; class
+        slots of other sizes follow as batches of their own. A process with fewer batches than
+        another repeats the step's last instance slot with weight 0, so that all processes run
+        equally many forward passes.
         """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        size = self.examples_per_step
-        places = _places(self.seed, epoch, self.portions)
-        places = places[step_in_epoch * size : (step_in_epoch + 1) * size]
-        weight = self.num_processes / len(places)
-        passes = math.ceil(len(places) / (self.num_processes * self.batch_size))
-        batches = []
-        for number_of_pass in range(passes):
-            start = (number_of_pass * self.num_processes + self.process_index) * self.batch_size
-            mine = range(len(places))[start : start + self.batch_size]
-            if mine:
-                first = step * size + mine.start
-                batches.append(_batch(places[mine.start : mine.stop], first, weight))
-            else:
-                batches.append([Slot(places[-1].number, step * size + len(places) - 1, 0.0)])
-        return batches
+        start = step_in_epoch * self._batches_per_step
+        rows = _rows(self.seed, epoch, self.portions, self.sizes, self.batch_size)
+        rows = rows[start : start + self._batches_per_step]
+        weight = self.num_processes / sum(map(len, rows))
+        firsts = [step * self.examples_per_step + j * self.batch_size for j in range(len(rows))]
+        passes = [
+            self._batches(row, first, weight) for row, first in zip(rows, firsts, strict=True)
+        ]
+        # Rows lie side by side over the processes, one pass behind the other.
+        of_processes = [
+            [batch for batches in passes[index :: self.num_processes] for batch in batches]
+            for index in range(self.num_processes)
+        ]
+        mine = of_processes[self.process_index]
+        idle = Slot(rows[-1][-1].number, firsts[-1] + len(rows[-1]) - 1, 0.0)
+        return mine + [[idle] for _ in range(max(map(len, of_processes)) - len(mine))]
+
+    def _batches(self, row: Sequence[_Place], first: int, weight: float) -> list[list[Slot]]:
+        """A row of places as batches of one size each: that of the instances first."""
+        slots = [Slot(place.number, first + j, weight) for j, place in enumerate(row)]
+        slots += [
+            Slot(place.class_number, ~(first + j), weight * place.prior_loss_weight)
+            for j, place in enumerate(row)
+            if place.class_number is not None
+        ]
+        batches: dict[Size | None, list[Slot]] = {}
+        for slot in slots:
+            batches.setdefault(_size_of(slot.number, self.sizes), []).append(slot)
+        return list(batches.values())
 
 
 @dataclass(frozen=True)
@@ -138,18 +179,56 @@ class _Place:
     prior_loss_weight: float
 
 
-def _batch(places: Sequence[_Place], first: int, weight: float) -> list[Slot]:
-    """The instance slots of neighbouring places, then their class slots."""
-    instances = [Slot(place.number, first + j, weight) for j, place in enumerate(places)]
-    classes = [
-        Slot(place.class_number, ~(first + j), weight * place.prior_loss_weight)
-        for j, place in enumerate(places)
-        if place.class_number is not None
-    ]
-    return instances + classes
+def _size_of(number: int, sizes: tuple[Size, ...]) -> Size | None:
+    return sizes[number] if sizes else None
+
+
+def _missing(uses: int, batch_size: int) -> int:
+    """Places that the last of its batches leaves empty."""
+    return -uses % batch_size
 
 
 @lru_cache(maxsize=2)
+def _uses_by_size(portions: tuple[Portion, ...], sizes: tuple[Size, ...]) -> tuple[int, ...]:
+    """Instance slots of each trained size in one pass over the pictures, without filling."""
+    uses: Counter[Size | None] = Counter()
+    for portion in portions:
+        for number in portion.instances:
+            uses[_size_of(number, sizes)] += portion.repeats
+    return tuple(uses.values())
+
+
+@lru_cache(maxsize=2)
+def _rows(
+    seed: int,
+    epoch: int,
+    portions: tuple[Portion, ...],
+    sizes: tuple[Size, ...],
+    batch_size: int,
+) -> tuple[tuple[_Place, ...], ...]:
+    """The places of one epoch in rows, each the instances of one batch.
+
+    A place that fills a row has its class picture too, so that cursors know nothing of filling.
+    """
+    groups: dict[Size | None, list[_Place]] = {}
+    for place in _places(seed, epoch, portions):
+        groups.setdefault(_size_of(place.number, sizes), []).append(place)
+    if len(groups) == 1:
+        (places,) = groups.values()
+        return _cut(places, batch_size)
+    rows: list[tuple[_Place, ...]] = []
+    for places in groups.values():
+        whole = len(places) + _missing(len(places), batch_size)
+        rows += _cut(list(islice(cycle(places), whole)), batch_size)
+    order = randomness.permutation(seed, "batches", epoch, len(rows))
+    return tuple(rows[place] for place in order)
+
+
+def _cut(places: Sequence[_Place], length: int) -> tuple[tuple[_Place, ...], ...]:
+    """Neighbouring places in rows; the last may be short."""
+    return tuple(tuple(places[start : start + length]) for start in range(0, len(places), length))
+
+
 def _places(seed: int, epoch: int, portions: tuple[Portion, ...]) -> tuple[_Place, ...]:
     """The order of one epoch.
 

@@ -10,16 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from trainer.config import Note
-from trainer.data.archive import FIELD
-from trainer.data.crop import Size, enlargement
-from trainer.data.masks import BadMask
-from trainer.data.pictures import ACCEPTED, Picture
+from trainer.data.advice import on_copies, on_count
 from trainer.errors import InputError, Problem
+from trainer.images.masks import BadMask
+from trainer.images.pictures import ACCEPTED
+from trainer.sources.archive import FIELD
 
-# The fal documentation asks for at least ten pictures.
-FEW_PICTURES = 10
-# A picture enlarged more than this teaches blur.
-LARGEST_ENLARGEMENT = 2.0
 # What the user calls the options of pictures when they are class pictures.
 CLASS_FIELDS: Mapping[str, str] = {FIELD: "class_images_url", "instance_prompt": "class_prompt"}
 
@@ -45,32 +41,15 @@ def told(note: Note, of_class: bool) -> Note:
     return note.model_copy(update={"field": field})
 
 
-def remarks_on(picture: Picture, target: Size | None) -> tuple[str, ...]:
-    """What is odd about a picture.
+def notes_on_the_set(digests: Sequence[tuple[str, str]], of_class: bool) -> list[Note]:
+    """The urgent advice on all usable pictures that no single one's remarks give.
 
     Args:
-        target: trained (height, width), if that is known.
+        digests: name and sha256 of each picture.
+        of_class: the pictures show the class: of them a few are enough.
     """
-    if target is None or enlargement(picture.size, target) <= LARGEST_ENLARGEMENT:
-        return picture.remarks
-    height, width = picture.size
-    times = enlargement(picture.size, target)
-    small = f"({width}x{height}) is enlarged {times:.1f} times and teaches blur; use a larger one"
-    return (*picture.remarks, small)
-
-
-def notes_on_the_set(digests: Sequence[tuple[str, str]], of_class: bool) -> list[Note]:
-    """Remarks on all usable pictures together, given as names and sha256."""
-    notes = []
-    if len(digests) < FEW_PICTURES and not of_class:
-        message = f"only {len(digests)} pictures; at least {FEW_PICTURES} are recommended"
-        notes.append(warning(message))
-    first_with: dict[str, str] = {}
-    for name, digest in digests:
-        first = first_with.setdefault(digest, name)
-        if first != name:
-            notes.append(warning(f"`{name}` is the same picture as `{first}` and counts twice"))
-    return notes
+    lines = [on_copies(digests)] if of_class else [on_count(len(digests)), on_copies(digests)]
+    return [warning(f"{line.found}; {line.advice}") for line in lines if line.level == "act"]
 
 
 def mask_problem(name: str, error: BadMask) -> Problem:

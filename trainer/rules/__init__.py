@@ -1,4 +1,4 @@
-"""What options mean together: which exclude each other, which have no effect, which must wait.
+"""What options mean together: which exclude each other, which have no effect.
 
 Works on leaves whose types and ranges are already right. Two values that somebody set on
 purpose and that contradict each other are an error; a default that contradicts one yields.
@@ -6,7 +6,6 @@ purpose and that contradict each other are an error; a default that contradicts 
 
 from __future__ import annotations
 
-from trainer.rules.availability import NOT_AVAILABLE_YET, refusals
 from trainer.rules.concepts import (
     give_identifiers,
     name_identifier_in_prompt,
@@ -17,7 +16,9 @@ from trainer.rules.concepts import (
 from trainer.rules.draft import Draft
 from trainer.rules.exclusions import EXCLUSIONS, leave_steps_to_denoiser
 from trainer.rules.idle import note_idle
+from trainer.rules.ordinary import warn_of_ordinary_identifiers
 from trainer.rules.pictures import (
+    choose_buckets,
     hold_cached_windows,
     leave_captions_to_concepts,
     require_pictures,
@@ -26,7 +27,7 @@ from trainer.rules.pictures import (
 from trainer.rules.rates import fill_rates, one_rate_for_prodigy
 from trainer.rules.remarks import warn_of_odd, warn_of_weightless_class
 
-__all__ = ["NOT_AVAILABLE_YET", "Draft", "refusals", "settle"]
+__all__ = ["Draft", "settle"]
 
 # In this order: a rule finds the values that those before it have settled.
 _RULES = (
@@ -38,12 +39,14 @@ _RULES = (
     refuse_identifiers_in_class,
     leave_steps_to_denoiser,
     hold_cached_windows,
+    choose_buckets,
     square_one_sided_size,
     one_rate_for_prodigy,
     fill_rates,
     warn_of_odd,
     warn_of_weightless_class,
     warn_of_prompts_without_identifier,
+    warn_of_ordinary_identifiers,
     note_idle,
 )
 

@@ -85,6 +85,14 @@ EXCLUSIONS = (
         "the window lies either in the middle or over the face",
     ),
     Exclusion(
+        "face_restore",
+        "face_detector",
+        lambda v: v["face_restore"] is not None and v["face_detector"] == "haar",
+        always(None),
+        always("auto"),
+        "restoring a face needs its eyes and mouth, which only YuNet finds",
+    ),
+    Exclusion(
         "disable_unet_during_ti_training",
         "train_text_encoder_ti_frac",
         lambda v: (

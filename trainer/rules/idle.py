@@ -95,7 +95,9 @@ def _is_local(values: Values) -> bool:
 
 def _asks_for_no_identifier(values: Values) -> bool:
     """Whether identifiers go into no new token, no written caption and no prompt."""
-    if values["train_text_encoder_ti"] or not values["skip_caption_generation"]:
+    if values["train_text_encoder_ti"] or values["add_trigger"]:
+        return False
+    if not values["skip_caption_generation"]:
         return False
     names = values["token_abstraction"]
     is_in_prompt = words(names).search(values["instance_prompt"]) is not None
@@ -108,6 +110,11 @@ def _without_class_masks(values: Values) -> bool:
         return True
     given = values["use_given_masks"] and values["class_images_url"] is not None
     return not values["clip_seg_mask_prompt"] and not given
+
+
+def _asks_for_a_class(values: Values) -> bool:
+    """Whether a model writes captions that call the subject what it is."""
+    return not values["skip_caption_generation"] and values["caption_mode"] == "character"
 
 
 IDLE: _Idle = (
@@ -164,9 +171,26 @@ IDLE: _Idle = (
         "no text encoder and no new token is trained",
     ),
     (
-        ("clip_seg_mask_temperature", "clip_seg_mask_bias", "segmenter"),
+        ("clip_seg_mask_temperature", "clip_seg_mask_bias", "segmenter", "clipseg_url"),
         is_off("clip_seg_mask_prompt"),
         "clip_seg_mask_prompt is empty",
+    ),
+    (("clipseg_url",), differs("segmenter", "clipseg"), "segmenter is not clipseg"),
+    (
+        ("face_detector", "face_detector_path"),
+        lambda v: not (v["face_aware_cropping"] or v["face_crop_region"] or v["face_restore"]),
+        "nothing asks for faces",
+    ),
+    (("face_detector_path",), lambda v: v["face_detector"] == "haar", "face_detector is haar"),
+    (
+        ("face_restore_upscale", "face_restorer_path"),
+        is_off("face_restore"),
+        "no faces are restored",
+    ),
+    (
+        ("captioner", "caption_mode", "captioner_load_in_4bit"),
+        lambda v: bool(v["skip_caption_generation"]),
+        "skip_caption_generation is true",
     ),
     (("lr_warmup_steps",), lambda v: v["lr_scheduler"] == "constant", "lr_scheduler is constant"),
     (
@@ -211,7 +235,6 @@ IDLE_IN_SUBJECT: _Idle = (
     (
         (
             "prior_loss_weight",
-            "photo_class",
             "class_prompt",
             "class_images_url",
             "num_class_images",
@@ -228,9 +251,13 @@ IDLE_IN_SUBJECT: _Idle = (
     ),
     (
         ("photo_class",),
-        lambda v: v["class_prompt"] is not None,
+        lambda v: not v["with_prior_preservation"] and not _asks_for_a_class(v),
+        "with_prior_preservation is false",
+    ),
+    (
+        ("photo_class",),
+        lambda v: v["class_prompt"] is not None and not _asks_for_a_class(v),
         "class_prompt has the words for the class",
     ),
     (("class_image_mask_style",), _without_class_masks, "there are no class pictures with masks"),
-    (("caption_column",), is_off("captions_file_url"), "there is no captions_file_url"),
 )

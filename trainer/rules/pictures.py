@@ -17,7 +17,7 @@ def require_pictures(draft: Draft) -> None:
     draft.problems.append(
         Problem(
             "images_data_url",
-            "no training pictures are given; allowed: a folder, an archive or a data: URI",
+            "no training pictures are given; allowed: a folder, an archive, a URL or a data: URI",
             "set `images_data_url` to your pictures, or `concepts` for several subjects",
         )
     )
@@ -72,6 +72,13 @@ def hold_cached_windows(draft: Draft) -> None:
         return
     for leaf, still in moving.items():
         draft.settle(leaf, still, "`cache_latents` stores one fixed window of each picture")
+
+
+def choose_buckets(draft: Draft) -> None:
+    """Where no size is asked for, each picture is trained at its own aspect."""
+    if draft.values["enable_bucket"] is None:
+        sizes = draft.values["resolution_width"], draft.values["resolution_height"]
+        draft.values["enable_bucket"] = sizes == (None, None)
 
 
 def square_one_sided_size(draft: Draft) -> None:

@@ -65,8 +65,8 @@ class DataConfig(Section):
 
     images_data_url: Text | None = Field(
         None,
-        description="Training pictures: folder, .zip, .tar, .tar.gz or data: URI; required unless "
-        "concepts are given (fal).",
+        description="Training pictures: folder, .zip, .tar, .tar.gz, http(s) URL or data: URI; "
+        "required unless concepts are given (fal).",
     )
     concepts: Annotated[
         tuple[Concept, ...] | None, BeforeValidator(as_tuple), WithJsonSchema(CONCEPTS_SCHEMA)
@@ -110,6 +110,11 @@ class DataConfig(Section):
         ge=64,
         multiple_of=8,
         description="Trained height in pixels. None: the base model's own size (fal).",
+    )
+    enable_bucket: bool | None = Field(
+        None,
+        description="Train each picture at the size nearest to its own aspect, of the same area. "
+        "None: where neither width nor height is given (kohya).",
     )
     center_crop: bool = Field(
         True,
@@ -169,6 +174,10 @@ class MaskConfig(Section):
         "clipseg",
         description="What finds clip_seg_mask_prompt in a picture: the model CLIPSeg, or for "
         "trials the brightness of each pixel, whatever the prompt (ours).",
+    )
+    clipseg_url: Text = Field(
+        "CIDAS/clipseg-rd64-refined",
+        description="CLIPSeg's weights: hub id or local folder (ours).",
     )
     use_given_masks: bool = Field(
         True,

@@ -1,0 +1,67 @@
+"""The benchmark of preparation, on photographs small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_prepare
+import pytest
+from PIL import Image
+
+SCRIPT = Path(bench_prepare.__file__)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+SMALL = ("--photos", "2", "--megapixels", "0.05", "--resolution", "64")
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    """What the benchmark tells of two photographs."""
+    command = [sys.executable, str(SCRIPT), *SMALL, "--json"]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=300
+    )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_every_run_prepares_all_photographs_and_tells_its_stages(told: dict[str, Any]) -> None:
+    assert tuple(told["runs"]) == bench_prepare.RUNS
+    for run in told["runs"].values():
+        assert run["pictures"] == 2
+        assert tuple(run["stages"]) == tuple(bench_prepare.STAGES)
+        assert run["peak_megabytes"] >= run["megabytes_before"] > 10
+
+
+def test_every_stage_takes_time_in_the_first_run(told: dict[str, Any]) -> None:
+    first = told["runs"]["first run"]["stages"]
+
+    assert all(stage["seconds"] > 0 for stage in first.values())
+
+
+@pytest.mark.parametrize("run", bench_prepare.RUNS[1:])
+def test_a_later_run_decodes_nothing(told: dict[str, Any], run: str) -> None:
+    assert told["runs"][run]["stages"]["decode"]["seconds"] == 0
+
+
+def test_a_person_reads_shares_of_the_work(told: dict[str, Any]) -> None:
+    for run, taken in told["runs"].items():
+        first, *stages = bench_prepare.table(run, taken).splitlines()
+
+        assert first.startswith(f"{run}:")
+        assert any("decode" in line and "%" in line for line in stages)
+
+
+def test_photographs_are_the_same_each_time_and_no_two_are_alike(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        bench_prepare.make_photographs(tmp_path / folder, count=2, megapixels=0.05, faces=True)
+
+    first, second = (p.read_bytes() for p in sorted((tmp_path / "one").iterdir()))
+    again = sorted((tmp_path / "other").iterdir())[0]
+    assert again.read_bytes() == first != second
+    with Image.open(again) as image:
+        assert image.size == (259, 194)

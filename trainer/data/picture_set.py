@@ -1,0 +1,129 @@
+"""A set of pictures and what is wanted of it: the sections that preparing them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import (
+    CaptionConfig,
+    Concept,
+    DataConfig,
+    FaceConfig,
+    MaskConfig,
+    TrainingConfig,
+)
+from trainer.data.buckets import bucket_of, bucket_sizes
+from trainer.data.inventory import Inventory, opened
+from trainer.images.crop import Size
+from trainer.sections.subjects import ClassSource, class_data_of, data_of
+from trainer.sources.archive import Source
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """A set of pictures and what is wanted of it.
+
+    Args:
+        data: where pictures and captions are, and the trained size; for class pictures theirs.
+        mask: what counts in them.
+        face: how faces are found, cut out and restored.
+        caption: how captions are written.
+        trigger: the word for the subject in captions; nothing for class pictures.
+        identifiers: other words of the training that do as well.
+        class_word: what the subject is, such as `woman`, for captions that a model writes.
+        of_class: the pictures show the class, not the subject.
+    """
+
+    data: DataConfig
+    mask: MaskConfig
+    face: FaceConfig
+    caption: CaptionConfig
+    trigger: str | None = None
+    identifiers: tuple[str, ...] = ()
+    class_word: str | None = None
+    of_class: bool = False
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The trained (height, width) that a picture may get; none before they are known."""
+        width, height = self.data.resolution_width, self.data.resolution_height
+        if width is None or height is None:
+            return ()
+        return bucket_sizes(width, height) if self.data.enable_bucket else ((height, width),)
+
+    @property
+    def wants_faces(self) -> bool:
+        """Whether faces are looked for."""
+        return self.data.face_aware_cropping or self.cuts or self.restores
+
+    @property
+    def cuts(self) -> bool:
+        """Whether pictures are cut to their largest face."""
+        return not self.of_class and self.face.face_crop_region is not None
+
+    @property
+    def restores(self) -> bool:
+        """Whether small faces are redrawn."""
+        return not self.of_class and self.face.face_restore is not None
+
+    @property
+    def looks(self) -> Mapping[str, object]:
+        """All that a picture's view depends on beside the picture itself."""
+        ours = {
+            "sizes": self.sizes,
+            "of_class": self.of_class,
+            "faces": self.wants_faces,
+            "cuts": self.cuts,
+            "restores": self.restores,
+        }
+        return {**ours, **(self.face.model_dump() if self.wants_faces else {})}
+
+    def opened(
+        self, downloaded: Path | None, *, captions_file: Path | None = None
+    ) -> AbstractContextManager[tuple[Source, Inventory]]:
+        """The files of the pictures, and what they are.
+
+        Args:
+            downloaded: the file behind the pictures' web address.
+            captions_file: the file behind the captions'.
+        """
+        return opened(
+            self.data,
+            of_class=self.of_class,
+            trigger=self.trigger,
+            identifiers=self.identifiers,
+            add_trigger=self.caption.add_trigger,
+            downloaded=downloaded,
+            captions_file=captions_file,
+        )
+
+    def target(self, size: Size) -> Size | None:
+        """The trained size of a picture of this size, if it is known."""
+        return bucket_of(size, self.sizes) if self.sizes else None
+
+
+def pictures_of(config: TrainingConfig, concept: Concept) -> PictureSet:
+    """The pictures of a concept whose options are filled in."""
+    return PictureSet(
+        data=data_of(concept, config.data),
+        mask=config.mask,
+        face=config.face,
+        caption=config.caption,
+        trigger=concept.token,
+        identifiers=config.token.token_abstraction,
+        class_word=concept.photo_class.lower() if concept.photo_class else None,
+    )
+
+
+def class_pictures_of(config: TrainingConfig, source: ClassSource, url: str) -> PictureSet:
+    """The pictures of a class that lie at this place."""
+    return PictureSet(
+        data=class_data_of(source, url, config.data),
+        mask=config.mask,
+        face=config.face,
+        caption=config.caption,
+        of_class=True,
+    )

@@ -1,0 +1,321 @@
+"""A picture as it will be trained: faces restored, cut to its face, at the trained scale.
+
+What is found on the way (faces, measures, remarks) is kept with it. Masks, captions and the run
+folder are not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from trainer.data.buckets import bucket_of
+from trainer.data.means import Means
+from trainer.data.picture_set import PictureSet
+from trainer.data.store import Store, key_of
+from trainer.images.crop import Mask, Size, Window, cover_size, face_region, resize_to_cover
+from trainer.images.faces import Face
+from trainer.images.findings import Remark
+from trainer.images.masks import alpha_mask, resized_mask
+from trainer.images.pictures import BadPicture, Picture, decode
+from trainer.images.quality import Measures, measure
+from trainer.images.restore import restored
+
+# What the contact sheet shows of a picture, and of a face before and after.
+THUMBNAIL = 360
+# Faces are looked for in a picture no longer than this: smaller ones teach nothing anyway.
+SEEN_SIDE = 1280
+# A panorama is a few windows long; what is longer is no photograph.
+_LONGEST_STRIP = 16
+
+
+class View(BaseModel):
+    """What is known of a picture at the trained scale.
+
+    Args:
+        request: digest of the source's bytes and of all options that it depends on.
+        picture_size: (height, width) of the whole picture, upright.
+        region: (left, top, width, height) of the part that is used, in the whole picture.
+        size: (height, width) at the trained scale, which covers `target`.
+        target: trained (height, width).
+        has_alpha: whether a pixel of the source is not opaque.
+        faces_sought: whether faces were looked for.
+        is_makeshift: whether they were by a detector that stands in for a better one.
+        faces: in pixels of the whole picture, the largest first.
+        measures: of the part that is used.
+        remarks: what the user should know of it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    request: str
+    picture_size: Size
+    region: tuple[int, int, int, int]
+    size: Size
+    target: Size
+    has_alpha: bool
+    faces_sought: bool
+    is_makeshift: bool = False
+    faces: tuple[Face, ...]
+    measures: Measures
+    remarks: tuple[Remark, ...]
+
+    @property
+    def original_size(self) -> Size:
+        """(height, width) of what is trained, before it is resized."""
+        return self.region[3], self.region[2]
+
+    def faces_in_region(self) -> tuple[Face, ...]:
+        """The faces whose middle is in the part that is used, in its pixels."""
+        left, top, width, height = self.region
+        moved = (face.moved(-left, -top) for face in self.faces)
+        return tuple(
+            face for face in moved if 0 <= face.centre[0] <= width and 0 <= face.centre[1] <= height
+        )
+
+    def faces_at_scale(self) -> tuple[Face, ...]:
+        """Those in pixels of the trained scale."""
+        scale = self.size[1] / self.region[2]
+        return tuple(face.scaled(scale) for face in self.faces_in_region())
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A view with its pixels.
+
+    Args:
+        picture: PNG of mode RGB, `view.size` large.
+        thumbnail: JPEG of the whole picture.
+        alpha: the opacity at the trained scale, or nothing where every pixel is opaque.
+        restored: JPEGs of the largest face before and after its restoration, where there was one.
+    """
+
+    view: View
+    picture: bytes
+    thumbnail: bytes
+    alpha: Mask | None
+    restored: tuple[bytes, bytes] | None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the picture's file."""
+        return hashlib.sha256(self.picture).hexdigest()
+
+    def image(self) -> Image.Image:
+        """The picture's pixels."""
+        return Image.open(BytesIO(self.picture)).convert("RGB")
+
+    def packed(self) -> bytes:
+        """The rendering as one piece of bytes."""
+        parts = {
+            "view.json": self.view.model_dump_json().encode(),
+            "picture": self.picture,
+            "thumbnail": self.thumbnail,
+        }
+        if self.alpha is not None:
+            parts["alpha"] = _npy(self.alpha)
+        parts |= zip(("before", "after"), self.restored or (), strict=False)
+        packed = BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in parts.items():
+                # Without a time, which would make each packing different.
+                archive.writestr(zipfile.ZipInfo(name), content)
+        return packed.getvalue()
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Rendering:
+        """The rendering in such bytes."""
+        with zipfile.ZipFile(BytesIO(packed)) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        has_faces = "before" in parts
+        return cls(
+            view=View.model_validate_json(parts["view.json"]),
+            picture=parts["picture"],
+            thumbnail=parts["thumbnail"],
+            alpha=np.load(BytesIO(parts["alpha"])) if "alpha" in parts else None,
+            restored=(parts["before"], parts["after"]) if has_faces else None,
+        )
+
+
+@dataclass(frozen=True)
+class Darkroom:
+    """Makes renderings, each once.
+
+    Args:
+        wanted: the pictures.
+        means: gives what they are rendered with.
+        store: what was made before.
+    """
+
+    wanted: PictureSet
+    means: Callable[[], Means]
+    store: Store
+
+    def request(self, sha256: str, name: str) -> str:
+        """What `View.request` is for a file of this digest; the same on every machine."""
+        return key_of("view", self._ingredients(sha256, name))
+
+    def rendering(self, content: bytes, sha256: str, name: str) -> Rendering:
+        """The rendering of a picture in a file's content.
+
+        Args:
+            sha256: of the content.
+            name: of the file.
+
+        Raises:
+            BadPicture: the picture cannot be used.
+        """
+        ingredients = {**self._ingredients(sha256, name), **self.means().identity()}
+        key = key_of("rendering", ingredients)
+        packed = self.store.get(key)
+        if packed is not None:
+            return Rendering.unpacked(packed)
+        rendering = self._made(decode(content, name), self.request(sha256, name))
+        self.store.put(key, rendering.packed())
+        return rendering
+
+    def _ingredients(self, sha256: str, name: str) -> dict[str, object]:
+        # Remarks compare a file's content with its suffix.
+        suffix = PurePosixPath(name).suffix.lower()
+        return {"source": sha256, "suffix": suffix, **self.wanted.looks}
+
+    def _made(self, picture: Picture, request: str) -> Rendering:
+        whole = picture.image
+        remarks = list(picture.remarks)
+        means = self.means()
+        looks_for_faces = means.detector is not None and self._needs_faces(whole)
+        faces = self._faces(whole) if looks_for_faces else ()
+        thumbnail = _thumbnail(whole)
+        region = Window(0, 0, whole.height, whole.width)
+        ratio = self.wanted.face.face_crop_region
+        if self.wanted.cuts and ratio is not None and faces:
+            region = face_region(picture.size, faces[0].box, ratio)
+        used, before_and_after = _cut(whole, region), None
+        inside = tuple(face.moved(-region.left, -region.top) for face in faces)
+        if means.restorer is not None and inside:
+            before = used
+            upscale = self.wanted.face.face_restore_upscale
+            used, told = restored(used, inside, means.restorer[1], upscale=upscale)
+            remarks += told
+            if used is not before:
+                before_and_after = _face_of(before, inside[0]), _face_of(used, inside[0], before)
+        target = bucket_of((used.height, used.width), self.wanted.sizes)
+        _refuse_strip((used.height, used.width), target)
+        resized = resize_to_cover(used, target)
+        view = View(
+            request=request,
+            picture_size=picture.size,
+            region=(region.left, region.top, region.width, region.height),
+            size=(resized.height, resized.width),
+            target=target,
+            has_alpha=picture.alpha is not None,
+            faces_sought=looks_for_faces,
+            is_makeshift=looks_for_faces and means.are_makeshift,
+            faces=faces,
+            measures=measure(used),
+            remarks=tuple(remarks),
+        )
+        return Rendering(
+            view=view,
+            picture=_png(resized),
+            thumbnail=thumbnail,
+            alpha=alpha_of(picture, view.region, view.size),
+            restored=before_and_after,
+        )
+
+    def _needs_faces(self, whole: Image.Image) -> bool:
+        """Whether faces decide anything: of class pictures they only place windows."""
+        size = whole.height, whole.width
+        return not self.wanted.of_class or has_room(size, bucket_of(size, self.wanted.sizes))
+
+    def _faces(self, whole: Image.Image) -> tuple[Face, ...]:
+        detector = self.means().detector
+        assert detector is not None
+        seen = _shrunk(whole, SEEN_SIDE)
+        return tuple(face.scaled(whole.width / seen.width) for face in detector.find(seen))
+
+
+def _refuse_strip(size: Size, target: Size) -> None:
+    """Refuses what would have to be enlarged to a huge strip to cover a window.
+
+    Raises:
+        BadPicture: the covering picture is more than `_LONGEST_STRIP` windows.
+    """
+    height, width = cover_size(size, target)
+    if height * width > _LONGEST_STRIP * target[0] * target[1]:
+        aspect = max(size) / min(size)
+        raise BadPicture(f"it is {size[1]}x{size[0]} pixels, {aspect:.0f}:1; cut it to a window")
+
+
+def has_room(size: Size, target: Size) -> bool:
+    """Whether a picture of this size is longer than its window when it covers the target."""
+    return cover_size(size, target) != target
+
+
+def _cut(image: Image.Image, window: Window) -> Image.Image:
+    if (window.width, window.height) == image.size:
+        # Not copied: a large photograph is hundreds of megabytes.
+        return image
+    right, bottom = window.left + window.width, window.top + window.height
+    return image.crop((window.left, window.top, right, bottom))
+
+
+def _face_of(image: Image.Image, face: Face, before: Image.Image | None = None) -> bytes:
+    """JPEG of a face with a margin.
+
+    Args:
+        face: in pixels of the picture before restoring.
+        before: the picture before, where `image` may be an enlarged one.
+    """
+    factor = 1.0 if before is None else image.width / before.width
+    window = face_region((image.height, image.width), face.scaled(factor).box, 1.5)
+    return _thumbnail(_cut(image, window))
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    encoded = BytesIO()
+    _shrunk(image, THUMBNAIL).save(encoded, format="JPEG", quality=90)
+    return encoded.getvalue()
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The picture, its longer side no longer than so many pixels."""
+    factor = side / max(image.size)
+    if factor >= 1:
+        return image
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+
+
+def alpha_of(picture: Picture, region: tuple[int, int, int, int], size: Size) -> Mask | None:
+    """The opacity of a part of a picture, or nothing where every pixel is opaque.
+
+    Args:
+        region: (left, top, width, height) of the part.
+        size: (height, width) to resize it to.
+    """
+    if picture.alpha is None:
+        return None
+    left, top, width, height = region
+    cut = _cut(picture.alpha, Window(top, left, height, width))
+    return resized_mask(alpha_mask(cut, inverted=False), size)
+
+
+def _npy(values: Mask) -> bytes:
+    encoded = BytesIO()
+    np.save(encoded, values)
+    return encoded.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    encoded = BytesIO()
+    # Level 1 is several times faster than the default and a tenth larger.
+    image.save(encoded, format="PNG", compress_level=1)
+    return encoded.getvalue()
