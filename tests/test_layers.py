@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": (
         {
             *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
-            "fetch",
+            *("fetch", "stages"),
         },
         set(),
     ),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import Accelerator
 
@@ -35,9 +34,7 @@ from trainer.sections.subjects import (
     fields_of_concept,
     put_down_to,
 )
-
-Value = TypeVar("Value")
-
+from trainer.stages import Value, retold
 
 # Each class source's pictures.
 ClassPictures = Mapping[ClassSource, tuple[Example, ...]]
@@ -233,16 +230,14 @@ def _told_as(
     stage: Generator[Event, None, Value], fields: Mapping[str, str]
 ) -> Generator[Event, None, Value]:
     """A stage whose notes and errors name options as the user calls them, see `put_down_to`."""
+
+    def tell(event: Event) -> Iterator[Event]:
+        if isinstance(event, NoteEvent):
+            event = replace(event, field=fields.get(event.field, event.field))
+        yield event
+
     with put_down_to(fields):
-        while True:
-            try:
-                event = next(stage)
-            except StopIteration as end:
-                value: Value = end.value
-                return value
-            if isinstance(event, NoteEvent):
-                event = replace(event, field=fields.get(event.field, event.field))
-            yield event
+        return (yield from retold(stage, tell))
 
 
 def _said_once(
@@ -253,16 +248,14 @@ def _said_once(
     Args:
         said: they, and then those of this stage.
     """
-    while True:
-        try:
-            event = next(stage)
-        except StopIteration as end:
-            value: Value = end.value
-            return value
+
+    def tell(event: Event) -> Iterator[Event]:
         if not isinstance(event, NoteEvent) or event not in said:
             yield event
         if isinstance(event, NoteEvent):
             said.add(event)
+
+    return retold(stage, tell)
 
 
 def _one_process_first(

@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,11 +42,11 @@ from trainer.machine import accelerator_of, completed, device_name, precision_of
 from trainer.measurements import measurement_key, record_measurement
 from trainer.schedule import Schedule
 from trainer.sources.captions import listed
+from trainer.stages import Value, retold
 from trainer.tokens import TokenNames, pool_at_end_of_text, refuse_taken, token_names
 from trainer.trainables import build as trainables_of
 from trainer.training import Training, identity
 
-Value = TypeVar("Value")
 Stop = Callable[[], bool]
 
 # Steps that still pay for allocations and caches: not counted when the usual time is taken.
@@ -173,16 +173,14 @@ def _noted(
     stage: Generator[Event, None, Value], notes: list[Note]
 ) -> Generator[Event, None, Value]:
     """A stage whose notes on options that do not act as given go into the configuration."""
-    while True:
-        try:
-            event = next(stage)
-        except StopIteration as end:
-            value: Value = end.value
-            return value
+
+    def tell(event: Event) -> Iterator[Event]:
         if isinstance(event, NoteEvent) and event.note in ("yielded", "ignored"):
             kind: Any = event.note
             notes.append(Note(kind=kind, field=event.field, message=event.message))
         yield event
+
+    return retold(stage, tell)
 
 
 def _plan(
@@ -369,15 +367,13 @@ def _interruptible(
     stage: Generator[Event, None, Value], stop: Stop, message: str
 ) -> Generator[Event, None, Value]:
     """A stage without steps that ends early when asked to: every step done is in a checkpoint."""
-    while True:
-        try:
-            event = next(stage)
-        except StopIteration as end:
-            value: Value = end.value
-            return value
+
+    def tell(event: Event) -> Iterator[Event]:
         yield event
         if stop():
             raise Interrupted(message, "run the same command to go on")
+
+    return retold(stage, tell)
 
 
 def _memory_hint(config: TrainingConfig) -> str:

@@ -10,6 +10,7 @@ from trainer.data.picture_set import PictureSet
 from trainer.events import StageEvent
 from trainer.images.detectors import FaceDetector, detector_of
 from trainer.images.restore import LICENCES, Restorer, restorer_of
+from trainer.stages import drained
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,4 @@ def ready_means(wanted: PictureSet) -> Generator[StageEvent, None, Means]:
 
 def means_of(wanted: PictureSet) -> Means:
     """The same, without a word on the way."""
-    making = ready_means(wanted)
-    while True:
-        try:
-            next(making)
-        except StopIteration as end:
-            means: Means = end.value
-            return means
+    return drained(ready_means(wanted))

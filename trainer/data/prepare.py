@@ -60,6 +60,7 @@ from trainer.sources.archive import FIELD, MAX_TOTAL_BYTES, BadEntry, Source
 from trainer.sources.caption_files import FIELD as CAPTIONS
 from trainer.sources.download import downloaded, remove_downloads, removed_if_refused
 from trainer.sources.location import MAX_CAPTIONS_BYTES
+from trainer.stages import retold
 
 # What lies beside pictures and masks.
 _OTHERS = (overview.REPORT, captioning.CAPTIONS, INDEX)
@@ -131,16 +132,14 @@ def _noted(
     stage: Generator[Event, None, Index], notes: list[Note]
 ) -> Generator[Event, None, Index]:
     """A stage whose notes are kept."""
-    while True:
-        try:
-            event = next(stage)
-        except StopIteration as end:
-            index: Index = end.value
-            return index
+
+    def tell(event: Event) -> Iterator[Event]:
         if isinstance(event, NoteEvent):
             kind: Any = event.note
             notes.append(Note(kind=kind, field=event.field, message=event.message))
         yield event
+
+    return retold(stage, tell)
 
 
 def _pictures(
@@ -174,17 +173,14 @@ def _fetched(
     location: str | None, folder: Path, field: str, limit: int
 ) -> Generator[Event, None, Path | None]:
     """The file behind a web address; a note where it was there already."""
-    fetching = downloaded(location, folder, field=field, limit=limit)
-    is_fresh = False
-    while True:
-        try:
-            event = next(fetching)
-        except StopIteration as end:
-            file: Path | None = end.value
-            break
-        is_fresh = True
+    steps: list[Event] = []
+
+    def tell(event: Event) -> Iterator[Event]:
+        steps.append(event)
         yield event
-    if file is not None and not is_fresh:
+
+    file = yield from retold(downloaded(location, folder, field=field, limit=limit), tell)
+    if file is not None and not steps:
         message = f"was downloaded earlier; to fetch it again, remove `{file}`"
         yield NoteEvent("warning", field, message)
     return file

@@ -7,7 +7,7 @@ them is told as if every picture showed them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from trainer.data.picture_set import PictureSet
 from trainer.data.prepared import sha256_of
 from trainer.data.remarks import mask_problem, none_left, notes_on_the_set, told, told_of
 from trainer.errors import InputError, Problem
-from trainer.events import StageEvent
 from trainer.images.crop import Size
 from trainer.images.findings import Remark
 from trainer.images.masks import BadMask, given_mask, mask_origin
@@ -30,6 +29,7 @@ from trainer.sources.caption_files import FIELD as CAPTIONS
 from trainer.sources.captions import Origin
 from trainer.sources.download import downloaded
 from trainer.sources.location import MAX_CAPTIONS_BYTES
+from trainer.stages import drained
 
 _FACES_NOT_SOUGHT = (
     "faces are looked for by `prepare` and `train` only; sizes are told as if every picture showed "
@@ -105,21 +105,11 @@ def inspect(wanted: PictureSet) -> DataReport:
     """
     with told_of(wanted.of_class), tempfile.TemporaryDirectory() as folder:
         data, place = wanted.data, Path(folder)
-        pictures = _file_of(downloaded(data.images_data_url, place))
-        captions = _file_of(
+        pictures = drained(downloaded(data.images_data_url, place))
+        captions = drained(
             downloaded(data.captions_file_url, place, field=CAPTIONS, limit=MAX_CAPTIONS_BYTES)
         )
         return _inspected(wanted, pictures, captions)
-
-
-def _file_of(fetching: Generator[StageEvent, None, Path | None]) -> Path | None:
-    """The file that a download ends with; nobody asks how far it is."""
-    while True:
-        try:
-            next(fetching)
-        except StopIteration as end:
-            file: Path | None = end.value
-            return file
 
 
 def _inspected(
