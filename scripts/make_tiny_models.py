@@ -5,7 +5,7 @@ Base models, and models that look at pictures: CLIPSeg, and a LLaVA that says th
 Layer names, block layout, conditioning and file layout are those of the real checkpoints; only
 widths are small, so that a training runs in seconds on a processor. Nothing is downloaded.
 
-Usage: make_tiny_models.py sd15|sdxl|clipseg|llava FOLDER
+Usage: make_tiny_models.py sd15|sdxl|flux|flux2|clipseg|llava FOLDER
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -40,6 +46,12 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -64,6 +76,14 @@ LLAVA_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# The prompt of Qwen3 with `enable_thinking=False`, cut down to what pipelines ask of it.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 SPECIAL_WORDS = ("<pad>", "<s>", "</s>", "<unk>")
 ENGLISH = (
@@ -157,6 +177,99 @@ def make_sdxl(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) 
         unet=unet,
         scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, prediction_type=prediction_type),
         force_zeros_for_empty_prompt=True,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_flux(folder: Path, *, guidance_embeds: bool = True, seed: int = 0) -> Path:
+    """A tiny FLUX.1 in diffusers layout: CLIP and T5, 64 px, 8 px per latent, 16 per token.
+
+    Args:
+        guidance_embeds: as in FLUX.1 [dev]; false as in [schnell], whose noise is not shifted.
+    """
+    torch.manual_seed(seed)
+    clip, t5 = make_tokenizer(folder / "tokenizer", "<|endoftext|>"), _t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    text_config = T5Config(
+        vocab_size=len(t5),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        # T5 takes its last words for padding: what pads is what the tokenizer pads with.
+        pad_token_id=t5.pad_token_id,
+    )
+    pipeline = FluxPipeline(
+        vae=_make_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=16),
+        text_encoder=CLIPTextModel(_text_config(clip, hidden_size=24)),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(text_config),
+        tokenizer_2=t5,
+        transformer=transformer,
+        scheduler=_flow_scheduler(use_dynamic_shifting=guidance_embeds),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_flux2(folder: Path, *, seed: int = 0) -> Path:
+    """A tiny FLUX.2 [klein] base in diffusers layout: Qwen3, 64 px, 8 px per latent, 16 per token.
+
+    The pipeline takes the text after 9, 18 and 27 layers, so that many have to be there.
+    """
+    torch.manual_seed(seed)
+    tokenizer = _chat_tokenizer()
+    width = 16
+    text_config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformer = Flux2Transformer2DModel(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * width,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        sample_size=64,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    # The statistics of what a trained VAE says of pictures: no channel has mean 0 and variance 1.
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    pipeline = Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text_config),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=_flow_scheduler(use_dynamic_shifting=True),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -322,16 +435,58 @@ def teach(
         model.lm_head.weight[following, word] = 10.0
 
 
-def _make_vae(*, scaling_factor: float) -> AutoencoderKL:
+def _flow_scheduler(*, use_dynamic_shifting: bool) -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's own, with its shift by the number of tokens or with none."""
+    return FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=4096,
+        max_shift=1.15,
+        shift=3.0 if use_dynamic_shifting else 1.0,
+        use_dynamic_shifting=use_dynamic_shifting,
+    )
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer whose pieces are single characters."""
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    return T5TokenizerFast(
+        vocab=[*pieces, *((letter, -2.0) for letter in letters)],
+        extra_ids=0,
+        model_max_length=512,
+    )
+
+
+def _chat_tokenizer() -> Qwen2TokenizerFast:
+    """A byte-level Qwen tokenizer without merges, with the chat marks of Qwen3."""
+    vocabulary = {letter: number for number, letter in enumerate(_byte_letters())}
+    tokenizer = Qwen2TokenizerFast(
+        vocab=vocabulary,
+        merges=[],
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=131072,
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def _make_vae(
+    *, scaling_factor: float, shift_factor: float | None = None, latent_channels: int = 4
+) -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=64,
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
     )
 
 
@@ -367,6 +522,8 @@ def _byte_letters() -> list[str]:
 MAKERS = {
     "sd15": make_sd15,
     "sdxl": make_sdxl,
+    "flux": make_flux,
+    "flux2": make_flux2,
     "clipseg": make_clipseg,
     "llava": make_llava,
 }

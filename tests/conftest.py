@@ -19,6 +19,15 @@ from PIL import Image
 from skimage import data as photographs
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets the option-effect matrix run whole."""
+    parser.addoption(
+        "--every-family",
+        action="store_true",
+        help="run every row of the option-effect matrix in every model family",
+    )
+
+
 @pytest.fixture(scope="session")
 def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD1.5 base model in diffusers layout."""
@@ -29,6 +38,18 @@ def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL base model in diffusers layout."""
     return make_tiny_models.make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1 [dev] base model in diffusers layout."""
+    return make_tiny_models.make_flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture(scope="session")
+def flux2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.2 [klein] base model in diffusers layout."""
+    return make_tiny_models.make_flux2(tmp_path_factory.mktemp("models") / "flux2")
 
 
 @pytest.fixture(scope="session")

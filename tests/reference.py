@@ -1,8 +1,9 @@
 """The training on one page: what the engine computes, without what makes it an engine.
 
-Plain torch, diffusers and PEFT on an SDXL folder, one example at a time, nothing kept. Pictures
-have the trained size. New tokens are rows of a resized table whose other rows are put back after
-each step. Only the draws are the engine's, so that both draw the same numbers.
+Plain torch, diffusers and PEFT on a folder, one example at a time, nothing kept: SDXL here, flow
+matching by `reference_flow`. Pictures have the trained size. New tokens are rows of a resized
+table whose other rows are put back after each step. Only the draws are the engine's, so that both
+draw the same numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from reference_flow import ERRORS
 from skimage.transform import rotate
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -26,7 +28,7 @@ from trainer.randomness import key, permutation, source
 
 Array = NDArray[np.float64]
 SEED, WORDS = 42, ["<s0>", "<s1>"]
-TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
+TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Recipe:
     """What is trained; the pivot is the step from which new tokens stay as they are."""
 
     pictures: list[Path]
+    denoiser: str = "unet"
+    targets: tuple[str, ...] = TARGETS
     class_pictures: tuple[Path, ...] = ()
     rank: int | None = 4
     use_dora: bool = False
@@ -67,16 +71,17 @@ def add_words(pipe: Any) -> list[tuple[Tensor, Tensor]]:
     return tables
 
 
-def add_lora(unet: torch.nn.Module, recipe: Recipe) -> None:
-    torch.manual_seed(key(SEED, "adapter unet"))
+def add_lora(denoiser: torch.nn.Module, recipe: Recipe) -> None:
+    torch.manual_seed(key(SEED, f"adapter {recipe.denoiser}"))
+    leaves = [name for name, module in denoiser.named_modules() if not [*module.children()]]
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.rank,
-        target_modules=TARGETS,
+        target_modules=[n for n in leaves if any(n.endswith(f".{t}") for t in recipe.targets)],
         init_lora_weights="gaussian",
         use_dora=recipe.use_dora,
     )
-    inject_adapter_in_model(config, unet)
+    inject_adapter_in_model(config, denoiser)
 
 
 def turned(values: Array, angle: float) -> Array:
@@ -105,7 +110,25 @@ def example_loss(pipe: Any, recipe: Recipe, path: Path, caption: str, position: 
     posterior = pipe.vae.encode(pixels * 2 - 1).latent_dist
     size = posterior.mean.shape[1:]
     latents = posterior.mean + posterior.std * normal("posterior", position, *size)
-    latents, noise = latents * pipe.vae.config.scaling_factor, normal("noise", position, 1, *size)
+    noise = normal("noise", position, 1, *size)
+    if type(pipe) in ERRORS:
+        uniform = source(SEED, "timestep", position).random()
+        error, weight = ERRORS[type(pipe)](pipe, latents, noise, caption, uniform), 1.0
+    else:
+        error, snr, is_v = sdxl_errors(pipe, latents, noise, caption, position)
+        weight = min(snr, recipe.snr_gamma) / (snr + 1 if is_v else snr)
+    if recipe.masked:
+        kept = turned((luminance + 0.001).clip(0, 1), angle) * is_picture(angle, picture.shape[:2])
+        mask = avg_pool2d(as_batch(kept[..., None]), 8)
+        error = error * mask / mask.mean()
+    return error.mean() * (weight if position >= 0 and recipe.snr_gamma < math.inf else 1)
+
+
+def sdxl_errors(
+    pipe: Any, latents: Tensor, noise: Tensor, caption: str, position: int
+) -> tuple[Tensor, float, bool]:
+    """Squared errors (1, 4, h, w), the signal-to-noise ratio, and whether velocity is predicted."""
+    latents = latents * pipe.vae.config.scaling_factor
     timestep = torch.tensor([source(SEED, "timestep", position).randrange(0, 1000)])
     states, pooled = [], None
     for tokenizer, encoder in (
@@ -115,7 +138,8 @@ def example_loss(pipe: Any, recipe: Recipe, path: Path, caption: str, position: 
         ids = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt")
         output = encoder(ids.input_ids, output_hidden_states=True)
         states, pooled = [*states, output.hidden_states[-2]], output[0]
-    sizes = torch.tensor([[*pixels.shape[2:], 0, 0, *pixels.shape[2:]]])
+    height, width = (8 * side for side in latents.shape[2:])
+    sizes = torch.tensor([[height, width, 0, 0, height, width]])
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     share = float(schedule.alphas_cumprod[timestep].double())
     signal, sigma = math.sqrt(share), math.sqrt(1 - share)
@@ -127,27 +151,29 @@ def example_loss(pipe: Any, recipe: Recipe, path: Path, caption: str, position: 
     ).sample
     is_v = schedule.config.prediction_type == "v_prediction"
     target = signal * noise - sigma * latents if is_v else noise
-    error = (prediction - target).square()
-    if recipe.masked:
-        kept = turned((luminance + 0.001).clip(0, 1), angle) * is_picture(angle, picture.shape[:2])
-        mask = avg_pool2d(as_batch(kept[..., None]), 8)
-        error = error * mask / mask.mean()
-    snr = share / (1 - share)
-    weight = min(snr, recipe.snr_gamma) / (snr + 1 if is_v else snr)
-    return error.mean() * (weight if position >= 0 and recipe.snr_gamma < math.inf else 1)
+    return (prediction - target).square(), share / (1 - share), is_v
+
+
+def loaded(folder: Path, recipe: Recipe) -> Any:
+    """The pipeline, in which nothing learns but the denoiser or its adapter."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    denoiser = pipe.components[recipe.denoiser]
+    denoiser.train().requires_grad_(recipe.rank is None)
+    if recipe.rank is not None:
+        add_lora(denoiser, recipe)
+    return pipe
 
 
 def train(folder: Path, recipe: Recipe) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each step, and what was learnt."""
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder)
-    for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        module.requires_grad_(False)
-    pipe.unet.train().requires_grad_(recipe.rank is None)
-    if recipe.rank is not None:
-        add_lora(pipe.unet, recipe)
+    pipe = loaded(folder, recipe)
+    denoiser = pipe.components[recipe.denoiser]
     tables = add_words(pipe) if recipe.pivot else []
     caption = f"A photograph of a {''.join(WORDS) if recipe.pivot else 'TOK'}"
-    weights = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
+    weights = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         [
             {"params": list(weights.values()), "weight_decay": 1e-4},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from trainer import adapters
+from trainer import adapters, frozen
 from trainer.config import AdapterConfig
 
 FORMS = [{}, {"use_dora": True}, {"lora_type": "lokr"}, {"lora_type": "loha"}]
@@ -69,6 +69,20 @@ def test_a_fresh_adapter_leaves_every_weight_as_it_was(
         torch.testing.assert_close(weight, weights.base(name), rtol=1e-5, atol=1e-7)
 
 
+def test_the_weight_before_training_is_told_of_layers_without_an_adapter_too() -> None:
+    unet = adapted({"target_unet_modules": ["conv_in"]}, torch.bfloat16)
+    weights = adapters.EffectiveWeights(unet)
+    original = {"conv_out.weight": torch.ones(4, 16, 3, 3, dtype=torch.float16)}
+
+    assert list(weights) == ["conv_in"]
+    bare = weights.base("conv_out")
+    assert bare.dtype == torch.float32
+    assert torch.equal(bare, unet.conv_out.weight.float())
+    # Of a quantised model the given weights count, not those that it has.
+    given = adapters.EffectiveWeights(unet, original).base("conv_out")
+    assert torch.equal(given, torch.ones(4, 16, 3, 3))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_learns_is_kept_in_32_bits_on_a_half_precision_base(form: dict[str, object]) -> None:
     unet = adapted(form, torch.bfloat16)
@@ -109,3 +123,42 @@ def test_reading_effective_weights_changes_nothing() -> None:
     after = dict(unet.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {p.dtype for n, p in after.items() if "base_layer" in n} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize("form", FORMS)
+def test_on_a_quantised_base_a_fresh_adapter_changes_nothing(
+    form: dict[str, object], quantization: str
+) -> None:
+    unet = quantised(form, quantization)
+    weights = adapters.EffectiveWeights(unet)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, weights.base(name), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(weight, unet.get_submodule(name).base_layer.weight.float())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_trained_on_a_quantised_base_is_merged_into_the_original(
+    form: dict[str, object],
+) -> None:
+    original = denoiser(torch.bfloat16).state_dict()
+    unet, plain = quantised(form, "nf4"), adapted(form, torch.bfloat16)
+    trained = {name: tensor + 0.01 for name, tensor in adapters.adapter_tensors(unet).items()}
+    for each in (unet, plain):
+        adapters.load_adapter_tensors(each, trained)
+
+    ours = adapters.EffectiveWeights(unet, original)
+    theirs = adapters.EffectiveWeights(plain)
+    assert len(ours) == len(theirs) > 10
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+        assert torch.equal(ours.base(name), theirs.base(name))
+    assert any(isinstance(each, frozen.FrozenLinear) for each in unet.modules())
+
+
+def quantised(form: dict[str, object], quantization: str) -> UNet2DConditionModel:
+    unet = denoiser(torch.bfloat16)
+    cpu = torch.device("cpu")
+    frozen.freeze(unet, quantization=quantization, offload_blocks=0, device=cpu)
+    train_denoiser(unet, AdapterConfig.model_validate({"rank": 4, **form}), seed=0)
+    return unet

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import bench_prepare
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 SCRIPT = Path(bench_prepare.__file__)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
 SMALL = ("--photos", "2", "--megapixels", "0.05", "--resolution", "64")
 
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
     """What the benchmark tells of two photographs."""
-    command = [sys.executable, str(SCRIPT), *SMALL, "--json"]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=300
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # For the processes of its runs.
+        patch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
+        done = CliRunner().invoke(bench_prepare.main, [*SMALL, "--json"], catch_exceptions=False)
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 

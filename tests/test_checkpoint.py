@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ FILES = ["weights.safetensors", "optimizer.pt", "state.json", "manifest.json"]
 PUBLISH = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from trainer import checkpoint, durable
 from trainer.errors import TrainerError
@@ -36,13 +39,13 @@ if how.isdecimal():
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(how), int(how)))
 else:
-    real = durable.write_chunks
-    def write(path, chunks):
+    real = durable.write_with
+    def write(path, content):
         if path.name == how:
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        real(path, chunks)
-    durable.write_chunks = write
+        real(path, content)
+    durable.write_with = write
 try:
     checkpoint.publish(
         folder,
@@ -320,3 +323,21 @@ def test_a_kill_in_the_middle_leaves_the_old_checkpoint(tmp_path: Path, file: st
     assert (loaded.checkpoint.step, loaded.warnings) == (1, ())
     publish(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-2"]
+
+
+def test_an_optimizers_state_is_saved_as_torch_saves_it_a_tensor_at_a_time(tmp_path: Path) -> None:
+    state = {"state": {n: {"exp_avg": torch.full((1 << 16,), float(n))} for n in range(40)}}
+    largest = []
+
+    def write(content: Any) -> int:
+        largest.append(len(content))
+        return len(content)
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file = tmp_path / "optimizer.pt"
+    durable.write_with(file, lambda target: checkpoint._save(state, target))
+    assert file.read_bytes() == buffer.getvalue()
+    checkpoint._save(state, SimpleNamespace(write=write))  # type: ignore[arg-type]
+    assert sum(largest) == file.stat().st_size
+    assert max(largest) <= 4 * (1 << 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_schema_and_the_words_need_no_definitions_from_elsewhere() -> None:
         ("rank", "a whole number, at least 1"),
         ("learning_rate", "a number, above 0, or null"),
         ("adam_beta1", "a number, at least 0, below 1"),
-        ("resolution_width", "a whole number, at least 64, a multiple of 8, or null"),
+        ("resolution_width", "a whole number, at least 32, a multiple of 8, or null"),
         ("use_dora", "true or false"),
         ("lora_type", "one of lora, lokr, loha"),
         ("lokr_factor", "-1, or a whole number, at least 1"),
@@ -373,6 +374,24 @@ def test_a_written_configuration_lists_ignored_options_with_reasons() -> None:
 
     assert written["ignored_options"]["lr_warmup_steps"] == "lr_scheduler is constant"
     assert written["resolved"]["explicit"] == ["images_data_url"]
+
+
+def test_a_configuration_for_others_has_digests_where_pictures_stood_in_it() -> None:
+    pictures, others = "data:application/zip;base64,UEsDBA==", "A" * 5000
+    concepts = [
+        {"images_data_url": pictures, "class_images_url": others},
+        {"images_data_url": "photos/teapot"},
+    ]
+    config = resolve([Layer("request", {"concepts": concepts}, explicit=True)])
+
+    text = write_config(config, with_contents=False)
+
+    assert pictures not in text
+    assert others not in text
+    for content in (pictures, others):
+        assert f"data:sha256,{sha256(content.encode()).hexdigest()}" in text
+    assert "photos/teapot" in text
+    assert pictures in write_config(config)
 
 
 @pytest.mark.parametrize("history", ["resolved: 3\n", "resolved: {}\nignored_options: [a]\n"])

@@ -12,6 +12,7 @@ import click
 import make_tiny_models
 import pytest
 from make_parameter_table import page_with_table
+from tiny import TWO_LAYERS
 
 from trainer.cli import cli, run
 from trainer.config import LEAVES, Concept
@@ -59,8 +60,14 @@ RUN_ELSEWHERE = {
     "tensorboard": "a server; its files are read in tests/test_listeners.py",
 }
 
-# A training as the page shows it, on a tiny model, for one step.
-TINY_RUN = {"max-train-steps": 1, "rank": 2, "resolution-width": 64, "resolution-height": 64}
+# A training as the page shows it, on a tiny model, for one step of two layers.
+TINY_RUN = {
+    "max-train-steps": 1,
+    "rank": 2,
+    "resolution-width": 64,
+    "resolution-height": 64,
+    "target-unet-modules": ",".join(TWO_LAYERS["target_unet_modules"]),
+}
 
 
 def leaf_command(arguments: list[str]) -> click.Context:
@@ -191,7 +198,8 @@ def test_the_exit_codes_on_the_page_are_those_of_the_errors() -> None:
 
 def test_the_table_of_options_is_current_and_has_a_row_for_every_one() -> None:
     page = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    table = page.partition("<!-- options:")[2]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
 
     assert page == page_with_table(page), "run scripts/make_parameter_table.py"
     assert len(LEAVES) > 90

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import compose, configuration, digests, losses, train
+from tiny import TWO_LAYERS, compose, configuration, digests, losses, train
 
 from trainer import engine
 from trainer.errors import CheckpointError, InputError, Interrupted, NonFiniteError
@@ -27,6 +27,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "loha": {"lora_type": "loha"},
     "all weights": {"use_lora": False, "learning_rate": 1e-5},
 }
+
+
+@pytest.fixture(scope="module")
+def finished(
+    sd15_folder: Path, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of a training that is done, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(configuration(sd15_folder, photo_folder, **TWO_LAYERS), folder)
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -48,7 +64,8 @@ def test_every_form_trains_and_its_files_give_back_the_trained_model(
 def test_the_same_seed_gives_the_same_bytes(
     sdxl_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    config = configuration(sdxl_folder, photo_folder, use_dora=True, random_flip=True)
+    leaves: dict[str, Any] = {"use_dora": True, "random_flip": True, **TWO_LAYERS}
+    config = configuration(sdxl_folder, photo_folder, **leaves)
     for run in ("one", "two"):
         train(config, tmp_path / run)
     one, two = digests(tmp_path / "one" / "outputs"), digests(tmp_path / "two" / "outputs")
@@ -57,14 +74,14 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 def test_another_seed_gives_another_adapter(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    finished: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    files = []
-    for seed in (1, 2):
-        folder = tmp_path / str(seed)
-        train(configuration(sd15_folder, photo_folder, seed=seed), folder)
-        files.append(load_file(folder / "outputs" / "pytorch_lora_weights.safetensors"))
-    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+    train(configuration(sd15_folder, photo_folder, seed=1, **TWO_LAYERS), tmp_path)
+    one, other = (
+        load_file(folder / "outputs" / "pytorch_lora_weights.safetensors")
+        for folder in (finished, tmp_path)
+    )
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])
@@ -78,6 +95,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         "max_train_steps": 6,
         "random_flip": True,
         "batch_size": 2,
+        **TWO_LAYERS,
     }
     config = configuration(sd15_folder, photo_folder, **leaves)
     whole = train(config, tmp_path / "whole")
@@ -101,32 +119,29 @@ def collect_until(config: Any, folder: Path, *, step: int) -> list[Any]:
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    done: Path, sd15_folder: Path, photo_folder: Path
 ) -> None:
-    train(configuration(sd15_folder, photo_folder), tmp_path)
-    before = digests(tmp_path)
-    other = configuration(sd15_folder, photo_folder, noise_offset=0.1, resolution_width=128)
+    before = digests(done)
+    leaves: dict[str, Any] = {"noise_offset": 0.1, "resolution_width": 128, **TWO_LAYERS}
     with pytest.raises(CheckpointError, match="noise_offset"):
-        train(other, tmp_path)
-    assert digests(tmp_path) == before
+        train(configuration(sd15_folder, photo_folder, **leaves), done)
+    assert digests(done) == before
 
 
 def test_a_run_on_other_pictures_is_not_gone_on_with(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    done: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
-    train(configuration(sd15_folder, photos), tmp_path / "run")
     (photos / "photo_4.jpg").unlink()
     with pytest.raises(CheckpointError, match="training pictures"):
-        train(configuration(sd15_folder, photos), tmp_path / "run")
+        train(configuration(sd15_folder, photos, **TWO_LAYERS), done)
 
 
 def test_checkpoints_are_published_and_pruned_on_the_way(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    config = configuration(
-        sd15_folder, photo_folder, checkpointing_steps=1, checkpoints_total_limit=2
-    )
+    leaves = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, **TWO_LAYERS}
+    config = configuration(sd15_folder, photo_folder, **leaves)
     events = train(config, tmp_path)
     published = [event.step for event in events if isinstance(event, CheckpointEvent)]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -160,7 +175,7 @@ def test_a_learning_rate_beyond_reason_ends_without_result_files(
 def test_verify_json_names_every_reader_and_its_largest_difference(
     sdxl_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    train(configuration(sdxl_folder, photo_folder, use_dora=True), tmp_path)
+    train(configuration(sdxl_folder, photo_folder, use_dora=True, **TWO_LAYERS), tmp_path)
     report = json.loads((tmp_path / "outputs" / "verify.json").read_text())
     text = json.dumps(report)
     assert '"diffusers"' in text
@@ -176,22 +191,19 @@ def test_a_wrong_target_is_refused_with_known_endings(
 
 
 def test_a_moved_folder_of_the_same_pictures_is_gone_on_with(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    done: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     moved = Path(shutil.copytree(photo_folder, tmp_path / "moved"))
-    train(configuration(sd15_folder, photo_folder), tmp_path / "run")
-    again = train(configuration(sd15_folder, moved), tmp_path / "run")
+    again = train(configuration(sd15_folder, moved, **TWO_LAYERS), done)
     assert losses(again) == []
 
 
 def test_a_run_on_other_base_weights_is_not_gone_on_with(
-    photo_folder: Path, tmp_path: Path
+    done: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    model = make_tiny_models.make_sd15(tmp_path / "model", seed=0)
-    train(configuration(model, photo_folder), tmp_path / "run")
-    make_tiny_models.make_sd15(tmp_path / "model", seed=1)
+    model = make_tiny_models.make_sd15(tmp_path / "model", seed=1)
     with pytest.raises(CheckpointError, match="base model's contents"):
-        train(configuration(model, photo_folder), tmp_path / "run")
+        train(configuration(model, photo_folder, **TWO_LAYERS), done)
 
 
 def test_a_wrong_target_or_timestep_is_refused_before_any_picture_is_read(
@@ -204,36 +216,39 @@ def test_a_wrong_target_or_timestep_is_refused_before_any_picture_is_read(
 
 
 def test_a_finished_run_is_delivered_again_in_another_format_without_training(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    done: Path, sd15_folder: Path, photo_folder: Path
 ) -> None:
-    train(configuration(sd15_folder, photo_folder), tmp_path)
-    again = train(configuration(sd15_folder, photo_folder, save_dtype="bf16"), tmp_path)
-    written = load_file(tmp_path / "outputs" / "pytorch_lora_weights.safetensors")
+    leaves = {"save_dtype": "bf16", **TWO_LAYERS}
+    again = train(configuration(sd15_folder, photo_folder, **leaves), done)
+    written = load_file(done / "outputs" / "pytorch_lora_weights.safetensors")
     assert losses(again) == []
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
-def test_a_corrected_noise_schedule_makes_another_run(photo_folder: Path, tmp_path: Path) -> None:
-    model = make_tiny_models.make_sd15(tmp_path / "model")
-    train(configuration(model, photo_folder), tmp_path / "run")
+def test_a_corrected_noise_schedule_makes_another_run(
+    done: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(sd15_folder, tmp_path / "model"))
+    training, _ = compose(configuration(model, photo_folder, **TWO_LAYERS), done)
+    assert list(training.resume(RunFolder(done))) == []
     path = model / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
     with pytest.raises(CheckpointError, match="base model's contents"):
-        train(configuration(model, photo_folder), tmp_path / "run")
+        train(configuration(model, photo_folder, **TWO_LAYERS), done)
 
 
 def test_an_option_without_effect_does_not_make_another_run(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+    done: Path, sd15_folder: Path, photo_folder: Path
 ) -> None:
-    train(configuration(sd15_folder, photo_folder), tmp_path)
-    again = configuration(sd15_folder, photo_folder, lokr_factor=4, model_family="sd15")
-    assert losses(train(again, tmp_path)) == []
+    leaves: dict[str, Any] = {"lokr_factor": 4, "model_family": "sd15", **TWO_LAYERS}
+    again = configuration(sd15_folder, photo_folder, **leaves)
+    assert losses(train(again, done)) == []
 
 
 def test_a_wish_to_stop_while_files_are_written_is_granted_and_the_next_run_delivers(
     sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    config = configuration(sd15_folder, photo_folder)
+    config = configuration(sd15_folder, photo_folder, **TWO_LAYERS)
     events: list[Any] = []
 
     def wished() -> bool:

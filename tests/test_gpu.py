@@ -1,24 +1,41 @@
-"""What only a GPU can show: half precision, its scaler, 8-bit state, resume on the device."""
+"""What only a GPU can show: half precision, its scaler, 8-bit state, resume on the device.
+
+And that it agrees with the processor: frozen weights in few bits, offloading, updates by chance.
+"""
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import configuration, losses, train
+from accelerate.state import AcceleratorState
+from tiny import compose, configuration, losses, never, steps, train
+from torch.nn import Linear, Parameter
 
-from trainer import engine
+from trainer import base_model, engine
+from trainer.base_model import Precision
+from trainer.class_images import ClassImages, class_images
+from trainer.config import ModelConfig, OptimConfig
 from trainer.errors import Interrupted
 from trainer.events import StepEvent, VerifyEvent
+from trainer.frozen import FrozenLinear, frozen_layers
 from trainer.job import RunFolder
+from trainer.optim import ParameterGroup
+from trainer.sampling import Sampler
+from trainer.updates import Updates, rounded_by_chance
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -96,3 +113,262 @@ def test_a_step_whose_fp16_gradients_overflow_is_tried_again_until_it_counts(
     norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
     assert len(norms) == 4
     assert all(math.isfinite(norm) for norm in norms)
+
+
+# FLUX.1
+
+WHOLE: dict[str, Any] = {"use_lora": False, "learning_rate": 1e-4, "max_grad_norm": 0.0}
+FLUX_FORMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "lokr": {"lora_type": "lokr", "lokr_factor": 4},
+    "loha": {"lora_type": "loha"},
+    "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
+    "nf4": {"quantization": "nf4"},
+    "offloaded": {"offload_blocks": 3},
+    "offloaded nf4, recomputed": {
+        "quantization": "nf4",
+        "offload_blocks": 4,
+        "gradient_checkpointing": True,
+    },
+    "all weights": WHOLE,
+    "all weights, fused": {**WHOLE, "fused_backward": True, "optimizer": "adafactor"},
+}
+BF16_FORMS: dict[str, dict[str, Any]] = {
+    **FLUX_FORMS,
+    "8-bit": {"optimizer": "adamw8bit", "quantization": "fp8"},
+    "all weights in bf16, fused": {
+        **WHOLE,
+        "weights_dtype": "bf16",
+        "fused_backward": True,
+        "optimizer": "adafactor",
+        "gradient_checkpointing": True,
+        "save_dtype": "bf16",
+        "extract_rank": 4,
+    },
+}
+# Of the losses of four steps; the levels of NF4 are found by another rule on each device.
+TOLERANCE = {"nf4": 5e-3, "offloaded nf4, recomputed": 5e-3}
+
+
+@pytest.fixture
+def whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in 32 bits, not in the 19 that cuDNN takes of them by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """A machine without a GPU, for what asks torch and accelerate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("whole_numbers")
+@pytest.mark.parametrize("form", FLUX_FORMS)
+def test_flux_learns_on_the_gpu_what_it_learns_on_the_processor(
+    form: str, flux_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(flux_folder, photo_folder, mixed_precision="no", **FLUX_FORMS[form])
+    with without_gpu():
+        expected = losses(steps(config, tmp_path / "cpu"))
+    on_gpu, _ = compose(config, tmp_path / "gpu")
+    assert on_gpu.accelerator.device.type == GPU.type
+    got = losses(list(on_gpu.steps(RunFolder(tmp_path / "gpu"), never)))
+    assert len(got) == 4
+    assert got == pytest.approx(expected, rel=TOLERANCE.get(form, 1e-3))
+
+
+@pytest.mark.parametrize("form", BF16_FORMS)
+def test_flux_trains_in_bf16_on_the_gpu_and_its_files_are_verified(
+    form: str, flux_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"mixed_precision": "bf16", **BF16_FORMS[form]}
+    events = train(configuration(flux_folder, photo_folder, **leaves), tmp_path)
+    statuses = {event.status for event in events if isinstance(event, VerifyEvent)}
+    assert len(losses(events)) == 4
+    assert all(math.isfinite(loss) for loss in losses(events))
+    assert "passed" in statuses
+    assert "failed" not in statuses
+
+
+def test_flux_2_trains_in_bf16_on_the_gpu_and_its_files_are_verified(
+    flux2_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(flux2_folder, photo_folder, mixed_precision="bf16", quantization="fp8")
+    events = train(config, tmp_path)
+    statuses = {event.status for event in events if isinstance(event, VerifyEvent)}
+    assert len(losses(events)) == 4
+    assert "passed" in statuses
+    assert "failed" not in statuses
+
+
+# Frozen weights
+
+# How far a widened weight may be from the processor's, by its norm.
+APART = {"none": 0.0, "int8": 1e-6, "fp8": 1e-6, "nf4": 1e-3}
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("quantization", APART)
+def test_a_frozen_layer_computes_on_the_gpu_what_it_computes_on_the_processor(
+    quantization: str, offloaded: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = Linear(128, 256).requires_grad_(False)
+    x, y = torch.randn(2, 3, 128), torch.randn(2, 3, 256)
+    found = {}
+    for device in (CPU, GPU):
+        layer = FrozenLinear(plain, quantization, offloaded=offloaded, device=device).to(device)
+        asked = x.to(device).requires_grad_()
+        product = layer(asked)
+        product.backward(y.to(device))
+        assert asked.grad is not None
+        found[device] = [t.detach().cpu() for t in (layer.weight, product, asked.grad)]
+    weight, *others = found[CPU]
+    assert float((found[GPU][0] - weight).norm() / weight.norm()) <= APART[quantization]
+    for one, other in zip(found[GPU][1:], others, strict=True):
+        assert float((one - other).norm() / other.norm()) < max(1e-5, 2 * APART[quantization])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "nf4"])
+def test_the_gpu_packs_the_same_weight_into_the_same_bytes(quantization: str) -> None:
+    torch.manual_seed(0)
+    plain = Linear(256, 512).requires_grad_(False)
+    one, other = (
+        FrozenLinear(plain, quantization, offloaded=False, device=GPU).parts for _ in range(2)
+    )
+    for first, second in zip(one, other, strict=True):
+        assert torch.equal(first.float(), second.float())
+
+
+def test_what_is_offloaded_stays_in_pinned_memory_and_the_rest_is_on_the_gpu(
+    flux_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"mixed_precision": "bf16", "quantization": "fp8", "offload_blocks": 3}
+    training, _ = compose(configuration(flux_folder, photo_folder, **leaves), tmp_path)
+    assert len(losses(list(training.steps(RunFolder(tmp_path), never)))) == 4
+    layers = list(frozen_layers(training.denoiser))
+    assert {layer.offloaded for layer in layers} == {False, True}
+    for layer in layers:
+        for part in layer.parts:
+            assert part.device.type == (CPU if layer.offloaded else GPU).type
+            assert part.is_pinned() == layer.offloaded
+
+
+# Updates
+
+
+@pytest.mark.usefixtures("whole_numbers")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("weights_dtype", ["fp32", "bf16"])
+def test_updates_in_the_backward_pass_are_those_after_it_on_the_gpu(
+    weights_dtype: str, optimizer: str, flux_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = WHOLE | {"weights_dtype": weights_dtype, "optimizer": optimizer}
+    leaves |= {"mixed_precision": "bf16" if weights_dtype == "bf16" else "no"}
+    ends = []
+    for fused in (False, True):
+        config = configuration(flux_folder, photo_folder, fused_backward=fused, **leaves)
+        training, _ = compose(config, tmp_path / str(fused))
+        assert training.updates.in_backward == fused
+        got = losses(list(training.steps(RunFolder(tmp_path / str(fused)), never)))
+        ends.append((got, torch.cat([p.detach().float().flatten() for p in training.parameters])))
+    (after, expected), (during, found) = ends
+    # Attention's backward pass adds in no fixed order on a GPU.
+    assert during == pytest.approx(after, rel=1e-4 if weights_dtype == "fp32" else 1e-2)
+    apart = float((found - expected).norm() / expected.norm())
+    assert apart < (1e-4 if weights_dtype == "fp32" else 1e-2)
+
+
+def test_rounding_by_chance_gives_the_same_bytes_again_and_on_average_the_value() -> None:
+    # Between 1 and 1 + 2**-7, bf16's next number, at three eighths of the way.
+    values = torch.full((1 << 16,), 1 + 3 / 8 * 2**-7, device=GPU)
+    rounded = rounded_by_chance(values, key=5)
+    assert torch.equal(rounded_by_chance(values, key=5), rounded)
+    assert not torch.equal(rounded_by_chance(values, key=6), rounded)
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    # Five deviations of the mean of so many draws.
+    bound = 5 * math.sqrt(3 / 8 * 5 / 8 / (1 << 16))
+    assert float((rounded > 1).float().mean()) == pytest.approx(3 / 8, abs=bound)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_the_same_gradients_give_bf16_weights_the_same_bytes_again(optimizer: str) -> None:
+    grads = [torch.randn(128, 256, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    ends = []
+    for _ in range(2):
+        weight = Parameter(torch.ones(128, 256, dtype=torch.bfloat16, device=GPU))
+        group = ParameterGroup("denoiser", [weight], learning_rate=1e-3, weight_decay=0.0)
+        updates = Updates([group], OptimConfig(optimizer=optimizer), seed=3, in_backward=False)
+        for step, grad in enumerate(grads):
+            updates.begin(step)
+            weight.grad = grad.to(GPU, torch.bfloat16)
+            updates.apply()
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], torch.ones_like(ends[0]))
+
+
+# Models that take turns
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_models_in_turns_make_the_same_class_pictures_and_leave_nothing_on_the_gpu(
+    flux_folder: Path, tmp_path: Path
+) -> None:
+    precision = Precision(*[torch.bfloat16] * 4)
+    base = base_model.locate(ModelConfig(model_url=str(flux_folder)))
+    sampler = Sampler(width=64, height=64, steps=2, guidance_scale=3.5)
+    wanted = ClassImages("a photo of a man", count=2, sampler=sampler, seed=0, base_contents="flux")
+    pictures, left = {}, {}
+    for in_turns in (False, True):
+        family = base_model.load(base, precision)
+        place = tmp_path / str(in_turns)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        making = class_images(
+            family,
+            wanted,
+            place / "cache",
+            place / "class",
+            process_index=0,
+            num_processes=1,
+            device=GPU,
+            in_turns=in_turns,
+        )
+        assert len(list(making)) == 3
+        parts = [p for p in family.pipeline.components.values() if isinstance(p, torch.nn.Module)]
+        assert {p.device for part in parts for p in part.parameters()} == {CPU}
+        gc.collect()
+        left[in_turns] = torch.cuda.memory_allocated() - before
+        pictures[in_turns] = [p.read_bytes() for p in sorted((place / "class").iterdir())]
+    # In the first round libraries take memory for good, to work in.
+    assert left[True] == 0
+    assert pictures[True] == pictures[False]
+    assert pictures[True][0] != pictures[True][1]
+
+
+def test_a_training_whose_models_took_turns_goes_on_as_any_other(
+    flux_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = {
+        "mixed_precision": "bf16",
+        "with_prior_preservation": True,
+        "photo_class": "Woman",
+        "num_class_images": 2,
+        "class_inference_steps": 2,
+    }
+    found = []
+    for offload in (False, True):
+        # Or the pictures of the first would be those of the second.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {offload}"))
+        config = configuration(flux_folder, photo_folder, offload_models=offload, **leaves)
+        found.append(losses(steps(config, tmp_path / str(offload))))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)

@@ -30,9 +30,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"foundation"},
     ),
     "job": ({"job"}, {"foundation", "configuration"}),
-    "objectives": ({"objectives"}, {"foundation", "configuration"}),
+    "objectives": ({"objectives", "densities"}, {"foundation", "configuration"}),
     "mathematics": (
-        {"loss", "optim", "adapters", "schedule", "tokens"},
+        {"loss", "optim", "updates", "adapters", "frozen", "schedule", "tokens"},
         {"foundation", "configuration", "objectives"},
     ),
     "families": ({"families"}, {"foundation", "configuration", "objectives"}),
@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "pipeline": (
         {
             *("base_model", "model_files", "vae", "machine", "encoding", "checkpoint"),
-            *("sampling", "class_images", "concepts", "trainables"),
+            *("sampling", "class_images", "concepts", "trainables", "fitting"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "forecast": (
-        {"estimate", "memory", "measurements", "inspection"},
+        {"estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"},
         {
             "foundation",
             "configuration",
@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "engine": (
-        {"engine", "training", "results", "artifacts"},
+        {"engine", "training", "results", "artifacts", "remedies"},
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
             *("data", "sources", "images", "export", "pipeline", "forecast"),
@@ -107,6 +107,7 @@ WITHOUT_TORCH = [
     "measurements",
     "schedule",
     "dialects",
+    "dialects.bfl",
     "dialects.fal_personalization",
     "cli",
 ]

@@ -43,7 +43,7 @@ STORY: list[Event] = [
     StageEvent("read", 1, 2),
     StageEvent("read", 2, 2),
     NoteEvent("yielded", "cache_latents", "off, because random_flip is on"),
-    RunEvent(0, 2, 2, 4, {"family": "some"}),
+    RunEvent(0, 2, 2, 4, {"family": "some"}, num_pictures=4),
     StepEvent(1, 0, 0.25, 1e-4, 2.0, 0.5),
     StepEvent(2, 0, 0.125, 1e-4, 1.0, 0.5),
     CheckpointEvent(2, "checkpoints/step-2"),
@@ -151,6 +151,20 @@ def test_a_long_training_prints_about_twenty_lines() -> None:
     tell(ProgressLines(console), [RunEvent(0, 1000, 10, 10, {}), *steps])
 
     assert 20 <= len(shown(console).splitlines()) <= 23
+
+
+@pytest.mark.parametrize(
+    ("pictures", "sizes", "told"),
+    [(3, 3, "3 pictures at 3 sizes"), (3, 1, "3 pictures"), (1, 2, "1 picture at 2 sizes")],
+)
+def test_the_beginning_counts_each_picture_once(pictures: int, sizes: int, told: str) -> None:
+    console = screen(terminal=False)
+
+    shows = pictures * sizes
+    begins = RunEvent(0, 3, 9, shows, {}, num_pictures=pictures, num_sizes=sizes)
+    tell(ProgressLines(console), [begins])
+
+    assert shown(console).strip() == f"train: begins, 3 steps in all, {told}"
 
 
 def test_the_time_left_counts_only_the_steps_of_this_sitting() -> None:

@@ -89,7 +89,7 @@ def unet_layers(sd15_folder: Path) -> list[str]:
 )
 def test_names_are_spelled_as_kohya_files_spell_them(component: str, path: str, name: str) -> None:
     assert PLAIN.of_layer(component, path) == name
-    assert PLAIN.layer_of(name, "unet") == (component, path)
+    assert PLAIN.layers_of(name) == {(component, path): 1}
 
 
 @pytest.mark.parametrize("names", [PLAIN, SWAPPED])
@@ -97,8 +97,8 @@ def test_every_layer_of_a_unet_comes_back(names: KohyaNames, unet_layers: list[s
     assert len(unet_layers) > 200
     written = [names.of_layer("unet", path) for path in unet_layers]
     assert len(set(written)) == len(unet_layers)
-    assert [names.layer_of(name, "unet") for name in written] == [
-        ("unet", path) for path in unet_layers
+    assert [names.layers_of(name) for name in written] == [
+        {("unet", path): 1} for path in unet_layers
     ]
 
 
@@ -106,8 +106,8 @@ def test_every_layer_of_a_text_encoder_comes_back() -> None:
     paths = text_encoder_layers()
     assert len(paths) == 2 * 6
     written = [PLAIN.of_layer("text_encoder", path) for path in paths]
-    assert [PLAIN.layer_of(name, "unet") for name in written] == [
-        ("text_encoder", path) for path in paths
+    assert [PLAIN.layers_of(name) for name in written] == [
+        {("text_encoder", path): 1} for path in paths
     ]
 
 
@@ -124,7 +124,7 @@ def test_a_prefix_ends_at_a_step_of_the_path() -> None:
 
 def test_a_name_of_another_component_is_refused() -> None:
     with pytest.raises(KeyError):
-        SWAPPED.layer_of("lora_te2_text_model_encoder_layers_0_mlp_fc1", "unet")
+        SWAPPED.layers_of("lora_te2_text_model_encoder_layers_0_mlp_fc1")
 
 
 def test_a_word_within_a_longer_word_is_not_taken_apart() -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import (
@@ -9,13 +15,25 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from trainer import objectives
+from trainer import base_model, objectives
+from trainer.config import LossConfig, ModelConfig
 from trainer.errors import InputError
-from trainer.objectives import Ddpm
+from trainer.objectives import Ddpm, RectifiedFlow
 
+# FLUX.1 [dev]'s.
+DYNAMIC: dict[str, Any] = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TIMESTEPS = torch.tensor([0, 50, 700, 999])
 
@@ -197,3 +215,183 @@ def test_epsilon_prediction_aims_at_the_offset_noise() -> None:
     target = objective.target(latents, noise, TIMESTEPS)
     share = DDPMScheduler(**SCHEDULE).alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy - share.sqrt() * latents, (1 - share).sqrt() * target)
+
+
+# Rectified flow
+
+
+def flow(loss: LossConfig | None = None, **scheduler: Any) -> RectifiedFlow:
+    return RectifiedFlow.from_scheduler(FlowMatchEulerDiscreteScheduler(**scheduler), loss)
+
+
+def drawn(objective: RectifiedFlow, count: int = 2000, **given: Any) -> torch.Tensor:
+    bounds = {"minimum": 0, "maximum": 1000}
+    return objective.sample_timesteps(7, range(count), **(bounds | given))
+
+
+def test_flow_noises_as_diffusers_scheduler_does() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    latents, noise = latents_and_noise()
+    # The scheduler noises at its own times only.
+    timesteps = scheduler.timesteps[[0, 50, 700, 999]]
+    expected = scheduler.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(flow().add_noise(latents, noise, timesteps), expected)
+
+
+def test_flow_goes_straight_from_the_picture_to_noise_and_aims_along_the_way() -> None:
+    objective = flow()
+    latents, noise = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), -1.0)
+    timesteps = torch.tensor([250.0, 1000.0], dtype=torch.float64)
+    # By hand: 3/4 of 3 and 1/4 of -1 is 2; at the end nothing is left but -1.
+    assert objective.add_noise(latents, noise, timesteps).flatten().tolist() == [2.0, -1.0]
+    assert objective.target(latents, noise, timesteps).flatten().tolist() == [-4.0, -4.0]
+    # Of (3/4)^2 signal and (1/4)^2 noise.
+    assert objective.snr(timesteps).tolist() == [9.0, 0.0]
+
+
+def test_flow_keeps_the_latents_dtype() -> None:
+    latents, noise = (tensor.bfloat16() for tensor in latents_and_noise())
+    timesteps = drawn(flow(), 4)
+    assert flow().add_noise(latents, noise, timesteps).dtype == torch.bfloat16
+    assert flow().target(latents, noise, timesteps).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 48), (128, 128), (192, 192)])
+def test_the_noise_is_shifted_by_the_number_of_tokens_as_diffusers_does(
+    kind: str, height: int, width: int
+) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC, time_shift_type=kind)
+    tokens = height * width // 4
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    plain = drawn(flow(LossConfig(timestep_shift=1.0)), 20) / 1000
+    expected = scheduler.time_shift(mu, 1.0, plain) * 1000
+    objective = RectifiedFlow.from_scheduler(scheduler)
+    torch.testing.assert_close(drawn(objective, 20, latent_size=(height, width)), expected)
+
+
+@pytest.mark.parametrize(("side", "mean"), [(512, 0.628), (768, 0.669), (1024, 0.723)])
+def test_mean_times_are_those_of_kohyas_flux_shift(side: int, mean: float) -> None:
+    # Measured with sd-scripts' `flux_shift`: the sigmoid of a normal number, then the shift.
+    objective = flow(**DYNAMIC)
+    times = drawn(objective, 20_000, latent_size=(side // 8, side // 8)) / 1000
+    # 20000 draws of deviation 0.19 or less: five standard errors, and half a digit of the mean.
+    assert times.mean().item() == pytest.approx(mean, abs=5 * 0.19 / math.sqrt(20_000) + 5e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_scheduler_with_one_shift_has_it_at_every_size(shift: float) -> None:
+    # FLUX.1 [schnell] has 1, which is none; SD3 has 3.
+    plain = drawn(flow(LossConfig(timestep_shift=1.0)), 50) / 1000
+    expected = shift * plain / (1 + (shift - 1) * plain) * 1000
+    for size in ((64, 64), (128, 128)):
+        torch.testing.assert_close(drawn(flow(shift=shift), 50, latent_size=size), expected)
+
+
+@pytest.mark.parametrize("scheduler", [{"shift": 3.0}, DYNAMIC], ids=["static", "dynamic"])
+def test_a_chosen_shift_takes_the_place_of_the_schedulers(scheduler: dict[str, Any]) -> None:
+    chosen = flow(LossConfig(timestep_shift=2.0), **scheduler)
+    assert torch.equal(drawn(chosen, 50), drawn(flow(shift=2.0), 50))
+    assert not torch.equal(drawn(chosen, 50), drawn(flow(**scheduler), 50))
+
+
+def test_a_scheduler_file_that_says_little_means_what_diffusers_makes_of_it() -> None:
+    short = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    short |= {"use_dynamic_shifting": True}
+    brief = RectifiedFlow.from_config(short)
+    assert torch.equal(drawn(brief, 50), drawn(flow(**DYNAMIC), 50))
+
+
+def test_another_sampler_of_flow_matching_means_the_same() -> None:
+    other = RectifiedFlow.from_scheduler(FlowMatchHeunDiscreteScheduler(shift=3.0))
+    assert torch.equal(drawn(other, 50), drawn(flow(shift=3.0), 50))
+
+
+@pytest.mark.parametrize("scheduler", [{"shift": 1.0}, {"shift": 5.0}, DYNAMIC], ids=str)
+@pytest.mark.parametrize("density", ["logit_normal", "uniform", "mode", "cosmap"])
+@pytest.mark.parametrize(("minimum", "maximum"), [(0, 1000), (300, 310), (0, 1), (999, 1000)])
+def test_flow_timesteps_stay_within_their_bounds_after_the_shift(
+    minimum: int, maximum: int, density: str, scheduler: dict[str, Any]
+) -> None:
+    objective = flow(LossConfig.model_validate({"timestep_density": density}), **scheduler)
+    times = drawn(objective, 500, minimum=minimum, maximum=maximum, latent_size=(128, 128))
+    assert times.dtype == torch.float64
+    assert minimum <= times.min()
+    assert times.max() <= maximum
+    if maximum - minimum == 10:
+        # The density is nearly even on so short a way, so that 500 draws come close to both ends.
+        assert times.min() < minimum + 0.2
+        assert times.max() > maximum - 0.2
+
+
+def test_bounds_cut_the_density_off_and_leave_it_inside_as_it_is() -> None:
+    objective = flow(**DYNAMIC)
+    given = {"latent_size": (128, 128)}
+    whole = drawn(objective, 20_000, **given)
+    inside = whole[(whole >= 600) & (whole <= 900)]
+    bound = drawn(objective, 5000, minimum=600, maximum=900, **given)
+    shares = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    # Quantiles of 5000 and of some 10000 draws, on a way of 300.
+    torch.testing.assert_close(bound.quantile(shares), inside.quantile(shares), rtol=0, atol=8)
+
+
+def test_a_flow_timestep_belongs_to_its_global_position_alone() -> None:
+    objective = flow()
+    together = objective.sample_timesteps(1, [4, 5, 6], minimum=0, maximum=1000)
+    alone = objective.sample_timesteps(1, [5], minimum=0, maximum=1000)
+    other = objective.sample_timesteps(2, [5], minimum=0, maximum=1000)
+    assert together[1] == alone[0] != other[0]
+    assert len(set(together.tolist())) == 3
+
+
+def test_flow_timesteps_beyond_noise_are_refused() -> None:
+    with pytest.raises(InputError, match="max_timestep_trained.*1001.*1000"):
+        flow().check_maximum(1001)
+
+
+@pytest.mark.parametrize("sampler", [DDPMScheduler, EulerDiscreteScheduler])
+def test_a_scheduler_without_a_shift_is_none_of_flow_matching(sampler: type) -> None:
+    with pytest.raises(InputError, match=f"`{sampler.__name__}`.*no `shift`"):
+        RectifiedFlow.from_scheduler(sampler())
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        ("sd15", FlowMatchEulerDiscreteScheduler()),
+        ("flux", DDPMScheduler(**SCHEDULE)),
+        ("flux2", EulerDiscreteScheduler(**SCHEDULE)),
+    ],
+)
+def test_a_model_with_a_scheduler_of_another_objective_is_refused_before_weights_are_read(
+    family: str, scheduler: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    original = request.getfixturevalue(f"{family}_folder")
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    folder = Path(shutil.copytree(original, tmp_path / "model", ignore=without_weights))
+    name = type(scheduler).__name__
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**scheduler.config, "_class_name": name})
+    )
+    with pytest.raises(InputError, match=rf"model_url.*`{name}`"):
+        base_model.locate(ModelConfig(model_url=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ({"shift": None}, "contradicts itself"),
+        ({"shift": 0}, "`shift` that is not above 0"),
+        ({"use_dynamic_shifting": True, "base_shift": None}, "`base_shift` that is no number"),
+        ({"use_dynamic_shifting": True, "max_image_seq_len": 256}, "is not below"),
+        (
+            {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": -0.5},
+            "`base_shift` that is not above 0",
+        ),
+        ({"time_shift_type": "cosmic"}, "contradicts itself"),
+    ],
+)
+def test_a_shift_that_is_none_is_refused_by_name(entries: dict[str, object], fault: str) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, **entries}
+    with pytest.raises(InputError, match=fault):
+        RectifiedFlow.from_config(config)

@@ -2,7 +2,8 @@
 
 A row flips leaves of a tiny training of the real classes and asserts what is seen of it where the
 option acts; see `options.matrix`. Whatever stands only in the written configuration, in headers
-or in logs is no effect.
+or in logs is no effect. With `--every-family` each row runs in every family that it holds for,
+otherwise in those that the code behind it knows apart; see `options.tables`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from pathlib import Path
 
 import pytest
 from options.case import Case, Lab
-from options.matrix import Row
-from options.tables import ROWS, observables
+from options.matrix import FAMILIES, Row
+from options.tables import ON_A_GPU, ROWS, observables
 from options.world import World
 
 from trainer.config import LEAVES
 
 
 @pytest.fixture(scope="module")
-def lab(sd15_folder: Path, sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """What the rows share."""
-    models = {"sd15": sd15_folder, "sdxl": sdxl_folder}
+    models: dict[str, Path] = {n: request.getfixturevalue(f"{n}_folder") for n in FAMILIES}
     worlds = {
         family: World(tmp_path_factory.mktemp(f"world-{family}"), family, model)
         for family, model in models.items()
@@ -29,15 +30,21 @@ def lab(sd15_folder: Path, sdxl_folder: Path, tmp_path_factory: pytest.TempPathF
     return Lab(worlds, tmp_path_factory.mktemp("matrix"))
 
 
-@pytest.mark.parametrize(
-    ("family", "row"),
-    [
-        pytest.param(family, row, id=f"{family}-{row.name}")
-        for family in ("sd15", "sdxl")
-        for row in ROWS
-        if family in row.families
-    ],
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives rows their families."""
+    if not {"family", "row"} <= set(metafunc.fixturenames):
+        return
+    everywhere = metafunc.config.getoption("--every-family")
+    cases = [
+        (family, row)
+        for family in FAMILIES
+        for number, row in enumerate(ROWS)
+        if family in (row.families if everywhere else row.runs_in(number))
+    ]
+    names = [f"{family}-{row.name}" for family, row in cases]
+    metafunc.parametrize(("family", "row"), cases, ids=names)
+
+
 def test_the_option_does_what_its_row_says(family: str, row: Row, lab: Lab) -> None:
     row.shows(Case(row, family, lab))
 
@@ -51,11 +58,12 @@ def test_an_option_that_acts_is_not_said_to_be_idle(row: Row, lab: Lab) -> None:
 
 def test_every_option_has_a_row_for_every_family() -> None:
     assert len(LEAVES) > 90
-    for family in ("sd15", "sdxl"):
+    for family in FAMILIES:
         rows = {row.leaf for row in ROWS if family in row.families}
         assert rows == set(LEAVES)
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_an_option_is_seen_somewhere_or_only_ever_refused(leaf: str) -> None:
-    assert (observables()[leaf] == ()) == (leaf == "model_family")
+def test_every_option_is_seen_somewhere_unless_it_only_ever_refuses_or_spares_a_gpu() -> None:
+    unseen = {leaf for leaf, places in observables().items() if places == ()}
+
+    assert unseen == {"model_family", *ON_A_GPU}

@@ -25,6 +25,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tiny import TWO_LAYERS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -125,40 +126,53 @@ def test_the_launcher_files_are_ones_that_accelerate_reads() -> None:
     assert all(yaml.safe_load(path.read_text())["mixed_precision"] == "no" for path in paths)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["--config_file", str(ROOT / "configs/accelerate/one_gpu.yaml")],
-        [
-            *["--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
-            *["--mixed_precision", "no", "--dynamo_backend", "no"],
-        ],
-    ],
-    ids=["one_gpu.yaml", "two processes"],
-)
-def test_accelerate_launches_a_training(
-    launcher: list[str], sd15_folder: Path, photo_folder: Path, tmp_path: Path
-) -> None:
-    # accelerate's own variable for a machine without a GPU; the flags are those for GPUs.
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [
-        *[sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher],
-        *["-m", "trainer", "train", "--output", str(tmp_path / "run")],
-        *["--model-url", str(sd15_folder), "--images-data-url", str(photo_folder)],
-        *["--max-train-steps", "1", "--rank", "2", "--tensorboard", "false"],
+# accelerate's own variable for a machine without a GPU; the flags are those for GPUs.
+WITHOUT_GPU = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+def processes_of(run: Path) -> int:
+    """How many a finished training had, of which one alone writes."""
+    lines = (run / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    (begin,) = [event for event in events if event["event"] == "run"]
+    told = [event["step"] for event in events if event["event"] == "step"]
+    assert told == [1, 2]
+    assert json.loads((run / "result.json").read_text())["status"] == "done"
+    return int(begin["details"]["processes"])
+
+
+def small_training(model: Path, photos: Path, run: Path) -> list[str]:
+    """The arguments of a training of two steps of two layers."""
+    return [
+        *["train", "--output", str(run), "--model-url", str(model)],
+        *["--images-data-url", str(photos), "--max-train-steps", "2", "--rank", "2"],
+        *["--resolution-width", "64", "--resolution-height", "64"],
+        *["--target-unet-modules", ",".join(TWO_LAYERS["target_unet_modules"])],
     ]
 
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_of_which_one_writes(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    launcher = [
+        *["--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+        *["--mixed_precision", "no", "--dynamo_backend", "no"],
+    ]
+    training = small_training(sd15_folder, photo_folder, tmp_path / "run")
+
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+        [sys.executable, *LAUNCH, *launcher, "-m", "trainer", *training],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=WITHOUT_GPU,
     )
 
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    (begin,) = [event for event in events if event["event"] == "run"]
-    assert begin["details"]["processes"] == (2 if "--multi_gpu" in launcher else 1)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "done"
+    assert processes_of(tmp_path / "run") == 2
 
 
 @pytest.fixture(scope="module")
@@ -199,16 +213,14 @@ def test_the_sdist_carries_tests_scripts_and_pins(built: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_runs_from_the_installed_wheel(
+def test_accelerate_launches_a_training_from_the_installed_wheel(
     built: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     (wheel,) = built.glob("*.whl")
     python = _fresh_environment(tmp_path / "fresh", wheel)
     command = [
-        *[str(python.with_name("trainer")), "train", "--json", "--output", "run"],
-        *["--model-url", str(sd15_folder), "--images-data-url", str(photo_folder)],
-        *["--max-train-steps", "1", "--rank", "2"],
-        *["--resolution-width", "64", "--resolution-height", "64"],
+        *[str(python), *LAUNCH, "--config_file", str(ROOT / "configs/accelerate/one_gpu.yaml")],
+        *["-m", "trainer", *small_training(sd15_folder, photo_folder, Path("run")), "--json"],
     ]
 
     origin = subprocess.run(
@@ -218,11 +230,14 @@ def test_a_training_runs_from_the_installed_wheel(
         check=True,
         cwd=tmp_path,
     ).stdout
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=WITHOUT_GPU
+    )
 
     assert str(tmp_path) in origin
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "done"
+    assert processes_of(tmp_path / "run") == 1
     presets = [str(python.with_name("trainer")), "presets", "list", "--json"]
     listed = subprocess.run(presets, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "person" in json.loads(listed.stdout)

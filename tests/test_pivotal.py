@@ -12,7 +12,7 @@ import snapshots
 import torch
 from safetensors.torch import load_file
 from snapshots import changed, encoded, fresh, norm_of, stopped_after, watched
-from tiny import compose, configuration, digests, losses, steps, train
+from tiny import TWO_LAYERS, compose, configuration, digests, losses, steps, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import base_model, tokens
@@ -26,7 +26,9 @@ TOKENS: dict[str, Any] = {
     "max_train_steps": 6,
     "text_encoder_lr": 1e-3,
     "checkpointing_steps": 100,
+    **TWO_LAYERS,
 }
+EVERY_LAYER = {"target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_lr": 1.0}
 
 
@@ -44,10 +46,17 @@ def model(request: pytest.FixtureRequest) -> Path:
 # The pivot
 
 
-@pytest.mark.parametrize("optimizer", [{}, PRODIGY], ids=["adamw", "prodigy"])
+@pytest.mark.parametrize(
+    ("family", "optimizer"), [("sd15", PRODIGY), ("sdxl", {})], ids=["sd15", "sdxl"]
+)
 def test_new_rows_learn_in_every_step_before_the_pivot_and_stay_to_the_bit_from_it_on(
-    optimizer: dict[str, Any], model: Path, pictures: Path, tmp_path: Path
+    family: str,
+    optimizer: dict[str, Any],
+    pictures: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    model: Path = request.getfixturevalue(f"{family}_folder")
     training, _ = compose(configuration(model, pictures, **(TOKENS | optimizer)), tmp_path)
     states, events = watched(training, tmp_path)
 
@@ -138,7 +147,7 @@ def phases(events: list[Event]) -> set[tuple[int, tuple[str, ...], tuple[str, ..
 def test_every_frozen_tensor_is_to_the_bit_that_of_the_base_model_afterwards(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    leaves = TOKENS | {"cache_latents": False, "use_dora": True}
+    leaves = TOKENS | EVERY_LAYER | {"cache_latents": False, "use_dora": True, "max_train_steps": 4}
     training, _ = compose(configuration(model, pictures, **leaves), tmp_path)
     family = training.family
     names = [family.denoiser_name, "vae", *family.text_encoder_names]
@@ -191,7 +200,7 @@ def test_the_gradient_norm_is_that_of_what_learns_and_frozen_tokens_are_not_in_i
 ) -> None:
     seen = snapshots.record_gradients(monkeypatch)
     # Small enough to be reached in each step.
-    leaves = TOKENS | {"max_grad_norm": 1e-4}
+    leaves = TOKENS | EVERY_LAYER | {"max_grad_norm": 1e-4}
     events = steps(configuration(sdxl_folder, pictures, **leaves), tmp_path)
 
     norms = [event.grad_norm for event in events if isinstance(event, StepEvent)]
@@ -218,7 +227,7 @@ def test_rows_are_retracted_once_an_update_and_never_after_the_pivot(
         calls.append((before, new.rows.detach().clone()))
 
     monkeypatch.setattr(tokens, "retract", listen)
-    leaves = TOKENS | {"gradient_accumulation_steps": 3, "token_retraction": 0.3}
+    leaves = TOKENS | {"gradient_accumulation_steps": 2, "token_retraction": 0.3}
     training, _ = compose(configuration(sdxl_folder, pictures, **leaves), tmp_path)
     states, _ = watched(training, tmp_path)
 
@@ -401,7 +410,8 @@ def test_ti_pooling_is_reported_as_ignored_where_nothing_is_pooled(
 def test_the_files_give_the_trained_prediction_in_a_fresh_pipeline_of_diffusers(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    config = configuration(model, pictures, **TOKENS, target_unet_modules=["to_q", "to_k", "to_v"])
+    attention = {"target_unet_modules": ["to_q", "to_k", "to_v"]}
+    config = configuration(model, pictures, **(TOKENS | attention))
     composed, _ = snapshots.composition(config, tmp_path)
     training = composed.training
     watched(training, tmp_path)

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from skimage import data as photographs
 from snapshots import fresh, gradient
-from tiny import compose, configuration, digests, losses, never
+from tiny import TWO_LAYERS, compose, configuration, digests, losses, never
 
 from trainer import class_images as making
 from trainer.data.dataset import Batch, Dataset
@@ -31,7 +31,10 @@ PRIOR: dict[str, Any] = {
     "photo_class": "Woman",
     "cache_latents": False,
     "snr_gamma": None,
+    **TWO_LAYERS,
 }
+# Where numbers are compared: a sum over few layers is rounded more.
+EVERY_LAYER = {"target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]}
 CLASS_PROMPT = "a photo of a woman"
 MODES: dict[str, dict[str, Any]] = {
     "frozen": {},
@@ -170,14 +173,11 @@ def test_the_gradient_is_the_subjects_plus_the_weight_times_the_classs(
     gradients = {}
     for weight in (0.0, 1.0, 2.5):
         run = tmp_path / str(weight)
-        training = composed(
-            sd15_folder, subject, of_class, run, prior_loss_weight=weight, batch_size=3
-        )
+        leaves = {"prior_loss_weight": weight, "batch_size": 3, **EVERY_LAYER}
+        training = composed(sd15_folder, subject, of_class, run, **leaves)
         gradients[weight] = gradient(training, training.dataset[0][0])
-    without, _ = compose(
-        configuration(sd15_folder, subject, batch_size=3, cache_latents=False, snr_gamma=None),
-        tmp_path / "without",
-    )
+    leaves = {"batch_size": 3, "cache_latents": False, "snr_gamma": None, **EVERY_LAYER}
+    without, _ = compose(configuration(sd15_folder, subject, **leaves), tmp_path / "without")
     instance = gradient(without, without.dataset[0][0])
     of_the_class = gradients[1.0] - gradients[0.0]
 

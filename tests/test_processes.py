@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import several_processes
 import snapshots
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
-from tiny import SMALL, digests
+from tiny import SMALL, TWO_LAYERS, digests
+
+from trainer import cli as commands
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -28,7 +32,8 @@ def command(model: Path, photos: Path, output: Path, *flags: str) -> list[str]:
     """The arguments of a small training."""
     values = f"train --model-url {model} --images-data-url {photos} --output {output} --rank 4"
     fixed = "--learning-rate 1e-3 --tensorboard false --max-train-steps 6 --use-dora true"
-    return [*values.split(), *fixed.split(), *flags]
+    few = ["--target-unet-modules", ",".join(TWO_LAYERS["target_unet_modules"])]
+    return [*values.split(), *fixed.split(), *few, *flags]
 
 
 def losses(folder: Path) -> list[float]:
@@ -39,10 +44,19 @@ def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in steps]
 
 
-def run(arguments: list[str], *launcher: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, *launcher, "-m", "trainer", *arguments]
+def run_in_turn(*trainings: list[str]) -> subprocess.CompletedProcess[str]:
+    """Commands one after the other in one new process: imports take longer than a training."""
+    program = (
+        "import json, sys; from trainer.cli import run; "
+        "sys.exit(max(run(arguments) for arguments in json.loads(sys.argv[1])))"
+    )
     return subprocess.run(
-        launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program, json.dumps(trainings)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -64,31 +78,13 @@ def start_until_step(arguments: list[str], output: Path, step: int) -> subproces
     raise AssertionError(f"never saw step {step}: {process.communicate()[0]}")
 
 
-# A batch holds pictures of one size: where sizes differ, batches of another length are others.
-SAME_GLOBAL_BATCH = [
-    (["--enable-bucket=false", "--batch-size", "4"], ["--enable-bucket=false"]),
-    (["--gradient-accumulation-steps", "2", "--batch-size", "2"], []),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("alone", "together"), SAME_GLOBAL_BATCH)
-def test_two_processes_train_like_one_with_the_same_global_batch(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path, alone: list[str], together: list[str]
-) -> None:
-    one = run(command(sd15_folder, photo_folder, tmp_path / "one", *alone))
-    two = run(
-        command(sd15_folder, photo_folder, tmp_path / "two", *together, "--batch-size", "2"),
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    )
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6)
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert result["status"] == "done"
-
-
-# Each needs something of the other process: gradients of rows, of text encoders, class pictures.
+# Each needs something of the other process: its share of a batch or of accumulated gradients,
+# gradients of rows, of text encoders, class pictures. A batch holds pictures of one size: where
+# sizes differ, batches of another length are others.
+SIZES = {"max_train_steps": 6, "use_dora": True}
 TOGETHER: dict[str, dict[str, Any]] = {
+    "batches": SIZES | {"enable_bucket": False},
+    "accumulated gradients": SIZES | {"batch_size": 2},
     "tokens": {
         "train_text_encoder_ti": True,
         "with_prior_preservation": True,
@@ -109,48 +105,60 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_two_processes_teach_words_and_share_class_pictures_as_one_does(
-    sdxl_folder: Path, tmp_path: Path
+def test_two_processes_train_as_one_with_the_same_global_batch_does(
+    sd15_folder: Path,
+    sdxl_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Five pictures of two a process: the second batch of an epoch leaves the second process idle.
     subject = snapshots.write_pictures(tmp_path / "subject", 5)
     of_class = snapshots.write_pictures(tmp_path / "class", 3, photograph=photographs.cat)
-    common = {"model_url": str(sdxl_folder), "images_data_url": str(subject), **SMALL}
-    words = TOGETHER["tokens"] | {"class_images_url": str(of_class)}
-    for processes, batch_size in ((1, 4), (2, 2)):
-        (tmp_path / str(processes)).mkdir()
-        leaves = {
-            name: common | own | {"batch_size": batch_size, "max_train_steps": 4}
-            for name, own in (TOGETHER | {"tokens": words}).items()
+    common = {"model_url": str(sdxl_folder), "images_data_url": str(subject), **SMALL, **TWO_LAYERS}
+    plain = {"model_url": str(sd15_folder), "images_data_url": str(photo_folder)}
+    places = {
+        "tokens": {"class_images_url": str(of_class)},
+        "batches": plain,
+        "accumulated gradients": plain,
+    }
+    alone, together = (
+        {
+            name: common | {"batch_size": size} | own | places.get(name, {})
+            for name, own in TOGETHER.items()
         }
-        (tmp_path / f"{processes}.json").write_text(json.dumps(leaves))
-        cache = {"XDG_CACHE_HOME": str(tmp_path / f"cache-{processes}")}
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        program = str(Path(__file__).parent / "several_processes.py")
-        done = subprocess.run(
-            [
-                *launcher,
-                program,
-                str(tmp_path / f"{processes}.json"),
-                str(tmp_path / str(processes)),
-            ],
-            env=ENVIRONMENT | cache | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        for size in (4, 2)
+    )
+    alone["accumulated gradients"]["gradient_accumulation_steps"] = 2
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-1"))
+    for name, leaves in alone.items():
+        several_processes.train_one(leaves, tmp_path / f"1/{name}.run", tmp_path / "1" / name)
+    (tmp_path / "2.json").write_text(json.dumps(together))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [several_processes.__file__, str(tmp_path / "2.json"), str(tmp_path / "2")]
+    own_places = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache-2"),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, *launcher, *program],
+        env=ENVIRONMENT | own_places,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
-    for name in TOGETHER:
+    for name, own in TOGETHER.items():
         one, first, second = (
             tmp_path / place for place in (f"1/{name}.0", f"2/{name}.0", f"2/{name}.1")
         )
         facts = [json.loads(Path(f"{path}.json").read_text()) for path in (one, first, second)]
         tensors = [load_file(f"{path}.safetensors") for path in (one, first, second)]
-        assert len(facts[0]["losses"]) == 4
+        assert len(facts[0]["losses"]) == own.get("max_train_steps", 4)
         assert facts[1]["losses"] == facts[2]["losses"]
         assert facts[1]["losses"] == pytest.approx(facts[0]["losses"], rel=2e-6)
         assert tensors[1].keys() == tensors[2].keys() == tensors[0].keys()
@@ -191,44 +199,72 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     pivotal = "--train-text-encoder-ti --train-text-encoder-ti-frac 0.7"
     masked = "--clip-seg-mask-prompt head --segmenter luminance"
     flags = f"--checkpointing-steps 2 {workers} {pivotal} {masked}".split()
-    whole = run(command(sdxl_folder, photo_folder, tmp_path / "whole", *flags))
-    arguments = command(sdxl_folder, photo_folder, tmp_path / "killed", *flags)
-    process = start_until_step(arguments, tmp_path / "killed", step=3)
+    whole = command(sdxl_folder, photo_folder, tmp_path / "whole", *flags)
+    killed = command(sdxl_folder, photo_folder, tmp_path / "killed", *flags)
+    process = start_until_step(killed, tmp_path / "killed", step=3)
     process.kill()
     process.communicate()
-    again = run(arguments)
-    assert (whole.returncode, again.returncode) == (0, 0), whole.stderr + again.stderr
+    done = run_in_turn(killed, whole)
+    assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert digests(tmp_path / "killed" / "outputs") == digests(tmp_path / "whole" / "outputs")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
-    number: signal.Signals, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = command(sd15_folder, photo_folder, tmp_path / "run")
-    arguments[arguments.index("--max-train-steps") + 1] = "500"
+    arguments = long_command(sd15_folder, photo_folder, tmp_path / "run")
     process = start_until_step(arguments, tmp_path / "run", step=2)
-    process.send_signal(number)
+    # While it runs, its folder is its own.
+    assert commands.run(arguments) == 2
+    assert "another training is running" in capsys.readouterr().err
+
+    process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    checkpoints = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+
     assert process.returncode == 75
-    assert result["status"] == "interrupted"
-    assert checkpoints == [f"step-{len(losses(tmp_path / 'run'))}"]
-    assert "error[interrupted]" in said
-    assert str(tmp_path / "run") in said
+    was_interrupted(tmp_path / "run", said)
+    assert "run the same command again" in said
+    assert f"python -m trainer {' '.join(arguments)}" in said
 
 
-def test_a_second_training_in_the_same_folder_is_refused(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+def test_a_wish_of_the_system_to_end_leaves_a_checkpoint_too(
+    sd15_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = command(sd15_folder, photo_folder, tmp_path / "run")
+    log = tmp_path / "run" / "events.jsonl"
+
+    def ask() -> None:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and '"step": 2,' in log.read_text()):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    code = commands.run(long_command(sd15_folder, photo_folder, tmp_path / "run"))
+    asking.join()
+
+    assert code == 75
+    was_interrupted(tmp_path / "run", capsys.readouterr().err)
+
+
+def long_command(model: Path, photos: Path, output: Path) -> list[str]:
+    """The arguments of a training that is over before its steps are."""
+    arguments = command(model, photos, output)
     arguments[arguments.index("--max-train-steps") + 1] = "500"
-    process = start_until_step(arguments, tmp_path / "run", step=1)
-    second = run(arguments)
-    process.kill()
-    process.communicate()
-    assert second.returncode == 2
-    assert "another training is running" in second.stderr
+    return arguments
+
+
+def was_interrupted(run: Path, said: str) -> None:
+    """The run folder and the message of a training that was stopped."""
+    result = json.loads((run / "result.json").read_text())
+    checkpoints = [path.name for path in (run / "checkpoints").iterdir()]
+    assert result["status"] == "interrupted"
+    assert checkpoints == [f"step-{len(losses(run))}"]
+    assert "error[interrupted]" in said

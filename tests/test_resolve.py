@@ -415,7 +415,7 @@ def test_a_text_encoder_rate_that_nothing_uses_is_no_conflict_for_prodigy() -> N
     ("options", "leaf"),
     [
         ({"optimizer": "prodigy", "learning_rate": 8e-5}, "learning_rate"),
-        ({"use_lora": False, "learning_rate": 1e-5}, "learning_rate"),
+        ({"use_lora": False, "learning_rate": 2e-5}, "learning_rate"),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 100, "max_train_steps": 100},)
         + ("lr_warmup_steps",),
         ({"snr_gamma": 0.5}, "snr_gamma"),
@@ -483,6 +483,15 @@ WAKING: dict[str, dict[str, object]] = {
     "text_encoder_rank": {"train_text_encoder": True},
     "text_encoder_alpha": {"train_text_encoder": True},
     "extract_rank": {"use_lora": False},
+    "weights_dtype": {"use_lora": False},
+    "fused_backward": {"use_lora": False},
+    "adam_beta1": {},
+    "adam_beta2": {},
+    "adam_epsilon": {},
+    "logit_mean": {},
+    "logit_std": {},
+    "mode_scale": {"timestep_density": "mode"},
+    "offload_models": PRIOR,
     "instance_prompt": {},
     "with_prior_preservation": {},
     "prior_loss_weight": PRIOR,
@@ -524,6 +533,8 @@ LULLING: dict[str, dict[str, object]] = {
         leaf: {"use_lora": False}
         for leaf in ("rank", "alpha", "lora_type", "use_dora", "target_unet_modules")
     },
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), {"optimizer": "adafactor"}),
+    **dict.fromkeys(("logit_mean", "logit_std"), {"timestep_density": "uniform"}),
     "max_train_steps": {"num_train_epochs": 3},
     "upscale_vae_32bit": {"mixed_precision": "no"},
     "revision": {"model_url": "model.safetensors"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import snapshots
 import torch
 from safetensors.torch import load_file
-from tiny import configuration, train
+from tiny import TWO_LAYERS, configuration, train
 
+from trainer.engine import Composition
 from trainer.events import Event, FileEvent, NoteEvent, VerifyEvent
 from trainer.export.readers import metadata_of
 
@@ -46,17 +48,34 @@ def warnings(events: list[Event]) -> str:
     return " ".join(e.message for e in events if isinstance(e, NoteEvent) and e.note == "warning")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.fixture(scope="module", params=FORMS)
+def trained(
+    request: pytest.FixtureRequest,
+    sd15_folder: Path,
+    photo_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Composition:
+    """A training of a form in mixed precision whose steps are done, without files."""
+    leaves = {"mixed_precision": "bf16", "max_train_steps": 2, **TWO_LAYERS, **FORMS[request.param]}
+    folder = tmp_path_factory.mktemp("trained")
+    composed, _ = snapshots.composition(configuration(sd15_folder, photo_folder, **leaves), folder)
+    snapshots.watched(composed.training, folder)
+    return composed
+
+
 @pytest.mark.parametrize("save_dtype", DTYPES)
-def test_save_dtype_is_the_format_of_the_weights_in_every_file(
-    save_dtype: str, form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
+def test_a_training_is_given_back_by_its_files_whatever_the_format_of_their_weights(
+    save_dtype: str, trained: Composition, tmp_path: Path
 ) -> None:
-    leaves = {"save_dtype": save_dtype, "max_train_steps": 2, **FORMS[form]}
+    output = trained.config.output.model_copy(update={"save_dtype": save_dtype})
+    config = trained.config.model_copy(update={"output": output})
 
-    found = statuses(train(configuration(sd15_folder, photo_folder, **leaves), tmp_path))
+    events = snapshots.deliver(replace(trained, config=config), tmp_path)
 
+    found = statuses(events)
     assert found
     assert all(status - {"not checked"} == {"passed"} for status in found.values())
+    assert "nothing was learnt" not in warnings(events)
     for path in found:
         tensors = load_file(tmp_path / path)
         fixed = {tensors.pop(k).dtype for k in list(tensors) if k.endswith(ALWAYS_32_BITS)}
@@ -79,7 +98,7 @@ def test_kohya_dora_is_which_files_there_are_and_what_their_headers_say(
     photo_folder: Path,
     tmp_path: Path,
 ) -> None:
-    leaves = {"use_dora": True, "kohya_dora": kohya_dora, "max_train_steps": 1}
+    leaves = {"use_dora": True, "kohya_dora": kohya_dora, "max_train_steps": 1, **TWO_LAYERS}
 
     found = statuses(train(configuration(sd15_folder, photo_folder, **leaves), tmp_path))
 
@@ -92,24 +111,10 @@ def test_kohya_dora_is_which_files_there_are_and_what_their_headers_say(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_training_in_mixed_precision_is_given_back_by_its_files(
-    form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
-) -> None:
-    leaves = {"mixed_precision": "bf16", "max_train_steps": 2, **FORMS[form]}
-
-    events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
-
-    found = statuses(events)
-    assert found
-    assert all(status - {"not checked"} == {"passed"} for status in found.values())
-    assert "nothing was learnt" not in warnings(events)
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_a_training_that_learnt_nothing_says_so(
     form: str, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
-    leaves = {**FORMS[form], **NO_RATE}
+    leaves = {**TWO_LAYERS, **FORMS[form], **NO_RATE}
 
     events = train(configuration(sd15_folder, photo_folder, **leaves), tmp_path)
 

@@ -113,6 +113,14 @@ def test_the_file_holds_what_serialize_gives(tmp_path: Path) -> None:
     assert content == tensorfile.serialize(tensors, {"a": "b"})
 
 
+def test_a_number_format_for_all_is_that_of_tensors_turned_before(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    turned = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
+    tensorfile.write(tmp_path / "x.safetensors", tensors, {"a": "b"}, torch.bfloat16)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert content == tensorfile.serialize(turned, {"a": "b"})
+
+
 def test_tensors_are_aligned_to_eight_bytes_after_the_header() -> None:
     content = tensorfile.serialize({"a": torch.ones(3, dtype=torch.float64)}, {"odd": "length"})
     assert int.from_bytes(content[:8], "little") % 8 == 0

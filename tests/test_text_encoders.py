@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from snapshots import changed, encoded, fresh, stopped_after, watched
-from tiny import compose, configuration, losses, never, train
+from tiny import TWO_LAYERS, compose, configuration, losses, never, train
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.adapters import EffectiveWeights
@@ -159,7 +159,7 @@ def test_text_encoders_have_their_own_rate_and_decay(
     # Adam's first step moves B by lr where |g| >> eps; A has no gradient yet, and only decays.
     rates = {"learning_rate": 2e-4, "text_encoder_lr": 3e-3, "adam_epsilon": 1e-14}
     decays = {"adam_weight_decay": 0.25, "adam_weight_decay_text_encoder": decay}
-    leaves = TEXT | {"max_train_steps": 1} | rates | decays
+    leaves = TEXT | {"max_train_steps": 1} | rates | decays | TWO_LAYERS
     training, _ = compose(configuration(sdxl_folder, pictures, **leaves), tmp_path)
     (before, after), _ = watched(training, tmp_path)
 
@@ -184,7 +184,11 @@ def test_text_encoders_stay_to_the_bit_after_their_share_of_the_steps_also_when_
 ) -> None:
     shares = {"train_text_encoder_frac": 0.5, "max_train_steps": 6, "checkpointing_steps": 100}
     config = configuration(
-        sdxl_folder, pictures, **(TEXT | shares), optimizer="prodigy", checkpoints_total_limit=9
+        sdxl_folder,
+        pictures,
+        **(TEXT | shares | TWO_LAYERS),
+        optimizer="prodigy",
+        checkpoints_total_limit=9,
     )
     training, _ = compose(config, tmp_path / "whole")
     states, events = watched(training, tmp_path / "whole")

@@ -181,3 +181,9 @@ def test_a_default_vae_out_of_reach_is_an_error_that_says_how_to_do_without(
     (problem,) = caught.value.problems
     assert problem.field == "vae_url"
     assert "`vae_url: null`" in problem.hint
+
+
+def test_one_file_with_statistics_beside_its_layers_is_the_models_own(flux2_folder: Path) -> None:
+    own = flux2_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    located = base_model.locate(settings(flux2_folder, own))
+    assert located.settings.vae_url == str(own)

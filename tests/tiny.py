@@ -15,6 +15,14 @@ from trainer.resolve import Layer, resolve
 from trainer.training import Training
 
 SMALL = {"rank": 4, "max_train_steps": 4, "learning_rate": 1e-3, "tensorboard": False}
+# A linear layer and a convolution, for what is the same however many layers learn: readers of the
+# result files take most of a tiny training's time, layer by layer.
+TWO_LAYERS = {
+    "target_unet_modules": [
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "mid_block.resnets.0.conv1",
+    ]
+}
 
 
 def configuration(model: Path, photos: Path, **leaves: Any) -> TrainingConfig:

@@ -1,11 +1,12 @@
 """Adapters on the layers of a model: LoRA, DoRA, LoKr, LoHa through PEFT, or all weights.
 
-Takes modules and the adapter's own settings; knows no family. Trained weights are always
+Takes modules and the adapter's own settings; knows no family. An adapter's weights are always
 32-bit floats, whatever the base model is kept in.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trainer import randomness
 from trainer.config import AdapterConfig, Note
 from trainer.errors import InputError, Problem
+from trainer.frozen import FrozenLinear
 
 ADAPTER = "default"
 
@@ -206,24 +208,32 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
 
     Args:
         module: a model with an adapter; left as it is.
+        original: parameter name to weight of the model before it was quantised, which is what
+            others put the adapter on; read a layer at a time. None: the module's own weights.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._layers = _adapted_layers(module)
+    def __init__(
+        self, module: torch.nn.Module, original: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self._module, self._layers = module, _adapted_layers(module)
+        self._original = original
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The merged weight, on the processor."""
         layer = self._layers[name]
-        base = layer.get_base_layer().weight
-        stored = base.data
-        base.data = stored.float()
+        own = layer.get_base_layer()
+        # Of a quantised layer the weight would be widened to be asked.
+        device = own.device if isinstance(own, FrozenLinear) else own.weight.device
+        weight = self._weight(name).to(device)
+        # PEFT merges into the layer that it finds here: one that only has the weight's shape.
+        layer.base_layer = _with_weight(own, weight)
         try:
             layer.merge(safe_merge=True)
-            merged: torch.Tensor = layer.get_base_layer().weight
-            return merged.detach().float().cpu().clone()
+            merged: torch.Tensor = layer.base_layer.weight
+            return merged.detach().cpu().clone()
         finally:
             layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data = stored
+            layer.base_layer = own
 
     def __iter__(self) -> Iterator[str]:
         """Layer names in the model's order."""
@@ -234,13 +244,33 @@ class EffectiveWeights(Mapping[str, torch.Tensor]):
         return len(self._layers)
 
     def base(self, name: str) -> torch.Tensor:
-        """The layer's weight without the adapter, 32 bits, on the processor."""
-        weight: torch.Tensor = self._layers[name].get_base_layer().weight
-        return weight.detach().float().cpu()
+        """A layer's weight without an adapter, 32 bits, on the processor; of any layer."""
+        return self._weight(name).cpu()
+
+    def _weight(self, name: str) -> torch.Tensor:
+        if self._original is not None:
+            return self._original[f"{name}.weight"].detach().float()
+        adapted = self._layers.get(name)
+        layer: Any = adapted.get_base_layer() if adapted else self._module.get_submodule(name)
+        weight: torch.Tensor = layer.weight
+        return weight.detach().float()
+
+
+def _with_weight(layer: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """A layer of the same kind around another weight; the given one stays as it is."""
+    if isinstance(layer, FrozenLinear):
+        layer = torch.nn.Linear(layer.in_features, layer.out_features, device="meta")
+    other = copy.copy(layer)
+    other._parameters = {**layer._parameters, "weight": torch.nn.Parameter(weight.clone(), False)}
+    return other
 
 
 def _start_at_row_norms(module: torch.nn.Module) -> None:
-    """DoRA magnitudes as 32-bit norms of the rows: PEFT rounds them to the base's precision."""
+    """DoRA magnitudes as 32-bit norms of the rows: PEFT rounds them to the base's precision.
+
+    Of a quantised layer they are those of the weight that it computes with: an adapter that has
+    learnt nothing changes nothing there.
+    """
     for layer in _adapted_layers(module).values():
         rows = layer.get_base_layer().weight.detach().float().flatten(1)
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight
@@ -254,8 +284,11 @@ def _adapted_layers(module: torch.nn.Module) -> dict[str, Any]:
 
 def _matrix(module: torch.nn.Module, name: str) -> torch.Tensor:
     """A layer's weight as a matrix (out, in), convolutions with their windows beside in."""
-    weight: Any = module.get_submodule(name).weight
-    return torch.empty(weight.shape, device="meta").flatten(1)
+    layer: Any = module.get_submodule(name)
+    if isinstance(layer, torch.nn.Linear):
+        # A quantised layer's weight would be widened to be looked at.
+        return torch.empty(layer.out_features, layer.in_features, device="meta")
+    return torch.empty(layer.weight.shape, device="meta").flatten(1)
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -6,7 +6,7 @@ has all of them read back. Part of the engine's room: names no family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from trainer import base_model
 from trainer.adapters import EffectiveWeights, adaptable_layers
 from trainer.base_model import BaseModel
 from trainer.config import AdapterConfig, OutputConfig
+from trainer.events import Event
 from trainer.export.diffusers import FILE_NAME, write_diffusers, write_peft_folders
 from trainer.export.embeddings import write_token_files
 from trainer.export.extraction import Extraction, extract, write_extraction_report
@@ -86,10 +87,17 @@ class Artifacts:
             },
         )
 
-    def adapter_files(self, state: AdapterState) -> Files:
-        """The adapter for each kind of program."""
+    def adapter_files(self, state: AdapterState, original: Weights) -> Files:
+        """The adapter for each kind of program.
+
+        Args:
+            state: what was learnt.
+            original: the weights of components that were quantised: programs put the adapter on
+                these.
+        """
         effective = {
-            name: EffectiveWeights(module) for name, module in self.trainables.modules.items()
+            name: EffectiveWeights(module, original.get(name))
+            for name, module in self.trainables.modules.items()
         }
 
         def base_weight(component: str, layer: str) -> torch.Tensor:
@@ -112,14 +120,14 @@ class Artifacts:
             yield WrittenFile(cast(Role, f"{kind}_config"), config)
             yield WrittenFile(cast(Role, f"{kind}_weights"), path, {name: WholeWeights(weights)})
 
-    def extraction(self, original: Weights) -> Extraction:
+    def extraction(self, original: Weights) -> Generator[Event, None, Extraction]:
         """A LoRA of the change from the original weights."""
         rank = self.output.extract_rank
         assert rank is not None
         layers = {
             name: adaptable_layers(base_model.skeleton(self.base, name)) for name in self.components
         }
-        return extract(original, self.trainables.weights(), layers, rank=rank)
+        return (yield from extract(original, self.trainables.weights(), layers, rank=rank))
 
     def extracted_files(self, extraction: Extraction, original: Weights) -> Files:
         """The extracted LoRA for each kind of program, and what it does not hold."""

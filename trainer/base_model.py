@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers.configuration_utils import ConfigMixin
@@ -22,12 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer import vae
-from trainer.config import ModelConfig, Note
+from trainer.config import LossConfig, ModelConfig, Note
 from trainer.errors import InputError
 from trainer.families import family_names, load_family
-from trainer.families.base import Family
+from trainer.families.base import Family, adapted_encoders
 from trainer.model_files import Source, hub_errors, read_shapes
-from trainer.objectives import Ddpm
+from trainer.objectives import Objective
 
 # Numbers of a tensor that enter the digest of a checkpoint.
 _SAMPLES = 64
@@ -43,15 +45,23 @@ class Precision:
 
     Args:
         frozen: of everything that does not learn.
-        denoiser: of the denoiser; 32 bits where its own weights learn.
+        denoiser: of the denoiser; where its own weights learn, as `weights_dtype` says.
         vae: of the VAE.
-        text_encoders: of the text encoders; 32 bits where their own weights learn.
+        text_encoders: of the text encoders that may learn; where their own weights do, likewise.
     """
 
     frozen: torch.dtype
     denoiser: torch.dtype
     vae: torch.dtype
     text_encoders: torch.dtype
+
+    def of_text_encoders(self, family: type[Family]) -> dict[str, torch.dtype]:
+        """Text encoder to its number format."""
+        able = adapted_encoders(family)
+        return {
+            name: self.text_encoders if name in able else self.frozen
+            for name in family.text_encoder_names
+        }
 
 
 @dataclass(frozen=True)
@@ -117,13 +127,17 @@ def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
     return base
 
 
-def objective_of(base: BaseModel) -> Ddpm:
+def objective_of(base: BaseModel, loss: LossConfig | None = None) -> Objective:
     """What the base model was trained to predict, over its noise schedule.
+
+    Args:
+        base: as found.
+        loss: how timesteps are drawn. None: by the engine's defaults.
 
     Raises:
         InputError: the schedule is of an unknown kind.
     """
-    return base.family.objective_class.from_config(base.scheduler_config)
+    return base.family.objective_class.from_config(base.scheduler_config, loss)
 
 
 def skeleton(base: BaseModel, component: str) -> torch.nn.Module:
@@ -171,8 +185,15 @@ def contents_digest(family: Family) -> str:
     return digest.hexdigest()
 
 
-def load(base: BaseModel, precision: Precision) -> Family:
+def load(
+    base: BaseModel, precision: Precision, *, without: Collection[str] = frozenset()
+) -> Family:
     """Opens the pipeline with its weights, on the processor, all parts frozen and in `eval` mode.
+
+    Args:
+        base: as found.
+        precision: number formats of its parts.
+        without: models that are not needed and stay None.
 
     Raises:
         InputError: files are missing or unreadable.
@@ -181,8 +202,8 @@ def load(base: BaseModel, precision: Precision) -> Family:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     dtypes = {base.family.denoiser_name: precision.denoiser, "vae": precision.vae}
-    dtypes |= dict.fromkeys(base.family.text_encoder_names, precision.text_encoders)
-    skipped: dict[str, None] = dict.fromkeys(base.family.unused_components)
+    dtypes |= precision.of_text_encoders(base.family)
+    skipped: dict[str, None] = dict.fromkeys((*base.family.checkpoints.unused, *without))
     with hub_errors(
         "model_url", settings.model_url, revision=settings.revision, variant=settings.variant
     ):
@@ -202,12 +223,12 @@ def load(base: BaseModel, precision: Precision) -> Family:
                 revision=settings.revision,
                 variant=settings.variant,
                 use_safetensors=True,
-                **_text_encoders(base, precision.text_encoders),
+                **_text_encoders(base, dtypes, without),
                 **skipped,
             )
     scheduler_class = type(pipeline.scheduler)
     pipeline.register_modules(scheduler=scheduler_class.from_config(dict(base.scheduler_config)))
-    if settings.vae_url is not None:
+    if settings.vae_url is not None and "vae" not in without:
         chosen = vae.load_vae(settings.vae_url, base.configurations, precision.vae)
         pipeline.register_modules(vae=chosen)
     pipeline.set_progress_bar_config(disable=True)
@@ -222,7 +243,9 @@ def load(base: BaseModel, precision: Precision) -> Family:
     return base.family(pipeline)
 
 
-def _text_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def _text_encoders(
+    base: BaseModel, dtypes: Mapping[str, torch.dtype], without: Collection[str]
+) -> dict[str, torch.nn.Module]:
     """The text encoders of a folder or hub id, which transformers would complete with noise.
 
     Raises:
@@ -232,13 +255,15 @@ def _text_encoders(base: BaseModel, dtype: torch.dtype) -> dict[str, torch.nn.Mo
     index = base.configurations.read_json("model_index.json")
     encoders: dict[str, torch.nn.Module] = {}
     for name in base.family.text_encoder_names:
+        if name in without:
+            continue
         encoder_class: Any = getattr(transformers, index[name][1])
         encoder, report = encoder_class.from_pretrained(
             settings.model_url,
             subfolder=name,
             revision=settings.revision,
             variant=settings.variant,
-            dtype=dtype,
+            dtype=dtypes[name],
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -267,7 +292,7 @@ def _configurations(settings: ModelConfig, family: type[Family]) -> Source:
 def _family_of_folder(source: Source) -> str:
     index = source.read_json("model_index.json")
     pipeline = str(index.get("_class_name"))
-    alike = [n for n in family_names() if load_family(n).pipeline_class.__name__ == pipeline]
+    alike = [n for n in family_names() if _is_bag_of(pipeline, load_family(n))]
     reason = f"is a `{pipeline}`"
     for name in alike:
         family = load_family(name)
@@ -284,6 +309,11 @@ def _family_of_folder(source: Source) -> str:
     raise InputError.of(
         source.field, f"`{source.url}` {reason}, which is not trained here", _known_families()
     )
+
+
+def _is_bag_of(pipeline: str, family: type[Family]) -> bool:
+    """Whether a pipeline class of this name holds a family's components."""
+    return pipeline in {family.pipeline_class.__name__, *family.checkpoints.pipelines}
 
 
 def _family_of_file(url: str, shapes: Mapping[str, list[int]]) -> str:
@@ -356,10 +386,18 @@ def _native_size(
     denoiser_config: Mapping[str, Any],
     vae_config: Mapping[str, Any],
 ) -> int:
-    """Side in pixels: the denoiser's side in latents, doubled by each block of the VAE but one."""
-    side = denoiser_config.get("sample_size")
+    """Side in pixels: the denoiser's side in latents, doubled by each block of the VAE but one.
+
+    A transformer that takes any number of tokens has no side of its own: there it is the VAE's.
+    """
+    denoiser_class: Any = getattr(diffusers, denoiser_config["_class_name"])
+    side, own = denoiser_config.get("sample_size"), vae_config.get("sample_size")
     blocks = vae_config.get("block_out_channels")
-    if not isinstance(side, int):
+    if "sample_size" not in inspect.signature(denoiser_class).parameters:
+        if isinstance(own, int):
+            return own
+        missing, name = "sample_size", "vae"
+    elif not isinstance(side, int):
         missing, name = "sample_size", family.denoiser_name
     elif not isinstance(blocks, list) or not blocks:
         missing, name = "block_out_channels", "vae"

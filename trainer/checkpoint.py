@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -155,11 +155,7 @@ def refuse_other(folder: Path, config_values: Mapping[str, Any]) -> None:
 
 def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any]) -> None:
     tensorfile.write(folder / WEIGHTS, checkpoint.tensors, {})
-    # torch.save to a full disk fails with a message that says nothing of disks.
-    buffer = io.BytesIO()
-    torch.save(checkpoint.optimizer, buffer)
-    # Not `getvalue`, which would hold a large state twice.
-    durable.write_chunks(folder / OPTIMIZER, [buffer.getbuffer()])
+    durable.write_with(folder / OPTIMIZER, lambda file: _save(checkpoint.optimizer, file))
     durable.write_text(folder / STATE, json.dumps(checkpoint.state, indent=2) + "\n")
     content = {
         "step": checkpoint.step,
@@ -168,6 +164,38 @@ def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any
     }
     manifest = {"content": content, "sha256": _digest_of(content)}
     durable.write_text(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+class _Telling(io.RawIOBase):
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    """Saves a tensor at a time: the state of a large model is never in memory twice.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    telling = _Telling(file)
+    try:
+        torch.save(state, telling)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        # torch.save to a full disk fails with a message that says nothing of disks.
+        raise telling.failure or error from error
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
@@ -236,7 +264,8 @@ def _check_config(path: Path, theirs: dict[str, Any], config_values: Mapping[str
 def _read(path: Path, step: int) -> Checkpoint:
     try:
         tensors = load_file(path / WEIGHTS)
-        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        # Mapped, so that what is moved from here to a GPU need not be in memory as a whole.
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         state = json.loads((path / STATE).read_bytes())
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
         raise _DamageError(str(error).splitlines()[0]) from error

@@ -65,6 +65,21 @@ class ClassImages:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def picture(self, family: Family, number: int) -> Image.Image:
+        """Makes one of the pictures.
+
+        Raises:
+            NonFiniteError: the base model overflows.
+        """
+        return sample(
+            family,
+            self.prompt,
+            self.sampler,
+            seed=self.seed,
+            purpose="class image",
+            number=number,
+        )
+
 
 def class_images(
     family: Family,
@@ -75,6 +90,7 @@ def class_images(
     process_index: int,
     num_processes: int,
     device: torch.device,
+    in_turns: bool = False,
 ) -> Generator[Event, None, Path]:
     """Puts the wanted pictures, and no others, into a folder; makes those the cache lacks.
 
@@ -90,6 +106,7 @@ def class_images(
         process_index: this one, from 0.
         num_processes: processes that share the work.
         device: where pictures are made.
+        in_turns: let text encoders, denoiser and VAE be there one at a time.
 
     Returns:
         `destination`.
@@ -108,17 +125,9 @@ def class_images(
     missing = [n for n in lacking if not _is_intact(folder / _name(n), size, key)]
     yield _progress((folder, destination), wanted.count, missing)
     if missing:
-        with _parts_on(family, device):
+        with _parts_in_turns(family, device) if in_turns else _parts_on(family, device):
             for done, number in enumerate(missing, start=1):
-                image = sample(
-                    family,
-                    wanted.prompt,
-                    wanted.sampler,
-                    seed=wanted.seed,
-                    purpose="class image",
-                    number=number,
-                )
-                _publish(folder / _name(number), image, key)
+                _publish(folder / _name(number), wanted.picture(family, number), key)
                 yield _progress((folder, destination), wanted.count, missing[done:])
     for number in lacking:
         write_bytes(destination / _name(number), (folder / _name(number)).read_bytes())
@@ -150,6 +159,21 @@ def _parts_on(family: Family, device: torch.device) -> Iterator[None]:
     finally:
         for part, place in zip(parts, places, strict=True):
             part.to(place)
+
+
+@contextmanager
+def _parts_in_turns(family: Family, device: torch.device) -> Iterator[None]:
+    """Each model on the device while it works, and on the processor before and afterwards."""
+    family.pipeline.enable_model_cpu_offload(device=device)
+    try:
+        yield
+    finally:
+        family.pipeline.remove_all_hooks()
+        family.pipeline.to("cpu", silence_dtype_warnings=True)
+        for part in family.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                # What is left of a hook refers to its part, which then outlives its last use.
+                vars(part).pop("forward", None)
 
 
 def _is_intact(path: Path, size: tuple[int, int], key: str) -> bool:

@@ -189,15 +189,21 @@ def estimate(
     emit(estimate_training(config, hourly=hourly).as_dict(), as_json, pairs)
 
 
+_family_option = click.option(
+    "--family", metavar="NAME", help="Family of the base model, where it is not clear."
+)
+
+
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@_family_option
 @json_option
-def inspect(file: Path, as_json: bool) -> None:
+def inspect(file: Path, family: str | None, as_json: bool) -> None:
     """Tell what is in a LoRA file, and what will trouble its readers."""
-    candidates = _kohya_names()
+    candidates = _kohya_names(family)
     from trainer.export.describe import describe
 
-    emit(describe(file, candidates).as_dict(), as_json, pairs)
+    emit(describe(file, candidates, family).as_dict(), as_json, pairs)
 
 
 @cli.command()
@@ -210,16 +216,13 @@ def inspect(file: Path, as_json: bool) -> None:
     type=click.Choice(["diffusers", "kohya"]),
     help="Format to write.",
 )
-@click.option("--family", metavar="NAME", help="Family of the base model, where it is not clear.")
+@_family_option
 @json_option
 def convert(source: Path, target: Path, form: Any, family: str | None, as_json: bool) -> None:
     """Convert a LoRA file between diffusers' and kohya's format."""
-    candidates = _kohya_names()
+    candidates = _kohya_names(family)
     from trainer.export import read
 
-    if family is not None and family not in candidates:
-        message = f"there is no family `{family}`; allowed: {', '.join(candidates)}"
-        raise InputError.of("--family", message, nearest(family, candidates))
     if source.resolve() == target.resolve():
         raise InputError.of("TARGET", f"is the source itself, `{source}`", "give another file")
     state = read.convert(source, target, form, candidates, family=family)
@@ -334,11 +337,16 @@ def _hush_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _kohya_names() -> dict[str, KohyaNames]:
+def _kohya_names(family: str | None) -> dict[str, KohyaNames]:
+    """The name tables of all families; a family that the user names must be one of them."""
     _hush_libraries()
     from trainer.families import family_names, load_family
 
-    return {name: load_family(name).kohya for name in family_names()}
+    candidates = {name: load_family(name).kohya for name in family_names()}
+    if family is not None and family not in candidates:
+        message = f"there is no family `{family}`; allowed: {', '.join(candidates)}"
+        raise InputError.of("--family", message, nearest(family, candidates))
+    return candidates
 
 
 def _report(

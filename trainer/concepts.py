@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
 from trainer.config import Concept, TrainingConfig
+from trainer.data.buckets import native_side
 from trainer.data.picture_set import class_pictures_of, pictures_of
 from trainer.data.plan import Portion
 from trainer.data.prepare import forget, prepare
@@ -95,6 +96,7 @@ def make_classes(
     classes: dict[ClassSource, tuple[Example, ...]] = {}
     prior = config.prior
     width, height = _size(config)
+    assert prior.class_guidance_scale is not None
     for source in class_sources(config.subjects()):
         if source.url is not None:
             continue
@@ -118,6 +120,7 @@ def make_classes(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             device=accelerator.device,
+            in_turns=config.run.offload_models and accelerator.device.type == "cuda",
         )
         accelerator.wait_for_everyone()
         classes[source] = yield from _prepare_class(config, folder, accelerator, source, str(made))
@@ -127,7 +130,7 @@ def make_classes(
 def joined(
     concepts: Sequence[Concept], instances: Sequence[Sequence[Example]], classes: ClassPictures
 ) -> tuple[tuple[Example, ...], tuple[Portion, ...]]:
-    """All examples under one numbering, and each concept's part of an epoch.
+    """All examples under one numbering, and each concept's part of an epoch, by scale.
 
     Args:
         concepts: with all their options.
@@ -136,27 +139,35 @@ def joined(
     """
     examples: list[Example] = []
 
-    def numbered(group: Sequence[Example]) -> tuple[int, ...]:
+    def numbered(group: Sequence[Example]) -> tuple[Example, ...]:
         start = len(examples)
         examples.extend(replace(e, number=start + place) for place, e in enumerate(group))
-        return tuple(e.number for e in examples[start:] for _ in range(e.repeats))
+        return tuple(examples[start:])
 
     own = [numbered(group) for group in instances]
     of_class = {source: numbered(group) for source, group in classes.items()}
     portions = []
-    for concept, numbers in zip(concepts, own, strict=True):
+    for place, (concept, group) in enumerate(zip(concepts, own, strict=True), start=1):
         source = ClassSource.of(concept)
+        beside = () if source is None else of_class.get(source, ())
         weight = concept.prior_loss_weight
         assert weight is not None
-        portions.append(
+        portions += [
             Portion(
-                instances=numbers,
+                instances=_uses(group, scale),
                 repeats=concept.repeats,
-                class_images=() if source is None else of_class.get(source, ()),
+                class_images=_uses(beside, scale),
                 prior_loss_weight=weight,
+                concept=place,
             )
-        )
+            for scale in sorted({example.scale for example in group})
+        ]
     return tuple(examples), tuple(portions)
+
+
+def _uses(group: Sequence[Example], scale: int) -> tuple[int, ...]:
+    """The numbers of the pictures at one scale, each as often as it is repeated."""
+    return tuple(e.number for e in group if e.scale == scale for _ in range(e.repeats))
 
 
 def prepared_folders(config: TrainingConfig, folder: RunFolder) -> list[Path]:
@@ -271,8 +282,13 @@ def _one_process_first(
 
 
 def _size(config: TrainingConfig) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Width and height of class pictures that are made, in pixels.
+
+    Where a priority decides, the base model's own, which it paints best; they are trained as small
+    as the subject's.
+    """
     width, height = config.data.resolution_width, config.data.resolution_height
     assert width is not None
     assert height is not None
-    return width, height
+    priority = config.data.priority
+    return native_side(width, priority), native_side(height, priority)

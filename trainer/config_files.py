@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Hashable, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ from trainer.resolve import Layer
 
 _REASONS = TypeAdapter(dict[str, str])
 _FIX_SYNTAX = "correct the file, then run the same command again"
+
+# Options whose value may be the content itself; a text that no path is as long as is one.
+_LOCATIONS = frozenset({"images_data_url", "captions_file_url", "class_images_url"})
+_LONGEST_PATH = 4096
+_DIGEST = re.compile(r"data:sha256,[0-9a-f]{64}")
+
+# Stands for a text, see `_new_mark`.
+_MARK = re.compile(r"content-[0-9a-f]{32}")
+# What may begin a line of YAML that gives one name its value, and values that need no quotes.
+_NAME = re.compile(r"[ \t-]*[A-Za-z_]+: +")
+_PLAIN = re.compile(r"(?:data:[A-Za-z0-9+./;=-]*,)?[A-Za-z0-9+/]+={0,2}")
 
 # The core schema of YAML 1.2.2, section 10.3.2. PyYAML speaks YAML 1.1, where 1e-4 is text,
 # no is false and 1:30 is ninety.
@@ -40,10 +53,79 @@ _SCALARS = (
 )
 
 
+def _new_mark() -> str:
+    """A word that nobody can have written anywhere."""
+    return f"content-{secrets.token_hex(16)}"
+
+
+class _LongTexts:
+    """Texts that are taken out of YAML: PyYAML reads only a few megabytes in a second.
+
+    Marks stand in their place. Where a mark is not a value by itself, what looked like a name with
+    its value was a line of another text: there the line is put back as it was.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._raw: dict[str, str] = {}
+
+    def taken_out_of(self, text: str) -> str:
+        """YAML with marks in the place of its long texts."""
+        if len(text) <= _LONGEST_PATH:
+            return text
+        return "\n".join(map(self._shortened, text.split("\n")))
+
+    def _shortened(self, line: str) -> str:
+        name = _NAME.match(line) if len(line) > _LONGEST_PATH else None
+        if name is None:
+            return line
+        raw = line[name.end() :].rstrip()
+        value = _value_of(raw) if len(raw) > _LONGEST_PATH else None
+        if value is None:
+            return line
+        mark = _new_mark()
+        self._values[mark], self._raw[mark] = value, raw
+        return name[0] + mark
+
+    def put_back(self, scalar: str) -> str:
+        """The text that stood where this scalar of the shortened YAML stands."""
+        if scalar in self._values:
+            return self._values[scalar]
+        return _MARK.sub(lambda mark: self._raw.get(mark[0], mark[0]), scalar)
+
+
+def _value_of(raw: str) -> str | None:
+    """The text that a YAML scalar on one line is; nothing where that takes more to tell."""
+    quote = raw[:1]
+    if quote not in ("'", '"'):
+        is_text = _PLAIN.fullmatch(raw) and not any(p.match(raw) for _, p, _ in _SCALARS)
+        return raw if is_text else None
+    if not raw.isascii() or raw[-1] != quote or quote in raw[1:-1]:
+        return None
+    if quote == "'":
+        return raw[1:-1]
+    # YAML knows more escapes than JSON, and takes each half of a surrogate pair by itself.
+    if "\\u" in raw:
+        return None
+    try:
+        text: str = json.loads(raw)
+    except ValueError:
+        return None
+    return text
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML 1.2 core schema; a key that occurs twice is an error."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def __init__(self, text: str) -> None:
+        self._long_texts = _LongTexts()
+        super().__init__(self._long_texts.taken_out_of(text))
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """The text of a scalar."""
+        return self._long_texts.put_back(str(super().construct_scalar(node)))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of a node, whose keys must differ."""
@@ -167,21 +249,71 @@ def as_layers(content: Mapping[str, Any], name: str) -> list[Layer]:
     others = {key: value for key, value in values.items() if key not in resolved.explicit}
     notes = (*resolved.notes, *ignored)
     return [
-        Layer(name, others, explicit=False, notes=notes, problems=problems),
-        Layer(name, chosen, explicit=True),
+        Layer(name, others, explicit=False, notes=notes, problems=problems, is_written=True),
+        Layer(name, chosen, explicit=True, is_written=True),
     ]
 
 
-def write_config(config: TrainingConfig) -> str:
+def write_config(config: TrainingConfig, *, with_contents: bool = True) -> str:
     """The configuration as YAML: every option in its section, and how it came about.
 
     Equal configurations give equal text. Reading it gives the configuration back.
+
+    Args:
+        config: resolved.
+        with_contents: keep what stands in the configuration itself, such as an archive in base64;
+            without it, its digest stands in its place, and the user's photographs stay with them.
     """
     content = config.model_dump(mode="json")
+    if not with_contents:
+        content = _without_contents(content)
     resolved = content.pop("resolved")
     resolved["notes"] = [note for note in resolved["notes"] if note["kind"] != "ignored"]
     ignored = config.resolved.ignored_options
-    return dump_yaml({**content, "ignored_options": ignored, "resolved": resolved})
+    contents: dict[str, str] = {}
+    content = _with_marks(content, contents)
+    text = dump_yaml({**content, "ignored_options": ignored, "resolved": resolved})
+    for mark, long_text in contents.items():
+        text = text.replace(mark, json.dumps(long_text), 1)
+    return text
+
+
+def _without_contents(value: Any, name: str = "") -> Any:
+    """The same nested values with digests in the place of contents."""
+    if isinstance(value, dict):
+        return {key: _without_contents(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_contents(inner, name) for inner in value]
+    if name not in _LOCATIONS or not isinstance(value, str):
+        return value
+    is_content = len(value) > _LONGEST_PATH or value[:5].lower() == "data:"
+    if not is_content or stands_for_content(value):
+        return value
+    return f"data:sha256,{sha256(value.encode()).hexdigest()}"
+
+
+def stands_for_content(location: str) -> bool:
+    """Whether a location is the digest that `write_config` leaves in the place of a content."""
+    return _DIGEST.fullmatch(location) is not None
+
+
+def _with_marks(value: Any, contents: dict[str, str], name: str = "") -> Any:
+    """The same nested values with a mark in the place of each long content, see `_LongTexts`.
+
+    Args:
+        contents: takes the content of each mark, in the order of the values.
+    """
+    if isinstance(value, dict):
+        return {key: _with_marks(inner, contents, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_marks(inner, contents, name) for inner in value]
+    is_long = isinstance(value, str) and name in _LOCATIONS and len(value) > _LONGEST_PATH
+    # JSON's quoted text is YAML's, but for what lies outside of ASCII and for this character.
+    if not is_long or not value.isascii() or "\x7f" in value:
+        return value
+    mark = _new_mark()
+    contents[mark] = value
+    return mark
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:

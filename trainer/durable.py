@@ -51,7 +51,23 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         for chunk in chunks:
             file.write(chunk)
 
-    _replace(path, write)
+    write_with(path, write)
+
+
+def write_with(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`write_chunks` for content that a function puts into a file piece by piece."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -142,21 +158,6 @@ def shown_size(size: int) -> str:
 def unit_of(size: int) -> tuple[int, str]:
     """The unit that so many bytes are told in, and its name."""
     return next((unit, name) for unit, name in _UNITS if size >= unit or unit == 1)
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

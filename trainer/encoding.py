@@ -18,7 +18,13 @@ from trainer.config import TokenConfig
 from trainer.data.dataset import Dataset
 from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteEvent, StageEvent
-from trainer.families.base import Conditioning, Family, LatentDistribution
+from trainer.families.base import (
+    Conditioning,
+    Family,
+    LatentDistribution,
+    adapted_encoders,
+    token_encoders,
+)
 from trainer.names import tokenizer_name
 from trainer.rules.ordinary import is_ordinary
 from trainer.tokens import TokenNames
@@ -28,6 +34,9 @@ EncodedCaptions = Mapping[str, Conditioning]
 # (example number, mirrored) to its latents' distribution, rows of one, on the processor.
 EncodedPictures = Mapping[tuple[int, bool], LatentDistribution]
 
+# Tokens that the pipelines of transformers give their text encoders; tokenizers of language models
+# have room for more.
+_LONGEST_CAPTION = 512
 # Characters of a caption that a message shows.
 _SHOWN = 40
 
@@ -76,16 +85,26 @@ class Text:
         return {name: states.index_select(0, rows) for name, states in conditioning.items()}
 
     def keep(self) -> Generator[Event, None, None]:
-        """Encodes every caption once and for all, and gives up the text encoders."""
+        """Encodes every caption once and for all, and gives up the text encoders.
+
+        Raises:
+            NonFiniteError: a text encoder overflows.
+        """
         kept: dict[str, Conditioning] = {}
         for done, caption in enumerate(self._captions, start=1):
             with torch.no_grad(), self._autocast():
                 conditioning = self._encode([caption])
+            if not all(bool(states.isfinite().all()) for states in conditioning.values()):
+                raise NonFiniteError(
+                    f"a text encoder gives no finite states for `{_start_of(caption)}`",
+                    "set mixed_precision: bf16 or no",
+                )
             kept[caption] = {name: states.cpu() for name, states in conditioning.items()}
             yield StageEvent("encode captions", done, len(self._captions))
         self._kept = kept
         # Trained ones are held elsewhere, and read again when the result is written.
-        self._move_encoders(torch.device("cpu"))
+        for name in {*adapted_encoders(self._family), *token_encoders(self._family)}:
+            self._family.pipeline.components[name].to("cpu")
         self._family.pipeline.register_modules(**dict.fromkeys(self._family.text_encoder_names))
 
     def _encode(self, captions: Sequence[str]) -> Conditioning:
@@ -124,25 +143,28 @@ def cut_captions(
 
 
 def cut_off(family: Family, caption: str, names: TokenNames | None) -> str:
-    """The end of a caption that a tokenizer of the family has no room for, or nothing.
-
-    Where several cut the caption, it is the longest end.
-    """
-    ends = [""]
+    """The end of a caption that no text encoder of the family sees, or nothing."""
+    ends: list[str] = []
     text = names.replaced(caption) if names else caption
     for text_encoder in family.text_encoder_names:
         tokenizer = tokenizer_of(family, text_encoder)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        length = min(tokenizer.model_max_length, _LONGEST_CAPTION)
+        room = length - tokenizer.num_special_tokens_to_add()
         ends.append(tokenizer.decode(tokens[room:]).strip())
-    return max(ends, key=len)
+    return min(ends, key=len)
 
 
 def _cut_caption(caption: str, rest: str, instance_prompt: str) -> NoteEvent:
     field = "instance_prompt" if caption == instance_prompt else "captions_file_url"
-    start = caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN].rstrip()} …"
+    start = _start_of(caption)
     message = f"the caption `{start}` is too long for the text encoder, which never sees: `{rest}`"
     return NoteEvent("warning", field, message)
+
+
+def _start_of(caption: str) -> str:
+    """As much of a caption as a message shows."""
+    return caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN].rstrip()} …"
 
 
 def common_identifiers(family: Family, identifiers: Sequence[str]) -> list[NoteEvent]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from trainer import adapters, base_model, checkpoint, optim, results
+from trainer import base_model, checkpoint, frozen, optim, results
 from trainer.base_model import BaseModel, Precision
 from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
@@ -36,10 +37,17 @@ from trainer.encoding import (
 )
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
 from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
-from trainer.families.base import Family
+from trainer.families.base import Family, token_encoders
 from trainer.job import RunFolder
-from trainer.machine import accelerator_of, completed, device_name, precision_of
+from trainer.machine import (
+    accelerator_of,
+    completed,
+    device_name,
+    precision_of,
+    refuse_updates_in_backward,
+)
 from trainer.measurements import measurement_key, record_measurement
+from trainer.remedies import remedies
 from trainer.schedule import Schedule
 from trainer.sources.captions import listed
 from trainer.stages import Value, retold
@@ -68,7 +76,7 @@ def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event
         yield from _run(config, folder, stop)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ", maxsplit=1)[0]
-        raise OutOfMemoryError(reason, _memory_hint(config)) from error
+        raise OutOfMemoryError(reason, remedies(config)) from error
 
 
 def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
@@ -115,6 +123,7 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     accelerator = accelerator_of(config.run)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = completed(config, base)
+    refuse_updates_in_backward(config, accelerator)
     _refuse_early(config, base)
     checkpoint.refuse_other(folder.checkpoints, identity(config, accelerator))
     yield from map(_as_event, config.resolved.notes)
@@ -129,13 +138,10 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     plan = _plan(config.run, accelerator, portions, given)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     schedule = Schedule.of(config.token, config.adapter, total_steps)
-    precision = precision_of(config)
-    family = base_model.load(base, precision)
-    contents = base_model.contents_digest(family)
-    for text_encoder in family.text_encoder_names if names else ():
-        assert names is not None
-        refuse_taken(names, tokenizer_of(family, text_encoder), component=text_encoder)
-    classes |= yield from make_classes(config, folder, accelerator, family, contents)
+    family, contents = _loaded(config, base, accelerator.device, names)
+    # Quantised, a base model makes other class pictures.
+    maker = f"{contents} {config.model.quantization}"
+    classes |= yield from make_classes(config, folder, accelerator, family, maker)
     examples, portions = joined(config.subjects(), instances, classes)
     plan = replace(plan, portions=portions, sizes=tuple(e.target for e in examples))
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
@@ -144,7 +150,12 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     if names is not None and config.token.ti_pooling == "eos":
         notes += _pool_at_end(family, names)
     text = Text(
-        family, dataset.all_captions(), names, accelerator.device, autocast=accelerator.autocast
+        family,
+        dataset.all_captions(),
+        names,
+        accelerator.device,
+        # Weights of one format need none, and some of T5's must not be narrowed to fp16.
+        autocast=accelerator.autocast if config.adapter.train_text_encoder else nullcontext,
     )
     yield from cut_captions(family, dataset.all_captions(), names, config.data.instance_prompt)
     if names is None:
@@ -166,7 +177,33 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
     )
     notes += training.notes
     yield from map(_as_event, notes)
-    return Composition(config.with_notes(*notes), base, precision, training)
+    return Composition(config.with_notes(*notes), base, precision_of(config), training)
+
+
+def _loaded(
+    config: TrainingConfig, base: BaseModel, device: torch.device, names: TokenNames | None
+) -> tuple[Family, str]:
+    """The base model as it is trained, and the digest of what it was made of.
+
+    Args:
+        device: where weights are quantised.
+        names: of the new tokens, if any are to be learnt.
+
+    Raises:
+        InputError: it cannot be read, or knows a new token already.
+    """
+    family = base_model.load(base, precision_of(config))
+    contents = base_model.contents_digest(family)
+    for text_encoder in token_encoders(family) if names else ():
+        assert names is not None
+        refuse_taken(names, tokenizer_of(family, text_encoder), component=text_encoder)
+    frozen.freeze(
+        family.denoiser,
+        quantization=config.model.quantization,
+        offload_blocks=config.run.offload_blocks,
+        device=device,
+    )
+    return family, contents
 
 
 def _noted(
@@ -202,22 +239,11 @@ def _plan(
 
 def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
     """What would only fail in the first step, found before any weights are read."""
-    base_model.objective_of(base).check_maximum(config.loss.max_timestep_trained)
+    base_model.objective_of(base, config.loss).check_maximum(config.loss.max_timestep_trained)
     optim.refuse_unavailable(config.optim)
-    adapter = config.adapter
-    if not adapter.use_lora:
-        return
-    targets = {base.family.denoiser_name: ("target_unet_modules", adapter.target_unet_modules)}
-    if adapter.train_text_encoder:
-        ours = ("target_text_encoder_modules", adapter.target_text_encoder_modules)
-        targets |= dict.fromkeys(base.family.text_encoder_names, ours)
-    for component, (field, names) in targets.items():
-        adapters.target_layers(
-            base_model.skeleton(base, component),
-            names,
-            field=field,
-            must_match=config.is_explicit(field),
-        )
+    denoiser = base_model.skeleton(base, base.family.denoiser_name)
+    frozen.refuse_unavailable(config.model.quantization)
+    frozen.refuse_too_many(denoiser, config.run.offload_blocks)
 
 
 def _notes_on_captions(names: TokenNames, examples: Sequence[Example]) -> list[Note]:
@@ -227,6 +253,8 @@ def _notes_on_captions(names: TokenNames, examples: Sequence[Example]) -> list[N
         InputError: no picture teaches them anything.
     """
     identifiers = " or ".join(f"`{name}`" for name in names.identifiers)
+    # Each picture once, at whatever sizes it is trained.
+    examples = [example for example in examples if example.scale == 0]
     own = [e for e in examples if not e.is_class]
     without = [e.name for e in own if not names.occurs_in(e.caption)]
     if len(without) == len(own):
@@ -275,9 +303,11 @@ def _notes_on_views(dataset: Dataset) -> list[Note]:
             "which then count more; to fill none, set `batch_size: 1` with "
             "`gradient_accumulation_steps`"
         )
-        notes.append(Note(kind="warning", field="enable_bucket", message=message))
+        field = "enable_bucket" if dataset.data.enable_bucket else "priority"
+        notes.append(Note(kind="warning", field=field, message=message))
     if unseen:
-        message = f"the masks keep nothing of what is seen of {listed(unseen)}: they teach nothing"
+        which = listed(list(dict.fromkeys(unseen)))
+        message = f"the masks keep nothing of what is seen of {which}: they teach nothing"
         notes.append(Note(kind="warning", field="images_data_url", message=message))
     return notes
 
@@ -287,7 +317,7 @@ def _pool_at_end(family: Family, names: TokenNames) -> list[Note]:
     caption = "".join(names.all_tokens())
     with torch.no_grad():
         before = family.encode_text([caption])
-        for name in family.text_encoder_names:
+        for name in token_encoders(family):
             pool_at_end_of_text(family.pipeline.components[name], tokenizer_of(family, name))
         after = family.encode_text([caption])
     if any(not torch.equal(before[name], after[name]) for name in before):
@@ -336,6 +366,7 @@ def _usual_seconds(phases: Sequence[Sequence[float]]) -> float | None:
 
 def _run_event(composed: Composition) -> RunEvent:
     config, training = composed.config, composed.training
+    scales = [example.scale for example in training.dataset.examples if not example.is_class]
     return RunEvent(
         start_step=training.step,
         total_steps=training.total_steps,
@@ -351,6 +382,8 @@ def _run_event(composed: Composition) -> RunEvent:
             "processes": training.accelerator.num_processes,
             "precision": str(composed.precision.frozen).removeprefix("torch."),
         },
+        num_pictures=scales.count(0),
+        num_sizes=len(set(scales)),
     )
 
 
@@ -374,24 +407,3 @@ def _interruptible(
             raise Interrupted(message, "run the same command to go on")
 
     return retold(stage, tell)
-
-
-def _memory_hint(config: TrainingConfig) -> str:
-    """Up to three settings that would save memory here, the most helpful first."""
-    adapter, width = config.adapter, config.data.resolution_width
-    remedies = [
-        (not config.run.gradient_checkpointing, "gradient_checkpointing: true"),
-        (
-            config.run.batch_size > 1,
-            "batch_size: 1 with gradient_accumulation_steps: "
-            f"{config.run.batch_size * config.run.gradient_accumulation_steps}",
-        ),
-        (not adapter.use_lora, "use_lora: true"),
-        (config.prior.with_prior_preservation, "with_prior_preservation: false"),
-        (config.optim.optimizer == "adamw", "optimizer: adamw8bit"),
-        (width is None or width > 512, "resolution_width and resolution_height: 512"),
-        (not config.data.cache_latents, "cache_latents: true"),
-        (adapter.use_lora and adapter.rank > 8, "rank: 8"),
-    ]
-    helpful = [setting for helps, setting in remedies if helps][:3]
-    return "try " + ", or ".join(helpful) if helpful else "a GPU with more memory is needed"

@@ -29,7 +29,8 @@ class Estimate:
     """What a training will take; None stands for unknown.
 
     Args:
-        num_examples: pictures that an epoch shows, each as often as it is repeated.
+        num_examples: pictures that an epoch shows, each as often as it is repeated, at each of
+            its sizes where they are known.
         steps: optimizer steps.
         epochs: passes over the pictures, the last one perhaps in part.
         device: what the figures hold for.
@@ -124,11 +125,16 @@ def _plan(config: TrainingConfig) -> Plan:
     portions: list[Portion] = []
     sizes: list[Size | None] = []
     for concept, report in zip(config.subjects(), inspect_concepts(config), strict=True):
-        numbers = range(len(sizes), len(sizes) + report.num_usable)
-        uses = zip(numbers, report.usable, strict=True)
-        instances = tuple(number for number, picture in uses for _ in range(picture.repeats))
+        uses = [
+            (target, picture.repeats)
+            for picture in report.usable
+            for target in (picture.target, *picture.smaller)
+        ]
+        numbers = range(len(sizes), len(sizes) + len(uses))
+        repeated = zip(numbers, uses, strict=True)
+        instances = tuple(n for n, (_, repeats) in repeated for _ in range(repeats))
         portions.append(Portion(instances=instances, repeats=concept.repeats))
-        sizes += [picture.target for picture in report.usable]
+        sizes += [target for target, _ in uses]
     return Plan(
         portions=tuple(portions),
         batch_size=config.run.batch_size,

@@ -29,8 +29,11 @@ class RunEvent(Event):
         start_step: steps already done (0 for a new run).
         total_steps: steps the run will have in all.
         steps_per_epoch: optimizer steps in one pass over the pictures.
-        num_examples: training pictures.
+        num_examples: training pictures that an epoch shows, each as often as it is repeated, at
+            each of its sizes.
         details: what is trained on what, as names and plain values.
+        num_pictures: training pictures, each counted once.
+        num_sizes: sizes that each is trained at.
     """
 
     kind = "run"
@@ -39,6 +42,8 @@ class RunEvent(Event):
     steps_per_epoch: int
     num_examples: int
     details: dict[str, Any]
+    num_pictures: int = 0
+    num_sizes: int = 1
 
 
 @dataclass(frozen=True)

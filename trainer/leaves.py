@@ -180,7 +180,7 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return ", or ".join(in_words(choice) for choice in _choices(schema))
     if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
+        return f"one of {', '.join(map(str, schema['enum']))}"
     if "const" in schema:
         return str(schema["const"])
     if "items" in schema:

@@ -205,9 +205,9 @@ class ProgressLines(_Plain):
         self._total = event.total_steps
         self._start = event.start_step
         begins = f"goes on after step {event.start_step}" if event.start_step else "begins"
-        self._print(
-            f"{TRAINING}: {begins}, {event.total_steps} steps in all, {event.num_examples} pictures"
-        )
+        pictures = f"{event.num_pictures} picture" + ("" if event.num_pictures == 1 else "s")
+        sizes = f" at {event.num_sizes} sizes" if event.num_sizes > 1 else ""
+        self._print(f"{TRAINING}: {begins}, {event.total_steps} steps in all, {pictures}{sizes}")
 
     @hear.register
     def _(self, event: StepEvent) -> None:

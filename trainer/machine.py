@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -16,14 +17,22 @@ from accelerate.utils import (
 )
 
 from trainer.base_model import BaseModel, Precision
-from trainer.config import RunConfig, TrainingConfig
+from trainer.config import Note, RunConfig, TrainingConfig
+from trainer.data.buckets import largest_side
 from trainer.errors import InputError
+from trainer.fitting import fitted
 
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 # How long processes wait for the one that prepares the pictures.
 _PREPARATION_LIMIT = timedelta(minutes=30)
 
+# Options that mean something on a GPU alone, switched off.
+_OFFLOADING: Mapping[str, bool | int] = {"offload_models": False, "offload_blocks": 0}
+NO_GPU = "there is no GPU here to take memory from"
+
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of weights that are all trained.
+_WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_name() -> str:
@@ -77,20 +86,61 @@ def accelerator_of(run: RunConfig) -> Accelerator:
 
 def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
     """The configuration with what only the checkpoint and the machine could tell."""
+    config = fitted(config, base)
     config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
     for field in ("resolution_width", "resolution_height"):
         if config.leaf(field) is None:
-            config = config.with_leaf(field, base.native_size)
+            config = config.with_leaf(field, largest_side(base.native_size, config.data.priority))
+    config = _without_offloading(config)
     return config.model_copy(update={"model": base.settings}).with_notes(*base.notes)
 
 
+def _without_offloading(config: TrainingConfig) -> TrainingConfig:
+    """Nothing is offloaded where all of it is in the computer's memory already."""
+    if torch.cuda.is_available():
+        return config
+    for field, off in _OFFLOADING.items():
+        if config.leaf(field) != off:
+            note = Note(kind="ignored", field=field, message=NO_GPU)
+            config = config.with_leaf(field, off).with_notes(note)
+    return config
+
+
+def refuse_updates_in_backward(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Finds out early whether weights can be updated in the middle of the backward pass.
+
+    Args:
+        config: completed.
+        accelerator: of this training.
+
+    Raises:
+        InputError: gradients must be kept for a scaler or for other processes.
+    """
+    if config.adapter.use_lora or not config.optim.fused_backward:
+        return
+    if config.run.mixed_precision == "fp16":
+        raise InputError.of(
+            "fused_backward",
+            "true with `mixed_precision` fp16, whose scaler must see all gradients first",
+            "give `mixed_precision: bf16` or `no`, or `fused_backward: false`",
+        )
+    if accelerator.num_processes > 1:
+        raise InputError.of(
+            "fused_backward",
+            f"true with {accelerator.num_processes} processes, which average gradients before an "
+            "update",
+            "launch one process, or give `fused_backward: false`",
+        )
+
+
 def precision_of(config: TrainingConfig) -> Precision:
-    """The number formats of a completed configuration: what learns stays in 32 bits."""
+    """The number formats of a completed configuration: adapters always learn in 32 bits."""
     frozen = _DTYPES[config.run.mixed_precision]
+    whole = _WEIGHTS[config.adapter.weights_dtype]
     whole_text_encoders = config.adapter.train_text_encoder and not config.adapter.use_lora
     return Precision(
         frozen=frozen,
-        denoiser=frozen if config.adapter.use_lora else torch.float32,
+        denoiser=frozen if config.adapter.use_lora else whole,
         vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
-        text_encoders=torch.float32 if whole_text_encoders else frozen,
+        text_encoders=whole if whole_text_encoders else frozen,
     )

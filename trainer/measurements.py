@@ -36,11 +36,15 @@ class MeasurementKey:
         batch_size: pictures of one forward pass.
         forward_examples: the same with the class pictures that may stand beside them.
         mixed_precision: `no`, `fp16` or `bf16`.
+        weights_dtype: of weights that all learn; empty with an adapter.
+        quantization: how frozen weights are kept.
+        offload_blocks: blocks whose frozen weights come from the computer's memory.
         gradient_checkpointing: whether activations are recomputed.
         cache_latents: whether pictures are encoded beforehand.
         upscale_vae_32bit: whether they are encoded in 32 bits.
         num_workers: processes that read pictures ahead.
         optimizer: name of the update rule.
+        fused_backward: whether weights are updated in the middle of the backward pass.
         device: name of the accelerator, or of the processor.
         num_processes: processes that train together.
     """
@@ -57,15 +61,20 @@ class MeasurementKey:
     denoiser_waits: bool
     width: int | None
     height: int | None
+    priority: str | None
     examples_per_step: int
     batch_size: int
     forward_examples: int
     mixed_precision: str
+    weights_dtype: str
+    quantization: str
+    offload_blocks: int
     gradient_checkpointing: bool
     cache_latents: bool
     upscale_vae_32bit: bool
     num_workers: int
     optimizer: str
+    fused_backward: bool
     device: str
     num_processes: int
 
@@ -98,15 +107,20 @@ def measurement_key(
         and config.token.disable_unet_during_ti_training,
         width=config.data.resolution_width,
         height=config.data.resolution_height,
+        priority=config.data.priority,
         examples_per_step=run.batch_size * run.gradient_accumulation_steps * num_processes,
         batch_size=run.batch_size,
         forward_examples=run.batch_size * (2 if has_prior else 1),
         mixed_precision=run.mixed_precision,
+        weights_dtype="" if adapter.use_lora else adapter.weights_dtype,
+        quantization=config.model.quantization,
+        offload_blocks=run.offload_blocks,
         gradient_checkpointing=run.gradient_checkpointing,
         cache_latents=config.data.cache_latents,
         upscale_vae_32bit=config.model.upscale_vae_32bit,
         num_workers=run.num_workers,
         optimizer=config.optim.optimizer,
+        fused_backward=not adapter.use_lora and config.optim.fused_backward,
         device=device,
         num_processes=num_processes,
     )

@@ -2,33 +2,31 @@
 
 The base model's parts are built from their configurations alone, so that nothing large is
 downloaded or allocated; then what a training does runs over them once, up to a real forward and
-backward pass, and every storage is counted from its making to its end.
+backward pass, and every storage is counted from its making to its end. Of a row of equal blocks
+few are run; `live_bytes` counts what the others add.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakIdKeyDictionary
 
-from trainer import adapters, base_model, optim
+from trainer import adapters, base_model
 from trainer.base_model import BaseModel, Precision
-from trainer.config import AdapterConfig, DataConfig, OptimConfig, TokenConfig, TrainingConfig
-from trainer.families.base import Conditioning, Family, pixels_of
+from trainer.config import AdapterConfig, DataConfig, TokenConfig, TrainingConfig
+from trainer.families.base import Conditioning, Family, adapted_encoders, token_encoders
+from trainer.frozen import freeze, frozen_layers, repeated_blocks
+from trainer.live_bytes import LiveBytes, StandIn, repeated, shorten
 from trainer.sections.subjects import class_sources
 from trainer.tokens import NewTokens
-
-# PyTorch's CUDA allocator hands out multiples of this many bytes.
-ALLOCATION_UNIT = 512
+from trainer.trainables import recompute_activations
+from trainer.update_memory import UpdateMemory
 
 
 @dataclass(frozen=True)
@@ -42,46 +40,6 @@ class Footprint:
 
     peak_bytes: int
     trained_parameters: int
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that live at one time: those held, and those made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch gives it no types
-        self.now = 0
-        self.peak = 0
-        self._sizes = WeakIdKeyDictionary()
-
-    def hold(self, module: torch.nn.Module) -> None:
-        """Counts the parameters and buffers of a module."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._count(tensor)
-
-    def add(self, size: int) -> None:
-        """Counts bytes that stay."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operation and counts the storages it makes."""
-        outcome = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(outcome):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
-        return outcome
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._sizes:
-            return
-        size = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
-        self._sizes[storage] = size
-        self.add(size)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.now -= size
 
 
 def training_footprint(
@@ -100,83 +58,128 @@ def training_footprint(
     Raises:
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
-    state_bytes = optimizer_bytes_per_parameter(config.optim, device)
     sources = class_sources(config.subjects())
     makes_class_images = any(source.url is None for source in sources)
+    update = _update_of(config, precision, device)
+    peaks = []
     with FakeTensorMode():
-        peaks = []
         if makes_class_images:
-            untrained = _family_without_data(base, precision, device, None)
+            untrained = _model_without_data(base, precision, device, config, learns=False)
             peaks.append(_peak_of_class_images(untrained, config))
-        family = _family_without_data(base, precision, device, config)
-        learning = _learning(family)
-        trained = sum(p.numel() for parameters in learning.values() for p in parameters)
+        model = _model_without_data(base, precision, device, config, learns=True)
+        learning = _learning(model.family)
         if config.run.gradient_checkpointing:
-            _recompute_activations(family, learning)
+            _recompute_activations(model.family, learning)
         peaks += [
-            _peak_of_encoding(family, config.data, text_stays=len(learning) > 1),
+            _peak_of_encoding(model.family, config.data, text_stays=len(learning) > 1),
             *(
-                _peak_of_steps(family, config, precision, parts, state_bytes)
+                _peak_of_steps(model, config, precision, parts, update)
                 for parts in _phases(config.token, learning)
             ),
         ]
+    trained = sum(map(model.count, learning.values()))
     return Footprint(peak_bytes=max(peaks), trained_parameters=trained)
 
 
-def optimizer_bytes_per_parameter(optimizer: OptimConfig, device: torch.device) -> float:
-    """Bytes of state that an optimizer keeps for each number it trains, seen in a real step."""
-    sample = torch.nn.Parameter(torch.ones(512, 512, device=device))
-    group = optim.ParameterGroup("sample", [sample], learning_rate=1.0, weight_decay=0.0)
-    built = optim.build_optimizer([group], optimizer)
-    sample.grad = torch.ones_like(sample)
-    built.step()
-    tensors = [value for value in built.state[sample].values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / sample.numel()
+def _update_of(config: TrainingConfig, precision: Precision, device: torch.device) -> UpdateMemory:
+    """What updates take; adapters learn in 32 bits, and by one step of the optimizer."""
+    is_whole = not config.adapter.use_lora
+    return UpdateMemory.measured(
+        config.optim,
+        precision.denoiser if is_whole else torch.float32,
+        device,
+        one_by_one=is_whole and config.optim.fused_backward,
+    )
 
 
 # Component to the parameters that learn in it, for components in which any do.
 _Learning = dict[str, list[torch.nn.Parameter]]
 
 
-def _family_without_data(
-    base: BaseModel, precision: Precision, device: torch.device, config: TrainingConfig | None
-) -> Family:
-    """The family with its real tokenizers around models that have only shapes.
+@dataclass(frozen=True)
+class _Model:
+    """A base model that has shapes but no data.
+
+    Args:
+        family: its real tokenizers around models whose rows of equal blocks are shortened.
+        stand_ins: the blocks that stand for those taken out.
+    """
+
+    family: Family
+    stand_ins: tuple[StandIn, ...]
+
+    def count(self, parameters: Sequence[torch.nn.Parameter]) -> int:
+        """How many numbers these are, those of the blocks taken out included."""
+        times = repeated(self.stand_ins)
+        return sum(times.get(parameter, 1) * parameter.numel() for parameter in parameters)
+
+
+def _model_without_data(
+    base: BaseModel,
+    precision: Precision,
+    device: torch.device,
+    config: TrainingConfig,
+    *,
+    learns: bool,
+) -> _Model:
+    """The base model around its real tokenizers.
 
     Args:
         base: as found.
-        precision: number formats of what does not learn.
+        precision: number formats of the parts.
         device: of the models.
-        config: what is made to learn. None: nothing.
+        config: what is made to learn, and how frozen weights are kept.
+        learns: whether anything is made to learn yet.
     """
-    dtypes = dict.fromkeys(base.family.text_encoder_names, precision.text_encoders)
+    dtypes = precision.of_text_encoders(base.family)
     dtypes |= {"vae": precision.vae, base.family.denoiser_name: precision.denoiser}
     parts: dict[str, torch.nn.Module] = {}
-    for name, dtype in dtypes.items():
-        parts[name] = base_model.skeleton(base, name)
-        if config is not None and name == base.family.denoiser_name:
-            _make_trainable(parts[name], name, config.adapter, config.adapter.target_unet_modules)
-        if config is not None and name in base.family.text_encoder_names:
-            _make_text_trainable(parts[name], name, config.adapter, config.token)
-        _give_fake_tensors(parts[name], dtype, device)
-    unused = dict.fromkeys(base.family.unused_components)
     diffusers_logging.disable_progress_bar()
-    pipeline = base.family.pipeline_class.from_pretrained(
-        base.configurations.url, revision=base.configurations.revision, **parts, **unused
+    # Layers are made faster on the meta device alone; noise schedules compute with their numbers
+    # as they are made.
+    with unset_fake_temporarily():
+        for name, dtype in dtypes.items():
+            # Only numbers change: diffusers and transformers warn of it.
+            parts[name] = torch.nn.Module.to(base_model.skeleton(base, name), dtype)
+            if name != base.family.denoiser_name and learns:
+                _make_text_trainable(base.family, parts[name], name, config)
+        denoiser = parts[base.family.denoiser_name]
+        stand_ins = _prepare_denoiser(base, denoiser, config, learns=learns)
+        unused = dict.fromkeys(base.family.checkpoints.unused)
+        pipeline = base.family.pipeline_class.from_pretrained(
+            base.configurations.url, revision=base.configurations.revision, **parts, **unused
+        )
+    for part in parts.values():
+        _give_tensors(part, device)
+    return _Model(base.family(pipeline), stand_ins)
+
+
+def _prepare_denoiser(
+    base: BaseModel, denoiser: torch.nn.Module, config: TrainingConfig, *, learns: bool
+) -> tuple[StandIn, ...]:
+    freeze(
+        denoiser,
+        quantization=config.model.quantization,
+        offload_blocks=config.run.offload_blocks,
+        device=torch.device("meta"),
     )
-    return base.family(pipeline)
+    if learns:
+        targets = config.adapter.target_unet_modules
+        _make_trainable(denoiser, base.family.denoiser_name, config.adapter, targets)
+    return shorten(denoiser, repeated_blocks(denoiser))
 
 
 def _make_text_trainable(
-    text_encoder: Any, name: str, adapter: AdapterConfig, token: TokenConfig
+    family: type[Family], text_encoder: Any, name: str, config: TrainingConfig
 ) -> None:
-    if token.train_text_encoder_ti:
+    adapter, token = config.adapter, config.token
+    if token.train_text_encoder_ti and name in token_encoders(family):
         table = text_encoder.get_input_embeddings()
         count = len(token.token_abstraction) * token.num_new_tokens_per_abstraction
         rows = torch.empty(count, table.embedding_dim, device="meta")
         new = NewTokens(table, rows, first_id=table.num_embeddings, deviation=1.0)
         text_encoder.set_input_embeddings(new)
-    if adapter.train_text_encoder:
+    if adapter.train_text_encoder and name in adapted_encoders(family):
         targets = adapter.target_text_encoder_modules
         _make_trainable(text_encoder, name, adapter.for_text_encoders(), targets)
 
@@ -207,17 +210,25 @@ def _phases(token: TokenConfig, learning: _Learning) -> list[_Learning]:
     return [{name: learning[name] for name in text_encoders}, {denoiser: learning[denoiser]}]
 
 
-def _give_fake_tensors(model: torch.nn.Module, frozen: torch.dtype, device: torch.device) -> None:
-    """Puts tensors without data on a device in the place of a model's meta tensors."""
+def _give_tensors(model: torch.nn.Module, device: torch.device) -> None:
+    """Puts tensors without data on a device in the place of those without a device."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+
+    def make(like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            dtype = parameter.dtype if parameter.requires_grad else frozen
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-            learns = parameter.requires_grad
-            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=learns))
+            # Text encoders look words up in the table that they know as two.
+            if parameter not in made:
+                made[parameter] = torch.nn.Parameter(
+                    make(parameter), requires_grad=parameter.requires_grad
+                )
+            setattr(module, name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            dtype = frozen if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=dtype, device=device))
+            setattr(module, name, make(buffer))
+    for layer in frozen_layers(model):
+        layer.rebuild(make)
 
 
 def _recompute_activations(family: Family, learning: _Learning) -> None:
@@ -227,30 +238,48 @@ def _recompute_activations(family: Family, learning: _Learning) -> None:
 
     family.denoiser.enable_gradient_checkpointing(recompute)
     for name in learning.keys() - {family.denoiser_name}:
-        text_encoder = family.pipeline.components[name]
-        text_encoder.activation_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": False}
-        )
-        # transformers recomputes in training mode only.
-        text_encoder.train()
+        recompute_activations(family.pipeline.components[name], preserve_rng_state=False)
 
 
-def _peak_of_class_images(family: Family, config: TrainingConfig) -> int:
-    """A step of denoising and the decoding of one class picture, with all parts on the device."""
-    rows = 2 if config.prior.class_guidance_scale > 1 else 1
+def _peak_of_class_images(model: _Model, config: TrainingConfig) -> int:
+    """Making one class picture: text, a step of denoising, decoding.
+
+    All parts are on the device all the time, or each in its turn.
+    """
+    family = model.family
+    # Without guidance, or where the denoiser is told it, there is but one row.
+    scale = config.prior.class_guidance_scale
+    is_told = family.denoiser.config.get("guidance_embeds", False)
+    rows = 1 if is_told or (scale is not None and scale <= 1) else 2
     latents = _encode_pictures(family, config.data, 1)
     noisy_latents = torch.empty(rows, *latents.shape[1:], device=latents.device)
-    with LiveBytes() as stage, torch.no_grad():
-        for name in (family.denoiser_name, "vae", *family.text_encoder_names):
-            stage.hold(family.pipeline.components[name])
-        text = family.encode_text([""] * rows)
+    vae, denoiser = family.pipeline.vae, family.denoiser
+    encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
+
+    def encode() -> Conditioning:
+        return family.encode_text([""] * rows)
+
+    def denoise() -> None:
         dtype = next(iter(text.values())).dtype
-        formats_differ = family.denoiser.dtype != dtype
+        formats_differ = denoiser.dtype != dtype
         with torch.autocast(noisy_latents.device.type, dtype, enabled=formats_differ):
             _predict(family, noisy_latents.to(dtype), text)
-        del text
-        pixels_of(family.pipeline.vae, noisy_latents[:1])
-    return int(stage.peak)
+
+    def decode() -> None:
+        shape = (1, vae.config.latent_channels, *latents.shape[-2:])
+        vae.decode(torch.empty(shape, dtype=vae.dtype, device=latents.device))
+
+    with torch.no_grad():
+        text = encode()
+    peaks = []
+    for parts, work in ((encoders, encode), ([denoiser], denoise), ([vae], decode)):
+        there = parts if config.run.offload_models else (denoiser, vae, *encoders)
+        with LiveBytes(model.stand_ins) as stage, torch.no_grad():
+            for part in there:
+                stage.hold(part)
+            work()
+        peaks.append(int(stage.peak))
+    return max(peaks)
 
 
 def _peak_of_encoding(family: Family, data: DataConfig, *, text_stays: bool) -> int:
@@ -268,13 +297,14 @@ def _peak_of_encoding(family: Family, data: DataConfig, *, text_stays: bool) -> 
 
 
 def _peak_of_steps(
-    family: Family,
+    model: _Model,
     config: TrainingConfig,
     precision: Precision,
     learning: _Learning,
-    state_bytes: float,
+    update: UpdateMemory,
 ) -> int:
     """Forward and backward passes while these parameters learn, beside the optimizer's state."""
+    family = model.family
     encoders = [family.pipeline.components[n] for n in family.text_encoder_names if n in learning]
     parameters = [p for group in learning.values() for p in group]
     rows, num_captions = _forward_pass(config)
@@ -284,22 +314,27 @@ def _peak_of_steps(
         with torch.no_grad():
             kept = _encode_captions(family, precision, 1, rows)
     _freeze_all_but(family, parameters)
-    with LiveBytes() as steps:
+    hooks = update.in_backward(parameters) if config.optim.fused_backward else []
+    with LiveBytes(model.stand_ins) as steps:
         for module in (family.denoiser, *encoders):
             steps.hold(module)
         if not config.data.cache_latents:
             steps.hold(family.pipeline.vae)
-        steps.add(round(state_bytes * sum(p.numel() for p in parameters)))
+        steps.add(round(update.state * model.count(parameters)))
         # From the second pass on, the gradients of the first are there from the start.
         for _ in range(min(2, config.run.gradient_accumulation_steps)):
             if not config.data.cache_latents:
                 _encode_pictures(family, config.data, rows)
             noisy_latents = torch.empty(rows, *latents.shape[1:], device=latents.device)
             text = kept or _encode_captions(family, precision, num_captions, rows)
-            with _autocast(family, precision):
+            with steps.ending_caches(_autocast(family, precision)):
                 prediction = _predict(family, noisy_latents, text)
             (prediction.float() - noisy_latents).square().mean().backward()
             del text, prediction
+        for parameter in parameters:
+            update.of(parameter)
+    for hook in hooks:
+        hook.remove()
     for parameter in parameters:
         parameter.grad = None
     return int(steps.peak)
@@ -349,5 +384,6 @@ def _predict(family: Family, latents: torch.Tensor, text: Conditioning) -> torch
     count, device = len(latents), latents.device
     sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
     geometry = dict.fromkeys(("original_size", "crop_top_left", "target_size"), sizes)
+    geometry["guidance"] = torch.zeros(count, device=device)
     timesteps = torch.zeros(count, dtype=torch.int64, device=device)
     return family.predict(latents, timesteps, text, geometry)

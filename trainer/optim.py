@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from prodigyopt import Prodigy
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import Adafactor
 
 from trainer.config import OptimConfig
 from trainer.errors import InputError
@@ -74,6 +75,15 @@ def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optim
     return _adamw8bit_class()(groups, betas=betas, eps=optim.adam_epsilon)
 
 
+def _adafactor(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    # The paper scales steps by the weights' size and by the step's number; without both, a step
+    # is about as long as the learning rate, as AdamW's is. It keeps no first moment.
+    optimizer: torch.optim.Optimizer = Adafactor(
+        groups, beta1=None, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+    return optimizer
+
+
 def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = Prodigy(
         groups,
@@ -91,6 +101,7 @@ def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimiz
 OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
     "prodigy": _prodigy,
 }
 
@@ -244,7 +255,20 @@ def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Ten
         max_norm: largest L2 norm; 0: leave the gradients alone.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm(norm_of(p.grad) for p in parameters if p.grad is not None)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def norm_of(gradient: torch.Tensor) -> torch.Tensor:
+    """The L2 norm of one gradient, in 32 bits whatever the gradient is kept in."""
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
+
+
+def total_norm(norms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm of everything together, from the norm of each part; 0 of nothing."""
+    parts = list(norms)
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
     return norm

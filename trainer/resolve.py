@@ -30,6 +30,7 @@ class Layer:
             presets are not explicit.
         notes: what the source itself left aside or had settled before.
         problems: what is wrong with the source beside its values.
+        is_written: whether it is of a written configuration, see `Draft`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     explicit: bool
     notes: Sequence[Note] = ()
     problems: Sequence[Problem] = ()
+    is_written: bool = False
 
 
 def resolve(layers: Sequence[Layer]) -> TrainingConfig:
@@ -79,7 +81,8 @@ def _merge(layers: Sequence[Layer]) -> Draft:
             values[name] = layer.values[name]
             origins[name] = number
             explicit = explicit | {name} if layer.explicit else explicit - {name}
-    return Draft(values, origins, frozenset(explicit))
+    written = frozenset(n for n, layer in enumerate(layers, start=1) if layer.is_written)
+    return Draft(values, origins, frozenset(explicit), written=written)
 
 
 @cache

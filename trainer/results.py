@@ -32,6 +32,7 @@ from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts, public_name
 from trainer.export.plot import write_loss_plot
 from trainer.export.verify import Check, WrittenFile, nothing_learnt, verify, write_report
+from trainer.families.base import adapted_encoders, token_encoders
 from trainer.job import Role, RunFolder
 from trainer.tokens import TokenNames, token_names
 from trainer.training import Training
@@ -61,7 +62,8 @@ def deliver(
     state = artifacts.state()
     extraction: Extraction | None = None
     if state is not None:
-        yield from _collected(artifacts.adapter_files(state), files, folder)
+        adapter_files = artifacts.adapter_files(state, _unquantised(config, base, fresh))
+        yield from _collected(adapter_files, files, folder)
     else:
         yield from _collected(artifacts.full_files(), files, folder)
     if state is None and config.output.extract_rank is not None:
@@ -89,13 +91,23 @@ def deliver(
         )
 
 
+def _unquantised(
+    config: TrainingConfig, base: BaseModel, fresh: Callable[[], Any]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of a denoiser that was trained on as quantised; loaders map them into memory."""
+    if config.model.quantization == "none":
+        return {}
+    denoiser = base.family.denoiser_name
+    return {denoiser: fresh().components[denoiser].state_dict()}
+
+
 def _extracted(
     artifacts: Artifacts, fresh: Callable[[], Any], files: list[WrittenFile], folder: RunFolder
 ) -> Generator[Event, None, Extraction]:
     """A LoRA beside fully trained weights, and how much of them it holds."""
     pipeline = fresh()
     original = {name: pipeline.components[name].state_dict() for name in artifacts.components}
-    extraction = artifacts.extraction(original)
+    extraction = yield from artifacts.extraction(original)
     yield from _collected(artifacts.extracted_files(extraction, original), files, folder)
     if not extraction.layers:
         message = "nothing changed that a LoRA can hold, so no LoRA was written"
@@ -112,7 +124,8 @@ def _extracted(
 
 def _records(config: TrainingConfig, training: Training, folder: RunFolder) -> Iterator[Event]:
     """What tells of the training beside its weights."""
-    write_text(folder.outputs / "config.yaml", write_config(config))
+    shared = write_config(config, with_contents=False)
+    write_text(folder.outputs / "config.yaml", shared)
     yield _written(folder, "config", folder.outputs / "config.yaml")
     losses = list(enumerate(training.losses, start=1))
     write_loss_plot(folder.outputs / "loss.png", losses, config.output.output_name)
@@ -197,20 +210,25 @@ def _fresh_pipeline(
 ) -> Callable[[], Any]:
     """Makes base models without the parts that no result file touches.
 
-    What was trained is in 32 bits; text encoders stay where a file could reach them.
+    Text encoders are there where a file could reach them. Those that learnt are in 32 bits, and so
+    are the tables that new vectors go into; readers widen everything else a layer at a time.
     """
-    denoiser, text_encoders = base.family.denoiser_name, base.family.text_encoder_names
-    text_learns = config.adapter.train_text_encoder or config.token.train_text_encoder_ti
-    kept = {denoiser, *(text_encoders if text_learns or config.adapter.use_lora else ())}
-    learnt = [denoiser, *(text_encoders if text_learns else ())]
+    denoiser, adapter = base.family.denoiser_name, config.adapter
+    reached = {denoiser}
+    if adapter.use_lora or adapter.train_text_encoder:
+        reached |= set(adapted_encoders(base.family))
+    if config.token.train_text_encoder_ti:
+        reached |= set(token_encoders(base.family))
+    learnt = adapted_encoders(base.family) if adapter.train_text_encoder else ()
+    taught = token_encoders(base.family) if config.token.train_text_encoder_ti else ()
+    without = {"vae", *base.family.text_encoder_names} - reached
 
     def make() -> Any:
-        pipeline = base_model.load(base, precision).pipeline
-        for name, component in pipeline.components.items():
-            if name not in kept and isinstance(component, torch.nn.Module):
-                pipeline.register_modules(**{name: None})
+        pipeline = base_model.load(base, precision, without=without).pipeline
         for name in learnt:
             pipeline.components[name].float()
+        for name in taught:
+            pipeline.components[name].get_input_embeddings().float()
         return pipeline
 
     return make
@@ -221,7 +239,8 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
     assert width is not None
     assert height is not None
     ignored = config.resolved.ignored_options
-    own = [example for example in training.dataset.examples if not example.is_class]
+    # Each picture once, at whatever sizes it is trained.
+    own = [e for e in training.dataset.examples if not e.is_class and e.scale == 0]
     prompts = dict.fromkeys(subject.instance_prompt for subject in config.subjects())
     instance_prompts = tuple(prompt for prompt in prompts if prompt)
     names = token_names(config.token)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from trainer import randomness
 from trainer.errors import NonFiniteError
-from trainer.families.base import Family, pixels_of
+from trainer.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Sampler:
     """How pictures are made.
 
     Args:
-        width: in pixels, a multiple of 8.
-        height: in pixels, a multiple of 8.
+        width: in pixels, a multiple of the family's step.
+        height: in pixels, a multiple of the family's step.
         steps: of denoising.
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less: none.
     """
@@ -63,26 +63,20 @@ def sample(
         NonFiniteError: the denoiser or the VAE overflows.
     """
     generator = torch.Generator().manual_seed(randomness.key(seed, purpose, number))
-    with _scheduler_of_its_own(family.pipeline), _one_number_format(family):
-        latents = family.pipeline(
-            prompt,
-            negative_prompt=negative_prompt,
+    pipeline = family.pipeline
+    guided = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    decoding = _checked_vae(pipeline.vae, prompt)
+    with _scheduler_of_its_own(pipeline), _one_number_format(family), decoding:
+        pixels: torch.Tensor = pipeline(
+            prompt=prompt,
             width=sampler.width,
             height=sampler.height,
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance_scale,
             generator=generator,
-            output_type="latent",
+            output_type="pt",
+            **guided,
         ).images
-    _check(latents, f"`{prompt}`: the denoiser gives no finite latents", "mixed_precision: no")
-    # The pipeline's own decoding wants latents and VAE in one number format.
-    with torch.no_grad():
-        pixels = pixels_of(family.pipeline.vae, latents)
-    _check(
-        pixels,
-        f"`{prompt}`: the VAE gives no finite picture",
-        "upscale_vae_32bit: true, or give a vae_url made for half precision",
-    )
     return _picture(pixels[0])
 
 
@@ -98,6 +92,36 @@ def _scheduler_of_its_own(pipeline: Any) -> Iterator[None]:
         pipeline.register_modules(scheduler=scheduler)
 
 
+@contextmanager
+def _checked_vae(vae: Any, prompt: str) -> Iterator[None]:
+    """Lets the VAE decode finite latents to finite pixels only, and in its own number format.
+
+    Pipelines hand it latents in the denoiser's.
+
+    Raises:
+        NonFiniteError: they are not finite.
+    """
+    decode = vae.decode
+
+    def checked(latents: torch.Tensor, *given: Any, **named: Any) -> Any:
+        message = f"`{prompt}`: the denoiser gives no finite latents"
+        _check(latents, message, "mixed_precision: no")
+        with torch.autocast(latents.device.type, enabled=False):
+            decoded = decode(latents.to(vae.dtype), *given, **named)
+        _check(
+            decoded[0],
+            f"`{prompt}`: the VAE gives no finite picture",
+            "upscale_vae_32bit: true, or give a vae_url made for half precision",
+        )
+        return decoded
+
+    vae.decode = checked
+    try:
+        yield
+    finally:
+        del vae.decode
+
+
 def _one_number_format(family: Family) -> torch.autocast:
     """Autocast where text encoders and denoiser are kept in different number formats.
 
@@ -107,7 +131,8 @@ def _one_number_format(family: Family) -> torch.autocast:
     denoiser = family.pipeline.components[family.denoiser_name]
     formats = {module.dtype for module in (denoiser, *encoders)}
     narrowest = min(formats, key=lambda dtype: dtype.itemsize)
-    return torch.autocast(denoiser.device.type, narrowest, enabled=len(formats) > 1)
+    device = family.pipeline._execution_device
+    return torch.autocast(device.type, narrowest, enabled=len(formats) > 1)
 
 
 def _check(values: torch.Tensor, message: str, remedy: str) -> None:
@@ -116,6 +141,6 @@ def _check(values: torch.Tensor, message: str, remedy: str) -> None:
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [-1, 1] as a picture of 8 bits a channel."""
-    scaled = ((pixels + 1) * 127.5).round().to(torch.uint8)
+    """Pixels (3, H, W) in [0, 1] as a picture of 8 bits a channel."""
+    scaled = (pixels.float() * 255).round().to(torch.uint8)
     return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).cpu().numpy()))

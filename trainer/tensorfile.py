@@ -31,20 +31,26 @@ _DTYPES = {
 }
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, durably and with deterministic bytes.
+def write(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a safetensors file, durably and with deterministic bytes, a tensor at a time.
 
     Args:
         path: where to; replaced in one step.
         tensors: name to tensor, on any device, of any stride.
         metadata: strings for the header's `__metadata__`.
+        dtype: number format of floating-point tensors. None: their own.
     """
-    write_chunks(path, _chunks(tensors, metadata))
+    write_chunks(path, _chunks(tensors, metadata, dtype))
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes that `write` would put into a file."""
-    return b"".join(_chunks(tensors, metadata))
+    return b"".join(_chunks(tensors, metadata, None))
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -67,16 +73,22 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def _chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> Iterator[bytes]:
+    formats = {
+        name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
     # Wide types first, as the library does, so that every tensor stays aligned to its type.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-formats[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in names:
         tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.numel() * formats[name].itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": _DTYPES[formats[name]],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -85,7 +97,7 @@ def _chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        yield _raw(tensors[name])
+        yield _raw(tensors[name].detach().to(formats[name]))
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import adapters, tokens
 from trainer.config import Note, OptimConfig, TrainingConfig
 from trainer.encoding import tokenizer_of
-from trainer.families.base import Family
+from trainer.families.base import Family, adapted_encoders, token_encoders
 from trainer.optim import ParameterGroup
 from trainer.schedule import Part
 from trainer.tokens import NewTokens, TokenNames
@@ -120,7 +121,7 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
     """
     denoiser_name, denoiser = family.denoiser_name, family.denoiser
     new_tokens: dict[str, NewTokens] = {}
-    for name in family.text_encoder_names if names else ():
+    for name in token_encoders(family) if names else ():
         assert names is not None
         new_tokens[name] = tokens.add_new_tokens(
             family.pipeline.components[name],
@@ -131,13 +132,13 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
         )
     text_encoders = {
         name: family.pipeline.components[name]
-        for name in family.text_encoder_names
+        for name in adapted_encoders(family)
         if config.adapter.train_text_encoder
     }
     if config.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         for name in dict.fromkeys([*text_encoders, *new_tokens]):
-            _enable_gradient_checkpointing(family.pipeline.components[name])
+            recompute_activations(family.pipeline.components[name])
     notes = [*_make_trainable(config, denoiser_name, denoiser, is_text=False)]
     for name, text_encoder in text_encoders.items():
         notes += _make_trainable(config, name, text_encoder, is_text=True)
@@ -179,7 +180,15 @@ def _learning(module: torch.nn.Module) -> tuple[torch.nn.Parameter, ...]:
     return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _enable_gradient_checkpointing(text_encoder: Any) -> None:
-    # transformers recomputes in training mode only.
-    text_encoder.activation_checkpointing_enable({"use_reentrant": False})
-    text_encoder.train()
+def recompute_activations(text_encoder: Any, **settings: bool) -> None:
+    """Lets a text encoder of transformers keep the inputs of its layers only.
+
+    Args:
+        text_encoder: changed in place.
+        settings: for `torch.utils.checkpoint`, beside its own.
+    """
+    text_encoder.activation_checkpointing_enable({"use_reentrant": False, **settings})
+    for module in text_encoder.modules():
+        # transformers recomputes in training mode only, which would wake dropout inside a layer.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

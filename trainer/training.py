@@ -27,6 +27,7 @@ from trainer.families.base import Family, LatentDistribution
 from trainer.job import RunFolder
 from trainer.schedule import Part, Schedule
 from trainer.trainables import Trainables
+from trainer.updates import Updates
 
 # Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
 _MOST_ATTEMPTS = 24
@@ -87,15 +88,24 @@ class Training:
         self.pictures = encodings.pictures
         self.base_contents = base_contents
         self.step = 0
+        self.last_checkpoint: int | None = None
         self.losses: list[float] = []
-        self.objective = family.objective_class.from_scheduler(family.pipeline.scheduler)
+        self.objective = family.objective_class.from_scheduler(
+            family.pipeline.scheduler, config.loss
+        )
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
         self.parameters = trainables.of(trainables.parameters)
         self._spread_denoiser = accelerator.prepare_model(self.denoiser)
         if self.pictures is None:
             family.pipeline.vae.to(accelerator.device)
-        self.optimizer = optim.build_optimizer(trainables.groups(config.optim), config.optim)
+        self.updates = Updates(
+            trainables.groups(config.optim),
+            config.optim,
+            seed=config.run.seed,
+            in_backward=config.optim.fused_backward and trainables.whole,
+        )
+        self.optimizer = self.updates.optimizer
         self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
         self.accelerated_optimizer = accelerator.prepare_optimizer(self.optimizer)
 
@@ -126,7 +136,7 @@ class Training:
 
         Raises:
             Interrupted: `stop` said so; the checkpoint of the last step is published.
-            NonFiniteError: loss or gradients are not finite; the weights are untouched.
+            NonFiniteError: loss, gradients or weights are not finite; checkpoints are untouched.
         """
         batches_of_steps = DataLoader(
             self.dataset,
@@ -165,8 +175,8 @@ class Training:
             optim.enter_phase(
                 self.optimizer,
                 self.config.optim,
-                frozen=self.trainables.of(earlier - parts),
-                staying=self.trainables.of(earlier & parts),
+                frozen=self.updates.learners(self.trainables.of(earlier - parts)),
+                staying=self.updates.learners(self.trainables.of(earlier & parts)),
             )
         if self.schedule.parts_at(0) != {"denoiser"} and parts != earlier:
             yield PhaseEvent(self.step, tuple(sorted(parts)), tuple(sorted(earlier - parts)))
@@ -219,6 +229,7 @@ class Training:
             NonFiniteError: the loss, or without a scaler the gradient, is not finite.
         """
         total = torch.zeros((), device=self.accelerator.device)
+        self.updates.begin(self.step)
         for batch in batches:
             last = batch is batches[-1]
             waiting = self.accelerator.no_sync(self.family.denoiser)
@@ -229,12 +240,18 @@ class Training:
         self._average_text_gradients()
         step_loss = float(self.accelerator.reduce(total, "mean"))
         self.accelerator.unscale_gradients(self.accelerated_optimizer)
-        grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
+        if self.updates.in_backward:
+            grad_norm = float(self.updates.norm())
+        else:
+            grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
         scaler = self.accelerator.scaler
         if not math.isfinite(step_loss) or (scaler is None and not math.isfinite(grad_norm)):
             raise self._non_finite(step_loss, grad_norm, batches)
-        self.accelerated_optimizer.step()
-        self.accelerated_optimizer.zero_grad(set_to_none=True)
+        if self.updates.is_piecewise:
+            self.updates.apply()
+        else:
+            self.accelerated_optimizer.step()
+            self.accelerated_optimizer.zero_grad(set_to_none=True)
         # With a scaler, gradients that overflowed change nothing: the update is left out.
         return step_loss, grad_norm, math.isfinite(grad_norm)
 
@@ -249,6 +266,7 @@ class Training:
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
         text = self.text.of(batch.captions)
         geometry = {name: sizes.to(device) for name, sizes in batch.geometry.items()}
+        geometry["guidance"] = torch.full((len(latents),), settings.guidance_scale, device=device)
         prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
         return loss.diffusion_loss(
             prediction,
@@ -279,11 +297,15 @@ class Training:
         return encoding.encode(self.family, batch.pixels.to(device), names)
 
     def _timesteps(self, batch: Batch) -> torch.Tensor:
+        # All pictures of a batch have one size.
+        height, width = batch.geometry["target_size"][0].tolist()
+        side = self.family.pipeline.vae_scale_factor
         return self.objective.sample_timesteps(
             self.config.run.seed,
             batch.positions,
             minimum=self.config.loss.min_timestep_trained,
             maximum=self.config.loss.max_timestep_trained,
+            latent_size=(height // side, width // side),
         )
 
     def _non_finite(
@@ -291,11 +313,27 @@ class Training:
     ) -> NonFiniteError:
         names = [self.dataset.examples[n].name for batch in batches for n in batch.numbers]
         timesteps = [int(t) for batch in batches for t in self._timesteps(batch)]
-        return NonFiniteError(
+        what = (
             f"loss {step_loss}, gradient norm {grad_norm} in step {self.step + 1} "
-            f"(pictures {', '.join(names)}; timesteps {timesteps}); the weights are untouched",
+            f"(pictures {', '.join(names)}; timesteps {timesteps})"
+        )
+        if self.updates.in_backward:
+            # What was updated before the value came up cannot be taken back.
+            return NonFiniteError(
+                f"{what}; with `fused_backward` weights are changed by then",
+                f"the same command goes on {self._last_safe()}; if it ends here again, lower "
+                "learning_rate, with another --output",
+            )
+        return NonFiniteError(
+            f"{what}; the weights are untouched",
             "lower learning_rate, or set mixed_precision: bf16 or no; checkpoints are kept",
         )
+
+    def _last_safe(self) -> str:
+        """From where a run whose weights are spoilt goes on, in words."""
+        if self.last_checkpoint is None:
+            return "from the start, as there is no checkpoint yet"
+        return f"from the last checkpoint, step {self.last_checkpoint}"
 
     def _any_process(self, flag: bool) -> bool:
         """Whether any process raises the flag: all of them must leave the loop at one step."""
@@ -317,6 +355,11 @@ class Training:
         return identity(self.config, self.accelerator) | contents
 
     def _publish(self, folder: RunFolder) -> Iterator[Event]:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise NonFiniteError(
+                f"weights are not finite after step {self.step}; no checkpoint is made of them",
+                f"lower learning_rate; the same command goes on {self._last_safe()}",
+            )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             path = checkpoint.publish(
@@ -339,6 +382,7 @@ class Training:
                 keep=self.config.run.checkpoints_total_limit,
             )
             yield CheckpointEvent(self.step, path.relative_to(folder.root).as_posix())
+        self.last_checkpoint = self.step
         self.accelerator.wait_for_everyone()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -352,4 +396,4 @@ class Training:
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.losses = list(saved.state["losses"])
-        self.step = saved.step
+        self.step = self.last_checkpoint = saved.step

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 
 from trainer.config import ModelConfig, Note
 from trainer.errors import InputError
@@ -24,8 +24,9 @@ _LATENT_SPACE = (
     "shift_factor",
     "latents_mean",
     "latents_std",
+    "batch_norm_eps",
 )
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_COUNTER = ".num_batches_tracked"
 # Prefix of the VAE's tensors in a whole checkpoint in the original layout.
 _ORIGINAL_PREFIX = "first_stage_model."
 _OWN = "set `vae_url: null` to use the base model's own VAE"
@@ -74,10 +75,11 @@ def load_vae(url: str, own: Source, dtype: torch.dtype) -> Any:
     Raises:
         InputError: files are missing or unreadable.
     """
+    vae_class = _class_of(own.read_json("vae/config.json"))
     with hub_errors("vae_url", url):
         if not _is_file(url):
-            return AutoencoderKL.from_pretrained(url, dtype=dtype, use_safetensors=True)
-        return AutoencoderKL.from_single_file(
+            return vae_class.from_pretrained(url, dtype=dtype, use_safetensors=True)
+        return vae_class.from_single_file(
             url,
             config=own.url,
             subfolder="vae",
@@ -85,6 +87,11 @@ def load_vae(url: str, own: Source, dtype: torch.dtype) -> Any:
             dtype=dtype,
             low_cpu_mem_usage=False,
         )
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The diffusers class that a VAE's configuration names."""
+    return getattr(diffusers, config["_class_name"])
 
 
 def _is_file(url: str) -> bool:
@@ -114,7 +121,7 @@ def _read_config(url: str, *, is_explicit: bool) -> dict[str, Any]:
 
 
 def _difference(other: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
-    defaults = inspect.signature(AutoencoderKL).parameters
+    defaults = inspect.signature(_class_of(own)).parameters
     for fact in ("_class_name", *_LATENT_SPACE):
         default = defaults[fact].default if fact in defaults else None
         theirs, ours = other.get(fact, default), own.get(fact, default)
@@ -133,7 +140,7 @@ def _check_file(path: Path, own: Mapping[str, Any]) -> None:
     if entrance is None:
         raise InputError.of("vae_url", f"`{path}` holds no VAE", f"give one, or {_OWN}")
     with torch.device("meta"):
-        expected = AutoencoderKL.from_config(dict(own)).state_dict()
+        expected = _class_of(own).from_config(dict(own)).state_dict()
     wanted = expected["decoder.conv_in.weight"].shape[1]
     if entrance[1] != wanted:
         raise InputError.of(
@@ -141,7 +148,14 @@ def _check_file(path: Path, own: Mapping[str, Any]) -> None:
             f"`{path}` has {entrance[1]} latent channels, the base model's own VAE has {wanted}",
             _OWN,
         )
-    found = {name: math.prod(shape) for name, shape in shapes.items() if name.startswith(_PARTS)}
+    # How often statistics were taken is no weight, and not in every file.
+    expected = {name: t for name, t in expected.items() if not name.endswith(_COUNTER)}
+    parts = tuple({f"{name.partition('.')[0]}." for name in expected})
+    found = {
+        name: math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith(parts) and not name.endswith(_COUNTER)
+    }
     numbers = sum(tensor.numel() for tensor in expected.values())
     in_diffusers_layout = any(name.startswith("encoder.down_blocks.") for name in found)
     if sum(found.values()) != numbers or (in_diffusers_layout and found.keys() != expected.keys()):

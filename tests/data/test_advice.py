@@ -19,6 +19,7 @@ from trainer.data.advice import (
     angle_of,
     copies,
     distance_of,
+    recommended_size,
     twins,
 )
 from trainer.images.faces import Face
@@ -130,6 +131,27 @@ def test_without_a_trained_size_pictures_are_compared_with_the_guides() -> None:
 
     assert (found.level, found.advice) == ("look", "1024x1024 or larger")
     assert found.found.startswith("1 of 1 smaller than 1024x1024; the smallest is `0.jpg`")
+
+
+@pytest.mark.parametrize(
+    ("priority", "found", "advice"),
+    [
+        # BFL's largest is a megapixel; `speed` trains half of a side.
+        ("speed", "all large enough", "512x512 or larger"),
+        ("quality", "2 of 2 smaller than 1024x1024", "1024x1024 or larger"),
+        ("high_res_only", "2 of 2 smaller than 1024x1024", "1024x1024 or larger"),
+        (None, "2 of 2 smaller than 1024x1024", "1024x1024 or larger"),
+    ],
+)
+def test_pictures_should_be_as_large_as_the_largest_that_a_priority_trains(
+    priority: str | None, found: str, advice: str
+) -> None:
+    recommended = recommended_size(priority)
+    small = [replace(one, size=(512, 600), recommended=recommended) for one in plain(2)]
+
+    told = line(advise(small), "resolution")
+
+    assert (told.found.partition(";")[0], told.advice) == (found, advice)
 
 
 def test_a_blurred_picture_is_named() -> None:

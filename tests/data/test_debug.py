@@ -77,7 +77,10 @@ def test_they_come_in_the_order_of_positions_with_the_class_picture_behind(
 def test_a_class_picture_is_of_the_concept_of_the_picture_beside_it(tmp_path: Path) -> None:
     examples = grid_examples(tmp_path, 4, height=64, width=64, num_class_images=1)
     # Both concepts share the class picture.
-    portions = [Portion(numbers, class_images=(4,)) for numbers in ((0, 3), (1, 2))]
+    portions = [
+        Portion(numbers, class_images=(4,), concept=concept)
+        for concept, numbers in enumerate(((0, 3), (1, 2)), start=1)
+    ]
     still = DataConfig()
     dataset = Dataset(examples, plan_of(*portions, batch_size=3), still, with_pixels=True)
 
@@ -102,7 +105,10 @@ def test_class_pictures_of_other_sizes_come_behind_theirs_with_their_concept(
     # Both concepts have two tall pictures; the class they share has one wide one.
     examples = (*tall_ones, wide_ones[4])
     sizes = (tall, tall, tall, tall, wide)
-    portions = [Portion(numbers, class_images=(4,)) for numbers in ((0, 3), (1, 2))]
+    portions = [
+        Portion(numbers, class_images=(4,), concept=concept)
+        for concept, numbers in enumerate(((0, 3), (1, 2)), start=1)
+    ]
     plan = plan_of(*portions, batch_size=2, num_processes=2, sizes=sizes)
     dataset = Dataset(examples, plan, DataConfig(), with_pixels=True)
 

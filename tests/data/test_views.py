@@ -151,7 +151,7 @@ def test_faces_are_told_in_pixels_of_the_whole_picture_and_of_the_trained_scale(
 
     assert view.faces == (FACE,)
     # 128 rows become 64.
-    assert [face.box for face in view.faces_at_scale()] == [(50, 30, 20, 20)]
+    assert [face.box for face in view.faces_at(view.size)] == [(50, 30, 20, 20)]
 
 
 def test_faces_are_sought_in_a_smaller_copy_of_a_large_picture(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_picture_is_cut_to_a_square_around_its_largest_face(tmp_path: Path) ->
     view = rendering.view
     assert (view.region, view.original_size) == ((80, 40, 80, 80), (80, 80))
     assert (view.picture_size, view.size) == ((200, 256), (64, 64))
-    assert [face.box for face in view.faces_at_scale()] == [(16, 16, 32, 32)]
+    assert [face.box for face in view.faces_at(view.size)] == [(16, 16, 32, 32)]
     red, green, _ = rendering.image().getpixel((0, 0))
     assert (abs(red - 80) <= 1, abs(green - 40) <= 1) == (True, True)
 

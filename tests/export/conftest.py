@@ -13,9 +13,16 @@ from trainer.export.facts import TrainingFacts
 
 
 @pytest.fixture(scope="session")
-def trained(sd15_folder: Path, sdxl_folder: Path) -> Callable[..., TrainedAdapter]:
+def trained(
+    sd15_folder: Path, sdxl_folder: Path, flux_folder: Path, flux2_folder: Path
+) -> Callable[..., TrainedAdapter]:
     """`train` for a family by name, remembered by its arguments."""
-    folders = {"sd15": sd15_folder, "sdxl": sdxl_folder}
+    folders = {
+        "sd15": sd15_folder,
+        "sdxl": sdxl_folder,
+        "flux": flux_folder,
+        "flux2": flux2_folder,
+    }
 
     @cache
     def remembered(family: str, algorithm: str = "lora", **options: object) -> TrainedAdapter:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from checking import run_verification
 from peft.tuners.tuners_utils import BaseTunerLayer
-from trained_adapters import SD15, TrainedAdapter
+from trained_adapters import SD15, TABLES, TrainedAdapter
 
 from trainer.export.card import model_card
 from trainer.export.card_loading import CardFile
@@ -24,6 +24,7 @@ from trainer.export.facts import TrainingFacts
 from trainer.export.full import write_denoiser, write_text_encoder
 from trainer.export.state import Strength
 from trainer.export.verify import Check
+from trainer.stages import drained
 
 FEW = ("attn2.to_k", "attn2.to_v", "conv1")
 FILES = [
@@ -169,25 +170,42 @@ def test_the_card_holds_no_place_and_is_the_same_every_time(
     assert "private" not in cards.pop()
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "lokr", "loha"])
+@pytest.mark.parametrize(
+    ("family", "algorithm"),
+    [
+        *(("sd15", each) for each in ("lora", "lokr", "loha")),
+        *((family, each) for family in ("flux", "flux2") for each in ("lora", "lokr", "loha")),
+    ],
+)
 def test_the_cards_code_loads_the_adapter(
+    family: str,
     algorithm: str,
     trained: Callable[..., TrainedAdapter],
     facts: TrainingFacts,
-    sd15_folder: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    adapter = trained("sd15", algorithm, targets=FEW, alpha=2)
+    folder = request.getfixturevalue(f"{family}_folder")
+    targets = FEW if family == "sd15" else ("to_k", "to_v", "linear_in")
+    adapter = trained(family, algorithm, targets=targets, alpha=2)
     write_diffusers(tmp_path / FILE_NAME, adapter.state, torch.float32)
-    here = replace(facts, base_model=sd15_folder.name)
+    here = replace(facts, base_model=folder.name)
     card = model_card(
-        here, FILES, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=adapter.state
+        here,
+        FILES,
+        [],
+        pipeline_class=type(adapter.base).__name__,
+        names=adapter.names,
+        state=adapter.state,
     )
     monkeypatch.chdir(tmp_path)
 
-    pipeline = _run(card, sd15_folder)
+    pipeline = _run(card, folder)
 
+    # diffusers 0.42.1: `load_lora_weights` has LoKr for FLUX.2, and LoHa for nothing.
+    is_stock = algorithm == "lora" or (family, algorithm) == ("flux2", "lokr")
+    assert ("load_lora_weights(" in card) is is_stock
     adapted = 0
     for component, layers in adapter.weights.items():
         for name, module in pipeline.components[component].named_modules():
@@ -196,6 +214,46 @@ def test_the_cards_code_loads_the_adapter(
                 torch.testing.assert_close(module.get_base_layer().weight.data, layers[name])
                 adapted += 1
     assert adapted == sum(map(len, adapter.weights.values()))
+
+
+@pytest.mark.parametrize(
+    ("family", "files", "section", "place"),
+    [
+        ("sd15", "ComfyUI, A1111, Forge, sd-scripts and LyCORIS", "ComfyUI, A1111 and Forge", 2),
+        ("flux", "ComfyUI, Forge, sd-scripts and LyCORIS", "ComfyUI and Forge", 2),
+        ("flux2", "ComfyUI, musubi-tuner and LyCORIS", "ComfyUI", 1),
+    ],
+)
+def test_the_card_names_programs_that_read_the_family(
+    family: str, files: str, section: str, place: int, facts: TrainingFacts
+) -> None:
+    card = model_card(facts, FILES, [], pipeline_class="A", names=TABLES[family], state=None)
+
+    assert f"- `astronaut.safetensors`: the adapter for {files}\n" in card
+    assert f"## Loading in {section}\n" in card
+    [line] = [line for line in card.splitlines() if line.startswith("Put `astronaut.")]
+    assert line.count("`models/") == place
+    assert ("A1111" in card) is (family == "sd15")
+
+
+def test_the_card_says_what_was_in_few_bits_while_it_learnt(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts
+) -> None:
+    settings = {"quantization": "nf4", "weights_dtype": "bf16"}
+    few = replace(facts, settings=settings)
+    none = replace(facts, settings={"quantization": "none", "weights_dtype": "fp32"})
+    state = trained("sd15", targets=FEW).state
+
+    adapter, full, plain, wide = (
+        model_card(each, [], [], pipeline_class="A", names=SD15, state=what)
+        for each, what in [(few, state), (few, None), (none, state), (none, None)]
+    )
+
+    assert "was kept in `nf4` while the adapter learnt" in adapter
+    assert "bf16" not in adapter
+    assert "learnt in bf16" in full
+    assert "nf4" not in full
+    assert not [card for card in (plain, wide) if " learnt" in card]
 
 
 def test_the_cards_code_loads_a_whole_denoiser(
@@ -221,8 +279,10 @@ def test_the_cards_code_loads_a_whole_denoiser(
     assert all(torch.equal(found[name], changed[name]) for name in changed)
 
 
-@pytest.mark.parametrize("pooling", ["diffusers", "eos"])
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("sd15", "diffusers"), ("sd15", "eos"), ("sdxl", "eos"), ("flux", "eos")],
+)
 def test_the_cards_code_loads_adapter_and_new_tokens(
     family: str,
     pooling: str,
@@ -233,10 +293,10 @@ def test_the_cards_code_loads_adapter_and_new_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = request.getfixturevalue(f"{family}_folder")
-    adapter = trained(family, targets=FEW)
+    adapter = trained(family, targets=FEW if family != "flux" else ("to_k", "to_v"))
     here = replace(_with_tokens(facts, pooling), base_model=folder.name)
     rows = {
-        component: torch.randn(2, adapter.base.components[component].config.hidden_size)
+        component: torch.randn(2, _width(adapter.base.components[component]))
         for component in adapter.names.embedding_keys
     }
     write_diffusers(tmp_path / FILE_NAME, adapter.state, torch.float32)
@@ -256,10 +316,31 @@ def test_the_cards_code_loads_adapter_and_new_tokens(
         encoder = pipeline.components[component]
         ids = tokenizer.convert_tokens_to_ids(["<s0>", "<s1>"])
         assert torch.equal(encoder.get_input_embeddings().weight[ids], expected)
-        if pooling == "eos":
+        if pooling == "eos" and "CLIP" in type(encoder).__name__:
             assert _pooled_id(encoder) == tokenizer.eos_token_id
-    assert any(isinstance(module, BaseTunerLayer) for module in pipeline.unet.modules())
+    denoiser = pipeline.components[adapter.names.denoiser]
+    assert any(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
     assert 'pipe("a \\"<s0><s1>\\" portrait: in space")' in card
+
+
+def test_new_tokens_of_t5_are_for_interfaces_that_know_them(facts: TrainingFacts) -> None:
+    files = [
+        CardFile("embeddings", "astronaut_emb.safetensors"),
+        CardFile("token_embedding", "astronaut_TOK.safetensors"),
+    ]
+    with_tokens = _with_tokens(facts, "diffusers")
+
+    card = model_card(with_tokens, files, [], pipeline_class="A", names=TABLES["flux"], state=None)
+
+    # Forge's engine for T5 looks up no embeddings; ComfyUI's tokenizer has the key `t5xxl`.
+    (row,) = [line for line in card.splitlines() if line.startswith("| `TOK`")]
+    assert row.endswith("| `astronaut_TOK.safetensors` | `embedding:astronaut_TOK` |")
+    assert "`clip_l` for `text_encoder` and `t5xxl` for `text_encoder_2`" in card
+    assert "Forge" not in card
+
+
+def _width(encoder: torch.nn.Module) -> int:
+    return encoder.get_input_embeddings().weight.shape[1]
 
 
 def _with_tokens(facts: TrainingFacts, pooling: str) -> TrainingFacts:
@@ -411,7 +492,7 @@ def test_the_cards_code_loads_whole_text_encoders(
 def test_the_card_says_what_an_extracted_lora_misses(facts: TrainingFacts) -> None:
     base = {"a.weight": torch.zeros(4, 4), "a.bias": torch.zeros(4)}
     after = {"a.weight": torch.eye(4), "a.bias": torch.tensor([1.0, 0, 0, 0])}
-    extraction = extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=3)
+    extraction = drained(extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=3))
     files = [
         CardFile("denoiser_weights", "unet/diffusion_pytorch_model.safetensors"),
         *FILES[:2],
@@ -446,7 +527,7 @@ def test_the_card_says_when_there_was_nothing_to_extract(facts: TrainingFacts) -
         pipeline_class="StableDiffusionPipeline",
         names=SD15,
         state=None,
-        extraction=extract(base, base, {"unet": {"a"}}, rank=3),
+        extraction=drained(extract(base, base, {"unet": {"a"}}, rank=3)),
     )
 
     assert "There is none: no layer changed." in card

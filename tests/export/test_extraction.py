@@ -13,6 +13,8 @@ from torch import Tensor
 from trained_adapters import TABLES, TrainedAdapter
 
 from trainer.adapters import adaptable_layers
+from trainer.events import StageEvent
+from trainer.export import extraction
 from trainer.export.diffusers import METADATA_KEY, write_diffusers
 from trainer.export.extraction import (
     Extraction,
@@ -24,6 +26,7 @@ from trainer.export.facts import TrainingFacts
 from trainer.export.kohya import write_kohya
 from trainer.export.readers import metadata_of
 from trainer.export.verify import WrittenFile
+from trainer.stages import drained
 
 SHAPES = {
     "tall": (24, 9),
@@ -51,7 +54,7 @@ def product(extraction: Extraction, name: str) -> Tensor:
 
 
 def extracted(base: dict[str, Tensor], after: dict[str, Tensor], rank: int) -> Extraction:
-    return extract({"unet": base}, {"unet": after}, {"unet": SHAPES}, rank=rank)
+    return drained(extract({"unet": base}, {"unet": after}, {"unet": SHAPES}, rank=rank))
 
 
 def test_a_change_of_at_most_this_rank_comes_back_exactly() -> None:
@@ -88,6 +91,55 @@ def test_what_is_lost_is_the_tail_of_the_singular_values(rank: int) -> None:
         assert layer.captured == pytest.approx(
             float(squares[:rank].sum() / squares.sum()), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("shape", [(150, 400), (400, 150), (160, 40, 3, 3)])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_layer_too_wide_to_decompose_gets_nearly_the_best_product_and_an_exact_residual(
+    shape: tuple[int, ...], decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "_EXACT_UP_TO", 64)
+    generator = torch.Generator().manual_seed(6)
+    base = torch.randn(shape, generator=generator)
+    # Noise alone, whose singular values hardly fall, and with values that fall as a power.
+    change = torch.randn(shape, generator=generator)
+    for number in range(1, 20):
+        change += 30 * decay * number**-1.5 * of_rank(1, shape, generator)
+    after = base + 1e-3 * change
+    change = (after - base).flatten(1).double()
+
+    found = drained(
+        extract(
+            {"unet": {"a.weight": base}}, {"unet": {"a.weight": after}}, {"unet": {"a"}}, rank=8
+        )
+    )
+
+    factors = found.state.layers()["unet", "a"]
+    made = factors["lora_B"].double().flatten(1) @ factors["lora_A"].double().flatten(1)
+    (layer,) = found.layers
+    # A second implementation: the singular values in 64 bits.
+    tail = float((torch.linalg.svdvals(change)[8:] ** 2).sum())
+    assert layer.lost**2 == pytest.approx(float((change - made).norm()) ** 2, rel=1e-5)
+    assert layer.change == pytest.approx(float(change.norm()), rel=1e-9)
+    assert tail * (1 - 1e-6) <= layer.lost**2 <= tail * 1.01
+
+
+def test_a_wide_layers_change_of_low_rank_comes_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "_EXACT_UP_TO", 64)
+    generator = torch.Generator().manual_seed(7)
+    base = {"a.weight": torch.zeros(120, 300)}
+    after = {"a.weight": of_rank(3, (120, 300), generator)}
+    found = drained(extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=8))
+    assert [layer.rank for layer in found.layers] == [3]
+    assert found.residual < 1e-6
+
+
+def test_extraction_tells_how_far_it_is() -> None:
+    tensors = {"unet": {f"{name}.weight": torch.ones(2, 2) for name in "abc"}}
+    told = list(extract(tensors, tensors, {"unet": set("abc")}, rank=1))
+    assert [(e.stage, e.done, e.total) for e in told if isinstance(e, StageEvent)] == [
+        ("extract", number, 3) for number in (1, 2, 3)
+    ]
 
 
 def test_the_residual_of_all_layers_is_that_of_their_common_change() -> None:
@@ -151,7 +203,7 @@ def test_norms_biases_and_embeddings_are_told_with_their_share() -> None:
         "table.weight": torch.zeros(2, 2),
     }
 
-    found = extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=3)
+    found = drained(extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=3))
 
     assert found.left_out == {"unet.a.bias": 1.0}
     # By hand: four ones in the layer, of which three stay, and one in the bias.
@@ -165,7 +217,7 @@ def test_both_factors_share_the_size_of_the_change() -> None:
     # Too small for 16-bit numbers if one factor had all of it: their smallest is 6e-8.
     after = {"a.weight": 1e-7 * torch.randn(8, 8, generator=torch.Generator().manual_seed(6))}
 
-    found = extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=8)
+    found = drained(extract({"unet": base}, {"unet": after}, {"unet": {"a"}}, rank=8))
 
     factors = found.state.layers()["unet", "a"]
     up, down = factors["lora_B"], factors["lora_A"]
@@ -187,7 +239,7 @@ def fully_trained(adapter: TrainedAdapter) -> tuple[Weights, Weights, Extraction
         for component, parameters in base.items()
     }
     layers = {component: adaptable_layers(model) for component, model in models.items()}
-    return base, after, extract(base, after, layers, rank=6)
+    return base, after, drained(extract(base, after, layers, rank=6))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ JUDGES = (
     *("whole_readers", "embedding_readers"),
 )
 JUDGED = {
-    *(f"export.{name}" for name in ("kohya", "diffusers", "state", "full", "read")),
+    *(f"export.{name}" for name in ("kohya", "diffusers", "state", "full", "read", "fusing")),
     *(f"export.{name}" for name in ("embeddings", "extraction")),
     *("adapters", "loss", "objectives", "training", "results"),
 }

@@ -61,6 +61,23 @@ def test_text_encoders_of_their_own_strength_have_the_same_alpha(
     }
 
 
+def test_the_header_keeps_the_trained_rank_of_layers_that_are_one_in_the_file(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
+) -> None:
+    adapter = trained("flux", "loha", alpha=2, targets=("to_q", "to_k", "to_v"))
+
+    write_kohya(tmp_path / "a", adapter.state, adapter.names, facts, torch.float32)
+
+    header = metadata_of(tmp_path / "a")
+    args = json.loads(header["ss_network_args"])
+    # Three parts of rank 4.
+    assert (header["ss_network_dim"], args["trained_dim"], args["trained_alpha"]) == (
+        "12",
+        "4",
+        "2",
+    )
+
+
 @pytest.mark.parametrize("algorithm", ["lokr", "loha"])
 def test_layers_that_lycoris_merges_have_their_own_rank_as_alpha(
     algorithm: str, trained: Callable[..., TrainedAdapter]

@@ -36,8 +36,7 @@ def assert_same(found: AdapterState, expected: AdapterState) -> None:
             assert torch.equal(tensor.flatten(), wanted[layer][part].flatten()), (layer, part)
 
 
-@pytest.mark.parametrize("alpha", [4, 2, 3])
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(("family", "alpha"), [("sd15", 4), ("sd15", 2), ("sdxl", 3)])
 @pytest.mark.parametrize(("algorithm", "options"), KINDS)
 def test_round_trips_return_the_same_bits(
     algorithm: str,
@@ -63,16 +62,14 @@ def test_round_trips_return_the_same_bits(
         assert first.read_bytes() == last.read_bytes()
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize(("algorithm", "options"), KINDS)
 def test_text_encoders_of_their_own_strength_come_back(
     algorithm: str,
     options: dict[str, bool],
-    family: str,
     trained: Callable[..., TrainedAdapter],
     tmp_path: Path,
 ) -> None:
-    adapter = trained(family, algorithm, alpha=2, text=Strength(2, 8.0), **options)
+    adapter = trained("sdxl", algorithm, alpha=2, text=Strength(2, 8.0), **options)
     first, kohya, last = (tmp_path / name for name in ("a.safetensors", "b.sft", "c.sft"))
     write_diffusers(first, adapter.state, torch.float32)
 
@@ -129,9 +126,16 @@ def test_mixed_alphas_of_another_program_are_folded_layer_by_layer(tmp_path: Pat
         ({"r": 4, "lora_alpha": 2}, 0.5),
         ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"to_q": 16}}, 4.0),
         ({"r": 4, "lora_alpha": 2, "use_rslora": True}, 1.0),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"attn[12].to_q": 16}}, 4.0),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"q": 16}}, 0.5),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"^to_q": 16}}, 0.5),
+        ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"^down_blocks.0.+to_q": 16}}, 4.0),
         (None, 1.0),
     ],
-    ids=["alpha", "pattern", "rank-stabilised", "no header"],
+    ids=[
+        *("alpha", "pattern", "rank-stabilised", "expression", "part of a step"),
+        *("whole path of another", "whole path", "no header"),
+    ],
 )
 def test_a_diffusers_files_scale_stands_in_its_header(
     header: dict[str, object] | None, scale: float, tmp_path: Path
@@ -149,6 +153,44 @@ def test_a_diffusers_files_scale_stands_in_its_header(
 
     up = state.components["unet"][f"{layer.removeprefix('unet.')}.lora_B.weight"]
     assert float(up[0, 0]) == scale
+
+
+@pytest.mark.parametrize("key", ["^encoder.q_proj", "^text_model.encoder.q_proj"])
+def test_a_whole_path_of_a_text_encoder_may_have_either_spelling(key: str, tmp_path: Path) -> None:
+    layer = "text_encoder.text_model.encoder.q_proj"
+    tensors = {
+        f"{layer}.lora_A.weight": torch.ones(4, 6),
+        f"{layer}.lora_B.weight": torch.ones(6, 4),
+    }
+    header = {"text_encoder.r": 4, "text_encoder.alpha_pattern": {key: 16}}
+    tensorfile.write(tmp_path / "a", tensors, {METADATA_KEY: json.dumps(header)})
+
+    [parts] = read_adapter(tmp_path / "a", TABLES).layers().values()
+
+    assert float(parts["lora_B"][0, 0]) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4, "rank_pattern": {"to_q": 2}}, "the header says 2"),
+        ({"r": 8, "lora_alpha": 8}, "the header says 8"),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"(": 2}}, "no expression for layer names"),
+    ],
+    ids=["pattern", "usual rank", "no expression"],
+)
+def test_a_header_that_does_not_fit_the_tensors_is_refused(
+    header: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    tensors = {
+        "unet.to_q.lora_A.weight": torch.ones(4, 6),
+        "unet.to_q.lora_B.weight": torch.ones(6, 4),
+    }
+    flat = {f"unet.{key}": value for key, value in header.items()}
+    tensorfile.write(tmp_path / "a", tensors, {METADATA_KEY: json.dumps(flat)})
+
+    with pytest.raises(InputError, match=message):
+        read_adapter(tmp_path / "a", TABLES)
 
 
 def test_full_kronecker_factors_ignore_a_kohya_files_alpha(tmp_path: Path) -> None:
@@ -253,6 +295,21 @@ def test_a_header_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=METADATA_KEY):
         read_adapter(tmp_path / "a", TABLES)
+
+
+@pytest.mark.parametrize("component", ["base_model", "down_blocks", "vae"])
+def test_a_component_that_no_family_adapts_is_refused(component: str, tmp_path: Path) -> None:
+    tensors = {
+        f"{component}.a.lora_A.weight": torch.ones(1, 1),
+        f"{component}.a.lora_B.weight": torch.ones(1, 1),
+    }
+    tensorfile.write(tmp_path / "a", tensors, {})
+
+    with pytest.raises(InputError, match=f"`{component}` is no component") as refusal:
+        convert(tmp_path / "a", tmp_path / "b", "kohya", TABLES)
+
+    assert "text_encoder, text_encoder_2, transformer, unet" in str(refusal.value)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_lora_without_one_of_its_factors_is_refused(tmp_path: Path) -> None:

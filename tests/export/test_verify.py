@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checking import run_verification
-from diffusers import FluxPipeline, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from trained_adapters import TrainedAdapter
 
 from trainer.events import StageEvent, VerifyEvent
@@ -22,18 +22,28 @@ from trainer.export.kohya import write_kohya
 from trainer.export.state import MAGNITUDE, AdapterState, Strength, largest_ranks
 from trainer.names import KohyaNames
 
-# A few layers of every kind: what holds for them holds for all.
-FEW = ("attn1.to_q", "attn2.to_k", "to_out.0", "conv1")
+# A few layers of every kind: what holds for them holds for all, and readers take their time by
+# layer.
+FEW = (
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "mid_block.resnets.0.conv1",
+    "down_blocks.0.resnets.0.conv1",
+)
 
 ADAPTERS = {
     "lora": ("lora", {}),
     "lora with another alpha": ("lora", {"alpha": 2, "targets": FEW}),
-    "lora with mixed ranks": ("lora", {"rank": 8, "alpha": 8, "second_rank": 2}),
+    "lora with mixed ranks": (
+        "lora",
+        {"rank": 8, "alpha": 8, "second_rank": 2, "targets": ("to_k", "to_q")},
+    ),
     "lora with text encoders of their own strength": (
         "lora",
         {"alpha": 2, "text": Strength(3, 5.0), "targets": FEW},
     ),
-    "dora": ("lora", {"use_dora": True, "alpha": 2}),
+    "dora": ("lora", {"use_dora": True, "alpha": 2, "targets": FEW}),
     "dora with text encoders of their own strength": (
         "lora",
         {"use_dora": True, "alpha": 2, "text": Strength(8, 3.0), "targets": FEW},
@@ -55,6 +65,13 @@ ADAPTERS = {
     ),
     "loha with Tucker cores": ("loha", {"alpha": 2, "targets": FEW, "use_effective_conv2d": True}),
 }
+
+
+# Every kind on one family, and one of each algorithm on the other too: names and text encoders
+# are all that differs, and no algorithm has names of its own.
+CASES = [("sdxl", kind) for kind in ADAPTERS] + [
+    ("sd15", kind) for kind in ("lora", "dora", "lokr", "loha")
+]
 
 
 def write_all(
@@ -81,8 +98,7 @@ def write_all(
     return [*files, *(("peft_folder", path) for path in folders)]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_every_reader_gets_the_trained_weights_from_every_file(
     kind: str,
     family: str,
@@ -149,7 +165,7 @@ def test_a_reader_that_does_not_apply_is_never_called_passed(
 def test_verification_says_where_it_is_and_what_it_found(
     trained: Callable[..., TrainedAdapter], facts: TrainingFacts, tmp_path: Path
 ) -> None:
-    adapter = trained("sd15")
+    adapter = trained("sd15", targets=FEW)
     files = write_all(tmp_path, adapter, facts, torch.float32)
 
     checks, events = run_verification(tmp_path, files, adapter)
@@ -231,18 +247,17 @@ def test_a_fully_trained_denoiser_without_its_configuration_fails(
 def test_a_model_whose_original_names_are_unknown_is_not_checked(
     facts: TrainingFacts, tmp_path: Path
 ) -> None:
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
         num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
+        caption_projection_dim=32,
         pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
+        pos_embed_max_size=8,
     )
-    pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
+    pipeline = StableDiffusion3Pipeline(transformer, *[None] * 8)
     path = "transformer_blocks.0.attn.to_q"
     weight = transformer.get_submodule(path).weight.detach()
     factors = {
@@ -252,7 +267,13 @@ def test_a_model_whose_original_names_are_unknown_is_not_checked(
     strengths = {"transformer": Strength(2, 2.0)}
     state = AdapterState("lora", False, {"transformer": factors}, strengths)
     names = KohyaNames(
-        "lora_unet", {}, "flux1", "flux-1-dev", "bfl", {"transformer_blocks": "double"}
+        denoiser_prefix="lora_unet",
+        text_encoder_prefixes={},
+        base_model_version="sd3",
+        architecture="stable-diffusion-3",
+        implementation="",
+        denoiser="transformer",
+        layers={"transformer_blocks": "joint_blocks"},
     )
     file = tmp_path / "a.safetensors"
     write_kohya(file, state, names, facts, torch.float32)
@@ -262,7 +283,7 @@ def test_a_model_whose_original_names_are_unknown_is_not_checked(
     checks, _ = run_verification(tmp_path, [("kohya_lora", file)], adapter)
 
     found = {check.reader: (check.status, check.reason) for check in checks}
-    reason = "the original names of the layers of FluxTransformer2DModel cannot be worked out"
+    reason = "the original names of the layers of SD3Transformer2DModel cannot be worked out"
     assert found["lycoris"] == found["formula"] == ("not checked", reason)
 
 
@@ -315,7 +336,7 @@ def test_a_fully_trained_denoiser_with_a_fault_fails(
 def _fully_trained(
     trained: Callable[..., TrainedAdapter], root: Path, dtype: torch.dtype, fault: str = ""
 ) -> tuple[TrainedAdapter, list[tuple[str, Path]]]:
-    base = trained("sd15")
+    base = trained("sd15", targets=FEW)
     unet = base.fresh().unet
     torch.manual_seed(3)
     weights = {

@@ -14,9 +14,32 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trainer.export.state import AdapterState, Strength
+from trainer.families.flux import FAMILY as FLUX
+from trainer.families.flux2 import FAMILY as FLUX2
 from trainer.names import KohyaNames
 
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
+DENOISER_TARGETS = {
+    "sd15": UNET_TARGETS,
+    "sdxl": UNET_TARGETS,
+    "flux": [
+        *FLUX.target_modules,
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "proj_mlp",
+        "ff.net.2",
+    ],
+    "flux2": [
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"),
+        *(
+            "to_qkv_mlp_proj",
+            "single_transformer_blocks.0.attn.to_out",
+            "ff.linear_in",
+            "ff_context.linear_out",
+        ),
+    ],
+}
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -100,7 +123,7 @@ SDXL = KohyaNames(
     layers=sgm_layers(),
     embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 )
-TABLES = {"sd15": SD15, "sdxl": SDXL}
+TABLES = {"flux": FLUX.kohya, "flux2": FLUX2.kohya, "sd15": SD15, "sdxl": SDXL}
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ class TrainedAdapter:
 
     def fresh(self) -> Any:
         """An untouched pipeline, with models of its own where an adapter may go."""
-        return _copy(self.base, ("unet", *self.names.text_encoder_prefixes))
+        return _copy(self.base, (self.names.denoiser, *self.names.text_encoder_prefixes))
 
     def base_weight(self, component: str, path: str) -> torch.Tensor:
         """The weight of a layer before training."""
@@ -130,22 +153,26 @@ def train(
     rank: int = 4,
     alpha: float = 4,
     text: Strength | None = None,
-    targets: Sequence[str] = UNET_TARGETS,
+    targets: Sequence[str] | None = None,
     **options: Any,
 ) -> TrainedAdapter:
-    """A random adapter on the targets of a tiny pipeline's UNet and on all its text encoders.
+    """A random adapter on layers of a tiny pipeline's denoiser and of its text encoders.
 
     Args:
-        text: rank and alpha of the text encoders; None: those of the UNet.
+        text: rank and alpha of the text encoders; None: those of the denoiser.
+        targets: endings of the denoiser's layers; None: some of every kind.
     """
     base = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline = _copy(base, ("unet", *TABLES[family].text_encoder_prefixes))
+    denoiser = TABLES[family].denoiser
+    adapted = (denoiser, *TABLES[family].text_encoder_prefixes)
+    pipeline = _copy(base, adapted)
     torch.manual_seed(7)
     states, weights, strengths = {}, {}, {}
-    for component in ("unet", *TABLES[family].text_encoder_prefixes):
+    for component in adapted:
         model = pipeline.components[component]
-        wanted = list(targets) if component == "unet" else TEXT_TARGETS
-        is_text = component != "unet" and text is not None
+        ours = DENOISER_TARGETS[family] if targets is None else targets
+        wanted = list(ours) if component == denoiser else TEXT_TARGETS
+        is_text = component != denoiser and text is not None
         strength = strengths[component] = text if is_text else Strength(rank, alpha)
         peft.inject_adapter_in_model(
             _config(algorithm, strength, wanted, use_dora, dict(options)), model

@@ -1,12 +1,12 @@
-"""Pixels of latents: the inverse of what a VAE's configuration does to latents."""
+"""Pixels to latents and latents to tokens, against diffusers' own decoding and packing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 
-from trainer.families.base import latents_of, pixels_of
+from trainer.families.base import latents_of, packed, unpacked
 
 MEANS, DEVIATIONS = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 1.0]
 
@@ -18,28 +18,31 @@ def tiny_vae(**config: object) -> AutoencoderKL:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "undone"),
     [
-        {"scaling_factor": 0.13025},
-        {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-        {"scaling_factor": 0.5, "latents_mean": MEANS, "latents_std": DEVIATIONS},
+        ({"scaling_factor": 0.13025}, lambda z: z / 0.13025),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, lambda z: z / 0.3611 + 0.1159),
+        (
+            {"scaling_factor": 0.5, "latents_mean": MEANS, "latents_std": DEVIATIONS},
+            lambda z: (
+                z * torch.tensor(DEVIATIONS).view(1, 4, 1, 1) / 0.5
+                + torch.tensor(MEANS).view(1, 4, 1, 1)
+            ),
+        ),
     ],
 )
-def test_scale_and_shift_of_latents_are_undone(config: dict[str, object]) -> None:
+def test_latents_are_what_pipelines_undo_before_they_decode(config: dict, undone) -> None:  # type: ignore[no-untyped-def, type-arg]
     vae = tiny_vae(**config)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    expected = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-    torch.testing.assert_close(pixels_of(vae, latents_of(vae, pixels).mean), expected)
+    posterior = vae.encode(pixels).latent_dist
+    ours = latents_of(vae, pixels)
+    torch.testing.assert_close(undone(ours.mean), posterior.mean)
+    shift = undone(torch.zeros_like(ours.std))
+    torch.testing.assert_close(undone(ours.std) - shift, posterior.std)
 
 
-def test_pixels_are_clamped_and_in_32_bits_whatever_the_vae_is_in() -> None:
-    vae = tiny_vae(scaling_factor=0.1).to(torch.bfloat16)
-    vae.decoder.conv_out.bias.data.fill_(5)
-    pixels = pixels_of(vae, torch.zeros(1, 4, 8, 8, dtype=torch.float16))
-    assert pixels.dtype == torch.float32
-    assert torch.equal(pixels, torch.ones(1, 3, 8, 8))
-
-
-def test_what_is_not_finite_stays_so() -> None:
-    latents = torch.full((1, 4, 8, 8), torch.nan)
-    assert bool(pixels_of(tiny_vae(), latents).isnan().any())
+def test_latents_are_packed_into_tokens_as_flux_does_it() -> None:
+    latents = torch.arange(2 * 16 * 4 * 6).float().view(2, 16, 4, 6)
+    expected = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
+    assert torch.equal(packed(latents), expected)
+    assert torch.equal(unpacked(expected, latents), latents)

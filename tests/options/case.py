@@ -14,16 +14,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from options import onlookers
-from options.matrix import ADAPTER_FORMS, Leaves, Place, Row
+from options.matrix import ADAPTER_FORMS, Leaves, Own, Place, Row
 from options.probe import Delivery, Probe, deliver, probe
-from options.world import SIDE, World
+from options.world import OWN, SIDE, World
 from tiny import compose
 
 from trainer import base_model
 from trainer.base_model import BaseModel, Precision
 from trainer.config import ModelConfig, TrainingConfig
 from trainer.errors import InputError
-from trainer.families.base import Conditioning, Family
+from trainer.families.base import Conditioning, Family, adapted_encoders, token_encoders
 from trainer.resolve import Layer, resolve
 
 STEPS = 2
@@ -38,7 +38,7 @@ COMMON: Leaves = {
     "max_train_steps": 8,
     "learning_rate": 1e-3,
     "tensorboard": False,
-    "target_unet_modules": ["to_v", "conv1"],
+    "target_unet_modules": Own("layers"),
 }
 FULL = Precision(*[torch.float32] * 4)
 
@@ -53,6 +53,7 @@ class Lab:
     deliveries: dict[str, Delivery] = field(default_factory=dict, repr=False)
     pipelines: dict[str, Family] = field(default_factory=dict, repr=False)
     loaded: dict[tuple[str, Any], Any] = field(default_factory=dict, repr=False)
+    texts: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
     def folder(self) -> Path:
         """A new run folder."""
@@ -63,11 +64,14 @@ class Lab:
         """While this lasts, what was loaded of equal settings before is copied, not read again."""
         load, skeleton = base_model.load, base_model.skeleton
 
-        def copied(base: BaseModel, precision: Precision) -> Family:
-            name = base.settings.model_dump_json(), precision
+        def copied(base: BaseModel, precision: Precision, **named: Any) -> Family:
+            name = base.settings.model_dump_json(), (precision, repr(named))
             if name not in self.loaded:
-                self.loaded[name] = load(base, precision)
-            return copy.deepcopy(self.loaded[name])
+                self.loaded[name] = load(base, precision, **named)
+            family = copy.deepcopy(self.loaded[name])
+            if not adapted_encoders(family) and not token_encoders(family):
+                self._encode_once(family, repr(name))
+            return family
 
         def empty(base: BaseModel, component: str) -> torch.nn.Module:
             name = base.settings.model_dump_json(), component
@@ -77,6 +81,19 @@ class Lab:
 
         with patch.multiple(base_model, load=copied, skeleton=empty):
             yield
+
+    def _encode_once(self, family: Family, model: str) -> None:
+        """Keeps what text encoders that never learn say of captions: one has 28 layers."""
+        encode = family.encode_text
+
+        def remembered(captions: Sequence[str]) -> Conditioning:
+            name = f"{model} {torch.is_autocast_enabled('cpu')} {list(captions)}"
+            if name not in self.texts:
+                self.texts[name] = encode(captions)
+            return {part: states.clone() for part, states in self.texts[name].items()}
+
+        listening: Any = family
+        listening.encode_text = remembered
 
 
 @dataclass(frozen=True)
@@ -148,8 +165,12 @@ class Case:
 
     def encoded(self, captions: Sequence[str], place: str = "model") -> Conditioning:
         """The base model's conditioning of captions, one by one as an engine may keep them."""
-        with torch.no_grad():
-            rows = [self.pipeline(place).encode_text([caption]) for caption in captions]
+        names = [f"{self.family} {place} {caption}" for caption in captions]
+        for name, caption in zip(names, captions, strict=True):
+            if name not in self.lab.texts:
+                with torch.no_grad():
+                    self.lab.texts[name] = self.pipeline(place).encode_text([caption])
+        rows = [self.lab.texts[name] for name in names]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def is_refused(self, leaf: str, message: str) -> None:
@@ -173,7 +194,7 @@ class Case:
         """Asserts that the flip leaves every input, gradient and trained number as it was."""
         ours, theirs = self.before(), self.after()
         assert ours.names == theirs.names
-        assert ours.config.values() != theirs.config.values()
+        assert self.config().values() != self.config(self.row.flipped).values()
         for one, other in zip(ours.steps, theirs.steps, strict=True):
             for a, b in zip(one.passes, other.passes, strict=True):
                 same(a.tensors(), b.tensors())
@@ -195,6 +216,8 @@ class Case:
     def _filled(self, value: Any) -> Any:
         if isinstance(value, Place):
             return str(self.world.path(value.name))
+        if isinstance(value, Own):
+            return OWN[value.name][self.family]
         if isinstance(value, dict):
             return {name: self._filled(part) for name, part in value.items()}
         if isinstance(value, list):
@@ -207,6 +230,11 @@ def same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert different == []
+
+
+def chosen(tensors: Mapping[str, torch.Tensor], rows: Any) -> dict[str, torch.Tensor]:
+    """Some rows of every tensor."""
+    return {name: tensor[rows] for name, tensor in tensors.items()}
 
 
 def near(

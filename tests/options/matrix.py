@@ -6,8 +6,8 @@ there. How a training is watched stands in `options.probe`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # Where an effect can be seen. The written configuration, headers and logs are no such place.
@@ -19,8 +19,16 @@ from typing import Any, Literal
 #   files         which files a run leaves
 Observable = Literal["batch", "conditioning", "gradient", "step", "tensors", "files"]
 
-FAMILIES = ("sd15", "sdxl")
+# The kinds of family: a UNet learning DDPM, a transformer learning rectified flow.
+DDPM = ("sd15", "sdxl")
+FLOW = ("flux", "flux2")
+FAMILIES = (*DDPM, *FLOW)
+# Those whose text encoders can learn.
+WITH_TEXT = ("sd15", "sdxl", "flux")
 Leaves = Mapping[str, Any]
+
+# What the code behind a row knows of: the family; only its kind; neither of them.
+Knows = Literal["family", "kind", "nothing"]
 
 # The forms of an adapter, as leaves.
 ADAPTER_FORMS: Mapping[str, Leaves] = {
@@ -39,6 +47,13 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Own:
+    """A value that is another one in each family; see `options.world`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One statement about one leaf.
 
@@ -51,6 +66,7 @@ class Row:
         flipped: the leaves that make the second training another one.
         form: the adapter of both trainings, in `ADAPTER_FORMS`.
         families: those that it holds for.
+        knows: what the code behind it depends on.
     """
 
     leaf: str
@@ -61,6 +77,20 @@ class Row:
     flipped: Leaves = field(default_factory=dict)
     form: str = "lora"
     families: tuple[str, ...] = FAMILIES
+    knows: Knows = "family"
+
+    def runs_in(self, number: int) -> tuple[str, ...]:
+        """The families that it is run in where not every one is asked for.
+
+        Args:
+            number: its place among all rows; by it rows take turns with the families.
+        """
+        groups: list[Sequence[str]] = {
+            "family": [(name,) for name in self.families],
+            "kind": [[n for n in self.families if n in kind] for kind in (DDPM, FLOW)],
+            "nothing": [self.families],
+        }[self.knows]
+        return tuple(group[number % len(group)] for group in groups if group)
 
     @property
     def name(self) -> str:
@@ -98,6 +128,7 @@ def refused(
     base: Leaves | None = None,
     field_named: str = "",
     form: str = "lora",
+    families: tuple[str, ...] = FAMILIES,
 ) -> Row:
     """A row about an error that names the option before any model is loaded.
 
@@ -108,11 +139,49 @@ def refused(
     def shows(case: Any) -> None:
         case.is_refused(field_named or leaf, message)
 
-    return Row(leaf, f"is refused: {message}", shows, (), base or {}, flipped, form)
+    return Row(leaf, f"is refused: {message}", shows, (), base or {}, flipped, form, families)
+
+
+def meaningless(
+    leaf: str, value: Any, reason: str, *, families: tuple[str, ...], base: Leaves | None = None
+) -> list[Row]:
+    """Rows about an option that means nothing for some base models.
+
+    It is refused where somebody sets it, and noted as without effect where nobody does.
+
+    Args:
+        value: that somebody might give.
+        reason: what the run says.
+    """
+
+    def shows(case: Any) -> None:
+        assert not case.before().config.is_explicit(leaf)
+        assert case.before().ignored[leaf] == reason
+        assert case.before().config.resolved.ignored_options[leaf] == reason
+
+    message = f"means nothing here: {reason}"
+    return [
+        refused(leaf, {leaf: value}, message, base=base, families=families),
+        Row(leaf, f"by default: {reason}", shows, (), base or {}, families=families),
+    ]
+
+
+def knowing(what: Knows, rows: Iterable[Row], *, family: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """Rows whose code depends on no more than this, but for those of some leaves.
+
+    Args:
+        family: leaves whose rows depend on the family.
+    """
+    return tuple(row if row.leaf in family else replace(row, knows=what) for row in rows)
 
 
 def idle(
-    reason: str, *, base: Leaves | None = None, form: str = "lora", **flipped: Any
+    reason: str,
+    *,
+    base: Leaves | None = None,
+    form: str = "lora",
+    families: tuple[str, ...] = FAMILIES,
+    **flipped: Any,
 ) -> list[Row]:
     """Rows about options that have no effect together with the base, one row each.
 
@@ -127,6 +196,6 @@ def idle(
             case.is_ignored(leaf, reason)
             case.changes_nothing()
 
-        return Row(leaf, f"does nothing: {reason}", shows, (), base or {}, flipped, form)
+        return Row(leaf, f"does nothing: {reason}", shows, (), base or {}, flipped, form, families)
 
     return [row(leaf) for leaf in flipped]

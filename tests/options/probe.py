@@ -28,30 +28,50 @@ from trainer.training import Training
 
 Tensors = dict[str, torch.Tensor]
 
+# A part of the denoiser that computes twice where activations are recomputed, by its component.
+FIRST_BLOCKS = {"unet": "down_blocks.0.resnets.0", "transformer": "transformer_blocks.0"}
+# What a denoiser is told beside latents, timesteps and captions.
+TOLD = ("time_ids", "guidance")
+
 
 @dataclass(repr=False)
 class Pass:
-    """One forward and backward pass: what went into the denoiser and into the loss."""
+    """One forward and backward pass: what went into the denoiser and into the loss.
+
+    Args:
+        text: the conditioning that the family was given.
+        told: what else the denoiser itself was given, such as sizes and guidance.
+    """
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
-    hidden_states: torch.Tensor
-    pooled: torch.Tensor | None
-    time_ids: torch.Tensor | None
+    text: Tensors
+    told: Tensors
     prediction: torch.Tensor
     target: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     shares: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     is_class: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     mask: torch.Tensor | None = None
 
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """The captions word by word (B, words, width)."""
+        return self.text["hidden_states"]
+
+    @property
+    def time_ids(self) -> torch.Tensor | None:
+        """Sizes and crops as the denoiser is told them, where it is."""
+        return self.told.get("time_ids")
+
     def tensors(self) -> Tensors:
         """Everything in it by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        alone = {n: value for n, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return alone | self.text | self.told
 
 
 @dataclass(repr=False)
 class Step:
-    """One optimizer step; parameters are called `unet.…`, `text_encoder.…`, `tokens.…`."""
+    """One optimizer step; parameters are called `denoiser.…`, `text_encoder.…`, `tokens.…`."""
 
     before: Tensors
     passes: list[Pass] = field(default_factory=list)
@@ -204,6 +224,7 @@ class _Recorder:
         self._named: dict[str, torch.nn.Parameter] = {}
         self._training: Training | None = None
         self._step = Step({})
+        self._told: Tensors = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -225,13 +246,17 @@ class _Recorder:
         self._training = training
         learning = {id(parameter) for parameter in training.parameters}
         for component, module in training.trainables.modules.items():
+            place = "denoiser" if component == training.family.denoiser_name else component
             for name, parameter in module.named_parameters():
                 if id(parameter) in learning:
-                    self._named[f"{component}.{name}"] = parameter
+                    self._named[f"{place}.{name}"] = parameter
         for component, new in training.trainables.new_tokens.items():
             self._named[f"tokens.{component}"] = new.rows
-        training.denoiser.register_forward_hook(self._predicted, with_kwargs=True)
-        training.denoiser.down_blocks[0].resnets[0].register_forward_pre_hook(self._inside)
+        family: Any = training.family
+        family.predict = self._predict(family.predict)
+        training.denoiser.register_forward_pre_hook(self._is_told, with_kwargs=True)
+        block = training.denoiser.get_submodule(FIRST_BLOCKS[family.denoiser_name])
+        block.register_forward_pre_hook(self._inside)
         for component in training.family.text_encoder_names:
             encoder = training.family.pipeline.components[component]
             if encoder is not None:
@@ -301,12 +326,20 @@ class _Recorder:
 
         return listen
 
-    def _predicted(self, _: Any, given: Any, named: dict[str, Any], output: Any) -> None:
-        latents, timesteps, states = given
-        added = named.get("added_cond_kwargs") or {}
-        values = (latents, timesteps, states, added.get("text_embeds"), added.get("time_ids"))
-        copies = [None if value is None else value.detach().clone() for value in values]
-        self._step.passes.append(Pass(*copies, prediction=output[0].detach().clone()))  # type: ignore[arg-type]
+    def _predict(self, original: Any) -> Any:
+        def listen(latents: torch.Tensor, timesteps: torch.Tensor, text: Any, geometry: Any) -> Any:
+            prediction = original(latents, timesteps, text, geometry)
+            copies = {name: states.detach().clone() for name, states in text.items()}
+            values = (value.detach().clone() for value in (latents, timesteps))
+            seen = Pass(*values, copies, self._told, prediction.detach().clone())
+            self._step.passes.append(seen)
+            return prediction
+
+        return listen
+
+    def _is_told(self, _: Any, __: Any, named: dict[str, Any]) -> None:
+        told = {**named, **(named.get("added_cond_kwargs") or {})}
+        self._told = {n: told[n].detach().clone() for n in TOLD if told.get(n) is not None}
 
     def _inside(self, *_: Any) -> None:
         self._step.inner_calls += 1

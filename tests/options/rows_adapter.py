@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from options.bases import TEXT
 from options.case import Case, near, same
-from options.matrix import ADAPTER_FORMS, Row, acts, for_each_form, idle, refused
+from options.matrix import ADAPTER_FORMS, WITH_TEXT, Own, Row, acts, for_each_form, idle, refused
 from options.probe import Probe, Tensors
-from options.rows_tokens import encoders, learn_until
+from options.rows_tokens import learn_until
 from options.sums import changed, ratio_is
-from options.world import weights_of
+
+from trainer.families.base import adapted_encoders
 
 Shows = Callable[[Case], None]
 # What PEFT calls the parameters of each form.
@@ -22,6 +23,11 @@ PARTS = {
     "lokr": ("lokr_w1", "lokr_w2"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
 }
+
+
+def encoders(case: Case) -> tuple[str, ...]:
+    """The text encoders that get an adapter."""
+    return adapted_encoders(case.pipeline())
 
 
 def layer_of(name: str) -> str:
@@ -40,17 +46,18 @@ def ends_in(names: set[str], endings: tuple[str, ...]) -> set[str]:
     return {name for name in names if name.endswith(tuple(f".{end}" for end in endings))}
 
 
-def linear_layers(case: Case, component: str = "unet") -> set[str]:
-    module = case.pipeline().pipeline.components[component]
+def linear_layers(case: Case, component: str = "denoiser") -> set[str]:
+    name = case.world.denoiser if component == "denoiser" else component
+    module = case.pipeline().pipeline.components[name]
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return {f"{component}.{n}" for n, layer in module.named_modules() if isinstance(layer, kinds)}
 
 
 def all_weights_learn(case: Case) -> None:
     adapted, whole = case.before(), case.after()
-    base = weights_of(case.world.model)
-    assert whole.names == {f"unet.{name}" for name in base}
-    near(whole.first.before, {f"unet.{name}": t for name, t in base.items()})
+    base = case.world.weights()
+    assert whole.names == {f"denoiser.{name}" for name in base}
+    near(whole.first.before, {f"denoiser.{name}": t for name, t in base.items()})
     moved = changed(whole.first.before, whole.first.after)
     assert len(moved) > 0.9 * len(base)
     assert adapted.frozen[0] == adapted.frozen[1]
@@ -60,9 +67,10 @@ def all_weights_learn(case: Case) -> None:
 def no_adapter_is_written(case: Case) -> None:
     adapted, whole = case.delivered({}), case.delivered(case.row.flipped)
     assert "pytorch_lora_weights.safetensors" in adapted.tensors
-    assert {name for name in whole.tensors} == {"unet/diffusion_pytorch_model.safetensors"}
+    folder = case.world.denoiser
+    assert set(whole.tensors) == {f"{folder}/diffusion_pytorch_model.safetensors"}
     (tensors,) = whole.tensors.values()
-    near(tensors, {n.removeprefix("unet."): t for n, t in whole.steps[-1].after.items()})
+    near(tensors, {n.removeprefix("denoiser."): t for n, t in whole.steps[-1].after.items()})
 
 
 def the_form_is(form: str) -> Shows:
@@ -85,11 +93,11 @@ def the_form_is(form: str) -> Shows:
 
 
 def magnitudes_start_at_row_norms_and_move(case: Case) -> None:
-    base, probe = weights_of(case.world.model), case.after()
+    base, probe = case.world.weights(), case.after()
     magnitudes = {n: t for n, t in probe.first.before.items() if "magnitude" in n}
     assert {layer_of(name) for name in magnitudes} == layers(case.before())
     for name, start in magnitudes.items():
-        weight = base[f"{layer_of(name).removeprefix('unet.')}.weight"]
+        weight = base[f"{layer_of(name).removeprefix('denoiser.')}.weight"]
         near(start.flatten(), weight.flatten(1).norm(dim=1), rtol=1e-4)
     assert len(changed(magnitudes, probe.first.after)) > 0.9 * len(magnitudes)
     near(probe.seen.prediction, case.before().seen.prediction, rtol=1e-4, atol=1e-5)
@@ -104,14 +112,14 @@ def inner_sizes(probe: Probe, form: str, component: str) -> set[int]:
     return {t.shape[0] for n, t in start.items() if part in n}
 
 
-def the_inner_size_is(before: int, after: int, form: str, component: str = "unet") -> Shows:
+def the_inner_size_is(before: int, after: int, form: str, component: str = "denoiser") -> Shows:
     def shows(case: Case) -> None:
-        places = [component] if component == "unet" else list(encoders(case))
+        places = [component] if component == "denoiser" else list(encoders(case))
         for place in places:
             assert inner_sizes(case.before(), form, place) == {before}
             assert inner_sizes(case.after(), form, place) == {after}
-        if component != "unet":
-            assert inner_sizes(case.after(), form, "unet") == {4}
+        if component != "denoiser":
+            assert inner_sizes(case.after(), form, "denoiser") == {4}
             assert any("lora_te" in n for n in _kohya(case.delivered(case.row.flipped).tensors))
 
     return shows
@@ -132,14 +140,16 @@ def the_gradient_is_times(factor: float, component: str) -> Shows:
         once, twice = case.before().first, case.after().first
         same(once.before, twice.before)
         for part in PARTS[case.row.form]:
-            for place in ["unet"] if component == "unet" else encoders(case):
+            for place in ["denoiser"] if component == "denoiser" else encoders(case):
                 names = [n for n in once.gradients if n.startswith(f"{place}.") and part in n]
                 ours = {n: once.gradients[n] for n in names}
                 if part == "lora_magnitude_vector":
                     near(ours, {n: twice.gradients[n] for n in names}, rtol=1e-3)
                 elif any(float(t.abs().max()) > 0 for t in ours.values()):
                     ratio_is({n: twice.gradients[n] for n in names}, ours, factor)
-        others = [n for n in once.gradients if (component == "unet") != n.startswith("unet.")]
+        others = [
+            n for n in once.gradients if (component == "denoiser") != n.startswith("denoiser.")
+        ]
         near(
             {n: once.gradients[n] for n in others},
             {n: twice.gradients[n] for n in others},
@@ -162,13 +172,18 @@ def small_factors_are(size: int) -> Shows:
 
 
 def learns_in(component: str, *endings: str) -> Shows:
-    """Asserts that exactly the layers with these endings are adapted, move, and are written."""
+    """Asserts that exactly the layers with these endings are adapted, move, and are written.
+
+    Args:
+        endings: none: those of the flip.
+    """
 
     def shows(case: Case) -> None:
-        places = [component] if component == "unet" else list(encoders(case))
+        ends = endings or tuple(case.leaves(case.row.flipped)["target_unet_modules"])
+        places = [component] if component == "denoiser" else list(encoders(case))
         for place in places:
             found = {name for name in layers(case.after()) if name.startswith(f"{place}.")}
-            assert found == ends_in(linear_layers(case, place), endings)
+            assert found == ends_in(linear_layers(case, place), ends)
             assert found
         assert layers(case.before()) != layers(case.after())
         step = case.after().first
@@ -182,8 +197,8 @@ def learns_in(component: str, *endings: str) -> Shows:
 
 def text_encoders_learn_by_their_adapter(case: Case) -> None:
     alone, with_text = case.before(), case.after()
-    assert {name.split(".")[0] for name in alone.names} == {"unet"}
-    assert {name.split(".")[0] for name in with_text.names} == {"unet", *encoders(case)}
+    assert {name.split(".")[0] for name in alone.names} == {"denoiser"}
+    assert {name.split(".")[0] for name in with_text.names} == {"denoiser", *encoders(case)}
     assert with_text.frozen[0] == with_text.frozen[1]
     for step in with_text.steps[:1]:
         for place in encoders(case):
@@ -193,10 +208,10 @@ def text_encoders_learn_by_their_adapter(case: Case) -> None:
                 for n, g in step.gradients.items()
                 if n.startswith(f"{place}.")
             )
-    near(with_text.seen.hidden_states, alone.seen.hidden_states, rtol=1e-4, atol=1e-5)
+    near(with_text.seen.text, alone.seen.text, rtol=1e-4, atol=1e-5)
     # The second step is given what the first one taught the text encoders.
-    later = [probe.steps[1].passes[0].hidden_states for probe in (alone, with_text)]
-    assert not torch.allclose(later[0], later[1], atol=1e-6)
+    before, later = (probe.steps[1].passes[0].text for probe in (alone, with_text))
+    assert any(not torch.allclose(before[name], later[name], atol=1e-6) for name in before)
 
 
 TEXT_LAYERS = {"target_text_encoder_modules": ["q_proj", "v_proj"]}
@@ -224,7 +239,7 @@ def alpha_row(form: str) -> Row:
         "alpha",
         "gradient",
         "twice alpha: the adapter counts twice",
-        the_gradient_is_times(2.0, "unet"),
+        the_gradient_is_times(2.0, "denoiser"),
         base={"alpha": 4.0},
         flipped={"alpha": 8.0},
         form=form,
@@ -236,8 +251,8 @@ def targets_row(form: str) -> Row:
         "target_unet_modules",
         "step",
         "exactly the layers with these endings are adapted",
-        learns_in("unet", "to_q", "conv2"),
-        flipped={"target_unet_modules": ["to_q", "conv2"]},
+        learns_in("denoiser"),
+        flipped={"target_unet_modules": Own("other layers")},
         form=form,
     )
 
@@ -251,6 +266,7 @@ def text_row(form: str) -> Row:
         base={"target_text_encoder_modules": ["q_proj", "v_proj"]},
         flipped=TEXT,
         form=form,
+        families=WITH_TEXT,
     )
 
 
@@ -263,6 +279,7 @@ def text_end_row(form: str) -> Row:
         base={**SHORT, "lr_scheduler": "constant"},
         flipped={"train_text_encoder_frac": 0.5},
         form=form,
+        families=WITH_TEXT,
     )
 
 
@@ -275,6 +292,7 @@ def text_targets_row(form: str) -> Row:
         base=TEXT,
         flipped={"target_text_encoder_modules": ["k_proj"]},
         form=form,
+        families=WITH_TEXT,
     )
 
 
@@ -287,6 +305,7 @@ def text_rank_row(form: str) -> Row:
         base={**SHORT, "max_train_steps": 1, **FACTORED.get(form, {})},
         flipped={"text_encoder_rank": 2},
         form=form,
+        families=WITH_TEXT,
     )
 
 
@@ -299,6 +318,7 @@ def text_alpha_row(form: str) -> Row:
         base={**SHORT, "text_encoder_alpha": 4.0},
         flipped={"text_encoder_alpha": 8.0},
         form=form,
+        families=WITH_TEXT,
     )
 
 
@@ -367,6 +387,7 @@ ADAPTER = [
     *for_each_form(targets_row),
     refused("target_unet_modules", {"target_unet_modules": ["to_q", "to_kk"]}, "to_kk"),
     *for_each_form(text_row),
+    refused("train_text_encoder", TEXT, "no text encoder .* can learn", families=("flux2",)),
     *for_each_form(text_end_row),
     *for_each_form(text_targets_row),
     refused(
@@ -374,6 +395,7 @@ ADAPTER = [
         {"target_text_encoder_modules": ["q_prox"]},
         "q_prox",
         base=TEXT,
+        families=WITH_TEXT,
     ),
     *for_each_form(text_rank_row),
     *for_each_form(text_alpha_row),
@@ -400,6 +422,7 @@ ADAPTER = [
     *idle(
         NO_ADAPTER,
         base={**WHOLE, **TEXT},
+        families=WITH_TEXT,
         target_text_encoder_modules=["k_proj"],
         text_encoder_rank=2,
         text_encoder_alpha=8.0,

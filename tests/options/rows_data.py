@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from options.bases import PRIOR, TOKENS, UNCACHED
-from options.case import Case, near, pictures
-from options.matrix import Place, acts, refused
+from options.case import Case, chosen, near, pictures
+from options.matrix import WITH_TEXT, Place, acts, refused
 from options.probe import Probe
 from PIL import Image
 
@@ -34,7 +34,7 @@ def sees_the_caption_of_each(case: Case, probe: Probe, captions: dict[str, str])
     for step in probe.steps:
         names = pictures(step.pixels[0])
         expected = case.encoded([captions[name] for name in names])
-        near(step.passes[0].hidden_states, expected["hidden_states"])
+        near(step.passes[0].text, expected)
     assert {name for step in probe.steps for name in pictures(step.pixels[0])} == set(captions)
 
 
@@ -51,10 +51,7 @@ def both_subjects_have_their_own(case: Case) -> None:
     numbers = {c: {n for caption, n in seen if caption == c} for c, _ in seen}
     assert numbers["a TOK"] == {0, 1}
     assert numbers["a drawing of TOK1"] == {2, 3}
-    near(
-        case.after().seen.hidden_states,
-        case.encoded(case.after().batch.captions)["hidden_states"],
-    )
+    near(case.after().seen.text, case.encoded(case.after().batch.captions))
 
 
 def _uses(probe: Probe, step: int) -> list[tuple[str, int]]:
@@ -70,10 +67,10 @@ def is_shown_twice_as_often(case: Case) -> None:
 
 def drops_every_instance_caption(case: Case) -> None:
     half = case.after().seen.is_class
-    states = case.after().seen.hidden_states
-    near(states[~half], case.encoded(["", ""])["hidden_states"])
-    near(states[half], case.encoded(["a photo of a man"] * 2)["hidden_states"])
-    near(case.before().seen.hidden_states[half], states[half])
+    text = case.after().seen.text
+    near(chosen(text, ~half), case.encoded(["", ""]))
+    near(chosen(text, half), case.encoded(["a photo of a man"] * 2))
+    near(chosen(case.before().seen.text, half), chosen(text, half))
 
 
 def drops_half_of_the_captions(case: Case) -> None:
@@ -109,6 +106,30 @@ def is_of_no_use(case: Case) -> None:
     case.changes_nothing()
 
 
+def trains_at(*sides: int) -> Shows:
+    """Both pictures at each of these sides in an epoch, in batches of one size."""
+
+    def shows(case: Case) -> None:
+        assert _sides(case.before(), 1) == {64: {"landscape", "portrait"}}
+        assert case.after().dataset.plan.num_examples == 2 * len(sides)
+        both = {"landscape", "portrait"}
+        assert _sides(case.after(), len(sides)) == dict.fromkeys(sides, both)
+        first = case.after().seen.noisy_latents
+        assert first.shape[-1] == first.shape[-2]
+        assert first.shape[-1] * 8 in sides
+
+    return shows
+
+
+def _sides(probe: Probe, steps: int) -> dict[int, set[str]]:
+    """The side of each batch of an epoch, with its pictures."""
+    assert probe.dataset.plan.steps_per_epoch == steps
+    batches = [batch for step in range(steps) for batch in probe.dataset[step]]
+    found = {int(batch.geometry["target_size"][0, 0]): batch for batch in batches}
+    assert len(found) == len(batches)
+    return {side: set(pictures(batch.pixels)) for side, batch in found.items()}
+
+
 CAPTIONS: dict[str, Any] = {"captions_file_url": Place("captions.jsonl")}
 TWO_SUBJECTS: dict[str, Any] = {
     "images_data_url": ...,
@@ -117,7 +138,34 @@ TWO_SUBJECTS: dict[str, Any] = {
         {"images_data_url": Place("astronaut"), "instance_prompt": "a drawing of TOK1"},
     ],
 }
+# Squares at the base model's own size, 64, unless a priority says otherwise.
+OWN_SIZE: dict[str, Any] = {
+    "resolution_width": ...,
+    "resolution_height": ...,
+    "enable_bucket": False,
+    **UNCACHED,
+}
 DATA = [
+    *(
+        acts(
+            "priority",
+            "batch",
+            f"{priority}: an epoch shows each picture at {words} the base model's own side",
+            trains_at(*sides),
+            base=OWN_SIZE,
+            flipped={"priority": priority},
+        )
+        for priority, words, sides in (
+            ("speed", "half of", (32,)),
+            ("quality", "half, three quarters and all of", (32, 48, 64)),
+            ("high_res_only", "all of", (64,)),
+        )
+    ),
+    refused(
+        "priority",
+        {"priority": "speed", "resolution_width": 64},
+        "one of the two, the priority chooses sizes by the base model",
+    ),
     acts(
         "images_data_url",
         "batch",
@@ -215,6 +263,7 @@ DATA = [
         "a dropped caption gives new tokens no gradient",
         a_dropped_caption_teaches_no_token,
         base=TOKENS,
+        families=WITH_TEXT,
         flipped={"caption_dropout": 1.0},
     ),
 ]

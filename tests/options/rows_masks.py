@@ -12,7 +12,7 @@ from options.bases import CLIPSEG, LUMINANCE, PRIOR, UNCACHED
 from options.case import Case, near, pictures
 from options.matrix import Place, acts, idle, refused
 from options.probe import Probe
-from options.sums import grid_masks, loss_is_the_sum, mask_of_brightness, middle, min_snr
+from options.sums import grid_masks, loss_is_the_sum, mask_of_brightness, middle
 from options.world import LIT, SHAPES, SIDE, grid
 from PIL import Image
 from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
@@ -34,7 +34,7 @@ def is_the_brightness(temperature: float = 1.0, bias: float = 0.001) -> Shows:
     def shows(case: Case) -> None:
         expected = grid_masks(pictures(case.after().first.pixels[0]), temperature, bias)
         near(mask_in_the_loss(case.after()), expected, rtol=1e-4, atol=1e-5)
-        loss_is_the_sum(case, case.after(), min_snr(5.0))
+        loss_is_the_sum(case, case.after())
         assert another_gradient(case)
 
     return shows
@@ -43,7 +43,7 @@ def is_the_brightness(temperature: float = 1.0, bias: float = 0.001) -> Shows:
 def every_pixel_counts_alike(case: Case) -> None:
     assert case.before().seen.mask is not None
     assert case.after().seen.mask is None
-    loss_is_the_sum(case, case.after(), min_snr(5.0))
+    loss_is_the_sum(case, case.after())
     assert another_gradient(case)
 
 
@@ -69,7 +69,7 @@ def class_half_is(style: str) -> Shows:
         if style == "invert":
             expected = class_masks(case, other, inverted=True)
         near(theirs[2:], expected, rtol=1e-4, atol=1e-5)
-        loss_is_the_sum(case, other, min_snr(5.0))
+        loss_is_the_sum(case, other)
         assert another_gradient(case)
 
     return shows
@@ -80,9 +80,9 @@ def the_given_mask_counts(case: Case) -> None:
     expected = torch.zeros(2, 1, SIDE, SIDE)
     expected[:, :, :LIT, :LIT] = 1
     near(mask_in_the_loss(case.before()), expected)
-    loss_is_the_sum(case, case.before(), min_snr(5.0))
+    loss_is_the_sum(case, case.before())
     assert case.after().seen.mask is None
-    loss_is_the_sum(case, case.after(), min_snr(5.0))
+    loss_is_the_sum(case, case.after())
     assert another_gradient(case)
 
 
@@ -105,7 +105,7 @@ def clipseg_finds(prompt: str, place: str = "clipseg") -> Shows:
             expected.append(torch.tensor(middle(np.asarray(laid_over))))
         near(mask_in_the_loss(case.after()), torch.stack(expected)[:, None], rtol=0, atol=1e-4)
         assert float(torch.stack(expected).std()) > 0.01
-        loss_is_the_sum(case, case.after(), min_snr(5.0))
+        loss_is_the_sum(case, case.after())
         assert another_gradient(case)
 
     return shows

@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from options.bases import CLEAN
 from options.case import Case, near, same
-from options.matrix import Place, acts, idle, refused
+from options.matrix import DDPM, Place, acts, idle, refused
 from options.probe import Probe
 from options.sums import clean_latents
 
 
 def has_the_states_of(case: Case, probe: Probe, place: str) -> None:
-    expected = case.encoded(probe.batch.captions, place)
-    near(probe.seen.hidden_states, expected["hidden_states"])
-    if "pooled" in expected:
-        assert probe.seen.pooled is not None
-        near(probe.seen.pooled, expected["pooled"])
+    near(probe.seen.text, case.encoded(probe.batch.captions, place))
 
 
 def trains_on_the_other_model(case: Case) -> None:
@@ -45,13 +41,10 @@ def the_latents_are_doubled(case: Case) -> None:
 
 def draws(case: Case, probe: Probe, place: str) -> torch.Tensor:
     """The standard normal numbers with which latents were drawn from a VAE's posterior."""
-    vae = case.pipeline(place).pipeline.vae
     pixels = torch.stack([probe.dataset.pixels_of(n, False) for n in probe.batch.numbers])
     with torch.no_grad():
-        posterior = vae.encode(pixels).latent_dist
-    latents = clean_latents(case, probe.seen) / vae.config.scaling_factor
-    drawn: torch.Tensor = (latents - posterior.mean) / posterior.std
-    return drawn
+        posterior = case.pipeline(place).encode_image(pixels)
+    return (clean_latents(case, probe.seen) - posterior.mean) / posterior.std
 
 
 def the_vae_is_the_given_one(case: Case) -> None:
@@ -78,7 +71,10 @@ MODEL = [
         trains_on_the_other_model,
         flipped={"model_url": Place("other model")},
     ),
-    refused("model_family", {"model_family": "flux"}, "is `flux`, but"),
+    *[
+        refused("model_family", {"model_family": other}, f"is `{other}`, but", families=families)
+        for other, families in (("flux", ("sd15", "sdxl", "flux2")), ("sd15", ("flux",)))
+    ],
     acts(
         "single_file_config",
         "batch",
@@ -90,6 +86,7 @@ MODEL = [
             **CLEAN,
         },
         flipped={"single_file_config": Place("doubled latents")},
+        families=DDPM,
     ),
     acts(
         "revision",
@@ -133,6 +130,7 @@ MODEL = [
     *idle(
         "model_url is a single file",
         base={"model_url": Place("single file"), "single_file_config": Place("original model")},
+        families=DDPM,
         variant="fp16",
     ),
 ]

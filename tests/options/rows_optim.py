@@ -10,7 +10,7 @@ import pytest
 import torch
 from options.bases import TEXT, TOKENS
 from options.case import Case, near, same
-from options.matrix import Leaves, Row, acts, idle, refused
+from options.matrix import WITH_TEXT, Leaves, Row, acts, idle, refused
 from options.rows_tokens import rows_of
 from options.sums import distance, ratio_is, replayed
 from prodigyopt import Prodigy
@@ -67,7 +67,7 @@ def moves_by(rate: float, text_rate: float, *parts: str) -> Shows:
         for name, moved in case.after().first.moved().items():
             if "lora_A" in name or name not in case.after().first.clipped:
                 continue
-            wanted = rate if name.startswith("unet.") else text_rate
+            wanted = rate if name.startswith("denoiser.") else text_rate
             largest = float(moved.abs().max())
             if float(case.after().first.clipped[name].abs().max()) > 1e-6:
                 assert math.isclose(largest, wanted, rel_tol=1e-2), name
@@ -130,7 +130,8 @@ def the_norm_is_at_most(largest: float) -> Shows:
         assert free.event is not None
         assert norm(free.gradients) > 2 * largest
         same(free.gradients, free.clipped)
-        assert {name.split(".")[0] for name in clipped.gradients} > {"unet"}
+        parts = {name.split(".")[0] for name in clipped.gradients}
+        assert (parts > {"denoiser"}) == (case.family in WITH_TEXT)
         same(clipped.gradients, free.gradients)
         assert math.isclose(norm(clipped.clipped), largest, rel_tol=1e-3)
         ratio_is(clipped.clipped, free.gradients, largest / norm(free.gradients))
@@ -224,13 +225,14 @@ OPTIM = [
         flipped={"optimizer": "adamw8bit"},
         base={"rank": 32},
     ),
-    refused("optimizer", {"optimizer": "sgd"}, "adamw, adamw8bit, prodigy"),
+    refused("optimizer", {"optimizer": "sgd"}, "adamw, adamw8bit, adafactor, prodigy"),
     acts(
         "learning_rate",
         "step",
         "the first step moves the denoiser's adapter by it, the text encoders' as before",
         moves_by(2e-4, 1e-3, "text_encoder."),
         base={**TEXT, **TEXT_LAYERS, **SHARP, "text_encoder_lr": 1e-3},
+        families=WITH_TEXT,
         flipped={"learning_rate": 2e-4},
     ),
     acts(
@@ -239,6 +241,7 @@ OPTIM = [
         "the first step moves the text encoders' adapter by it, the denoiser's as before",
         moves_by(1e-3, 2e-4, "text_encoder."),
         base={**TEXT, **TEXT_LAYERS, **SHARP, "text_encoder_lr": 1e-3},
+        families=WITH_TEXT,
         flipped={"text_encoder_lr": 2e-4},
     ),
     acts(
@@ -247,6 +250,7 @@ OPTIM = [
         "the first step moves new tokens by it, the denoiser's adapter as before",
         moves_by(1e-3, 2e-4, "tokens."),
         base={**TOKENS, **SHARP, "text_encoder_lr": 1e-3, "adam_weight_decay_text_encoder": 0.0},
+        families=WITH_TEXT,
         flipped={"text_encoder_lr": 2e-4},
     ),
     refused(
@@ -289,8 +293,9 @@ OPTIM = [
         "adam_weight_decay",
         "step",
         "the denoiser's factors shrink by rate times decay, the text encoders' do not",
-        shrinks("unet.", 0.5, others=0.0),
+        shrinks("denoiser.", 0.5, others=0.0),
         base={**TEXT, **TEXT_LAYERS, "adam_weight_decay_text_encoder": 0.0},
+        families=WITH_TEXT,
         flipped={"adam_weight_decay": 0.5},
     ),
     acts(
@@ -305,6 +310,7 @@ OPTIM = [
             "adam_weight_decay_text_encoder": 0.0,
         },
         flipped={"adam_weight_decay_text_encoder": 0.5},
+        families=WITH_TEXT,
     ),
     acts(
         "adam_weight_decay_text_encoder",
@@ -312,6 +318,7 @@ OPTIM = [
         "0.0 is no decay: factors keep every bit",
         shrinks("text_encoder", 0.0, others=0.5),
         base={**TEXT, **TEXT_LAYERS, "adam_weight_decay": 0.5},
+        families=WITH_TEXT,
         flipped={"adam_weight_decay_text_encoder": 0.0},
     ),
     acts(
@@ -321,6 +328,7 @@ OPTIM = [
         undisturbed_tokens_shrink,
         base={**TOKENS, "caption_dropout": 1.0, "adam_weight_decay_text_encoder": 0.0},
         flipped={"adam_weight_decay_text_encoder": 0.5},
+        families=WITH_TEXT,
     ),
     prodigy_row("prodigy_beta3", 0.1, "beta3", prodigy_use_bias_correction=False),
     prodigy_row("prodigy_decouple", False, "decouple", adam_weight_decay=5.0),
@@ -341,7 +349,17 @@ OPTIM = [
         "all gradients together are scaled down to the norm; 0 leaves them",
         the_norm_is_at_most(1e-3),
         base={**TEXT, **TEXT_LAYERS, "max_grad_norm": 0.0},
+        families=WITH_TEXT,
         flipped={"max_grad_norm": 1e-3},
+    ),
+    acts(
+        "max_grad_norm",
+        "gradient",
+        "all gradients of the denoiser are scaled down to the norm; 0 leaves them",
+        the_norm_is_at_most(1e-3),
+        base={"max_grad_norm": 0.0},
+        flipped={"max_grad_norm": 1e-3},
+        families=("flux2",),
     ),
     *idle(
         "no text encoder and no new token is trained",

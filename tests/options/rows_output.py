@@ -16,7 +16,6 @@ from options.case import Case, near, same
 from options.matrix import Leaves, Row, acts
 from options.probe import Delivery
 from options.rows_adapter import WHOLE
-from options.world import weights_of
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
@@ -124,15 +123,15 @@ def container_is(container: str, suffix: str) -> Shows:
 def is_the_best_of_its_rank(case: Case) -> None:
     without, with_lora = pair(case)
     assert DIFFUSERS not in without.tensors
-    base = weights_of(case.world.model)
-    trained = with_lora.tensors["unet/diffusion_pytorch_model.safetensors"]
+    base, denoiser = case.world.weights(), case.world.denoiser
+    trained = with_lora.tensors[f"{denoiser}/diffusion_pytorch_model.safetensors"]
     extracted = with_lora.tensors[DIFFUSERS]
     downs = [name for name in extracted if "lora_A" in name]
     linear = [n for n in downs if extracted[n].ndim == 2 and n.endswith("to_q.lora_A.weight")]
     assert {extracted[name].shape[0] for name in downs} == {2}
     assert linear
     for name in linear:
-        layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")
+        layer = name.removeprefix(f"{denoiser}.").removesuffix(".lora_A.weight")
         change = trained[f"{layer}.weight"] - base[f"{layer}.weight"]
         u, s, v = torch.linalg.svd(change.double())
         best = u[:, :2] * s[:2] @ v[:2]

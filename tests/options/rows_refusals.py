@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from options.bases import PRIOR, UNCACHED
-from options.matrix import refused
+from options.matrix import FLOW, refused
 
 NOT_TAKEN = [
     refused("images_data_url", {"images_data_url": ...}, "no training pictures are given"),
@@ -13,6 +13,10 @@ NOT_TAKEN = [
     refused("caption_dropout", {"caption_dropout": 1.1}, "at most 1"),
     refused("resolution_width", {"resolution_width": 770}, "a multiple of 8"),
     refused("resolution_height", {"resolution_height": 770}, "a multiple of 8"),
+    *[
+        refused(leaf, {leaf: 72}, "a multiple of 16", families=FLOW)
+        for leaf in ("resolution_width", "resolution_height")
+    ],
     refused("random_crop_offset_x", {"random_crop_offset_x": -1}, "at least 0"),
     refused("random_crop_offset_y", {"random_crop_offset_y": -1}, "at least 0"),
     refused(

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from options.bases import PRIOR, TOKENS, UNCACHED
-from options.case import Case, near, same
-from options.matrix import Place, acts, idle, refused
+from options.case import Case, chosen, near, same
+from options.matrix import WITH_TEXT, Place, acts, idle, refused
 from options.probe import Probe, Tensors
-from options.sums import changed, loss_is_the_sum, min_snr, ratio_is
+from options.sums import changed, loss_is_the_sum, ratio_is
 from PIL import Image
+
+from trainer.families.base import token_encoders
 
 Shows = Callable[[Case], None]
 
@@ -27,11 +29,12 @@ def rows_of(tensors: Tensors) -> Tensors:
 
 def denoiser_of(tensors: Tensors) -> Tensors:
     """Those of the denoiser."""
-    return {name: t for name, t in tensors.items() if name.startswith("unet.")}
+    return {name: t for name, t in tensors.items() if name.startswith("denoiser.")}
 
 
 def encoders(case: Case) -> tuple[str, ...]:
-    return case.pipeline().text_encoder_names
+    """The text encoders that learn new tokens."""
+    return token_encoders(case.pipeline())
 
 
 def new_ids(case: Case, probe: Probe, component: str) -> list[list[int]]:
@@ -69,9 +72,7 @@ def captions_hold(replaced: str, ids: list[int], count: int) -> Shows:
             used = probe.first.gradients[f"tokens.{component}"].abs().amax(1) > 0
             assert used.nonzero().flatten().tolist() == ids
         expected = encoded_with_rows(case, probe, replaced)
-        near(probe.seen.hidden_states[:1], expected["hidden_states"])
-        if probe.seen.pooled is not None:
-            near(probe.seen.pooled[:1], expected["pooled"])
+        near(chosen(probe.seen.text, slice(1)), expected)
         assert not torch.allclose(case.before().seen.hidden_states, probe.seen.hidden_states)
 
     return shows
@@ -105,7 +106,7 @@ def learn_until(step: int, part: str) -> Shows:
                 # A factor whose partner is still zero has a gradient of zero.
                 assert len(moved & learning) >= 0.5 * len(learning)
                 assert {name for name in moved if name.startswith(part)} <= learning
-                assert any(name.startswith("unet.") for name in moved)
+                assert any(name.startswith("denoiser.") for name in moved)
 
     return shows
 
@@ -115,8 +116,8 @@ def the_denoiser_waits_for_the_pivot(case: Case) -> None:
         zip(case.before(4).steps, case.after(4).steps, strict=True)
     ):
         moved = {name.split(".")[0] for name in changed(other.before, other.after)}
-        assert moved == ({"tokens"} if number < 2 else {"unet"})
-        assert "unet" in {name.split(".")[0] for name in changed(one.before, one.after)}
+        assert moved == ({"tokens"} if number < 2 else {"denoiser"})
+        assert "denoiser" in {name.split(".")[0] for name in changed(one.before, one.after)}
 
 
 def the_deviation_is_pulled(case: Case) -> None:
@@ -129,15 +130,11 @@ def the_deviation_is_pulled(case: Case) -> None:
 
 
 def pools_at_the_end_of_the_text(case: Case) -> None:
-    largest, end = case.before().seen, case.after().seen
-    assert largest.pooled is not None
-    assert end.pooled is not None
+    largest, end = case.before().seen.text, case.after().seen.text
     # The right id of the end mark gives the pooling that is asked for.
-    right = case.probe({"model_url": Place("model")}).seen
-    assert right.pooled is not None
-    near(end.pooled, right.pooled)
-    assert not torch.allclose(largest.pooled, end.pooled, atol=1e-3)
-    assert torch.equal(largest.hidden_states, end.hidden_states)
+    near(end["pooled"], case.probe({"model_url": Place("model")}).seen.text["pooled"])
+    assert not torch.allclose(largest["pooled"], end["pooled"], atol=1e-3)
+    assert torch.equal(largest["hidden_states"], end["hidden_states"])
 
 
 HALFWAY = {**TOKENS, "max_train_steps": 4, "train_text_encoder_ti_frac": 1.0}
@@ -147,6 +144,7 @@ TOKEN = [
         ("conditioning", "step"),
         "new vectors in every text encoder learn, and nothing of its own changes",
         new_vectors_are_learnt,
+        families=WITH_TEXT,
         base={"token_retraction": 0.0},
         flipped={"train_text_encoder_ti": True},
     ),
@@ -155,6 +153,7 @@ TOKEN = [
         "step",
         "new vectors learn in 32 bits where everything else is in 16",
         new_vectors_are_learnt,
+        families=WITH_TEXT,
         base={"token_retraction": 0.0, "mixed_precision": "bf16"},
         flipped={"train_text_encoder_ti": True},
     ),
@@ -174,6 +173,7 @@ TOKEN = [
             "token_abstraction": "TOK1",
             "instance_prompt": "A photograph of a TOK1",
         },
+        families=WITH_TEXT,
         flipped={"token_abstraction": "TOK, TOK1"},
     ),
     acts(
@@ -182,6 +182,7 @@ TOKEN = [
         "an identifier becomes so many tokens",
         captions_hold("A photograph of a <s0><s1><s2>", [0, 1, 2], 3),
         base=TOKENS,
+        families=WITH_TEXT,
         flipped={"num_new_tokens_per_abstraction": 3},
     ),
     acts(
@@ -190,6 +191,7 @@ TOKEN = [
         "half: the vectors learn in two of four steps, then keep every bit",
         learn_until(2, "tokens."),
         base=HALFWAY,
+        families=WITH_TEXT,
         flipped={"train_text_encoder_ti_frac": 0.5},
     ),
     acts(
@@ -198,6 +200,7 @@ TOKEN = [
         "half, with prodigy: no bit moves after the pivot either",
         learn_until(2, "tokens."),
         base={**HALFWAY, "optimizer": "prodigy", "learning_rate": 1.0},
+        families=WITH_TEXT,
         flipped={"train_text_encoder_ti_frac": 0.5},
     ),
     acts(
@@ -206,7 +209,14 @@ TOKEN = [
         "only the vectors learn before the pivot, only the denoiser after it",
         the_denoiser_waits_for_the_pivot,
         base={**HALFWAY, "train_text_encoder_ti_frac": 0.5},
+        families=WITH_TEXT,
         flipped={"disable_unet_during_ti_training": True},
+    ),
+    refused(
+        "train_text_encoder_ti",
+        {"train_text_encoder_ti": True},
+        "no text encoder .* can learn",
+        families=("flux2",),
     ),
     refused(
         "disable_unet_during_ti_training",
@@ -220,6 +230,7 @@ TOKEN = [
         "after a step vectors are times (own deviation / theirs) ** exponent",
         the_deviation_is_pulled,
         base=TOKENS,
+        families=WITH_TEXT,
         flipped={"token_retraction": 0.5},
     ),
     acts(
@@ -229,11 +240,12 @@ TOKEN = [
         pools_at_the_end_of_the_text,
         base={**TOKENS, "model_url": Place("legacy model")},
         flipped={"ti_pooling": "eos"},
-        families=("sdxl",),
+        families=("sdxl", "flux"),
     ),
     *idle(
         "this base model takes nothing from a pooled vector that new tokens could move",
         base=TOKENS,
+        families=WITH_TEXT,
         ti_pooling="eos",
     ),
     *idle(
@@ -257,8 +269,8 @@ def class_pictures_stand_beside(case: Case) -> None:
     assert beside.seen.is_class.tolist() == [False, False, True, True]
     assert torch.equal(beside.seen.noisy_latents[:2], alone.seen.noisy_latents)
     captions = ["A photograph of a TOK"] * 2 + ["a photo of a man"] * 2
-    near(beside.seen.hidden_states, case.encoded(captions)["hidden_states"])
-    loss_is_the_sum(case, beside, min_snr(5.0))
+    near(beside.seen.text, case.encoded(captions))
+    loss_is_the_sum(case, beside)
     assert beside.seen.shares.tolist() == [0.5, 0.5, 0.5, 0.5]
 
 
@@ -271,17 +283,18 @@ def the_gradient_is_linear_in_the_weight(case: Case) -> None:
     ratio_is({name: more[name] - none[name] for name in one}, of_class, 2.5)
     alone = case.probe({"with_prior_preservation": False, "prior_loss_weight": ...}).first.gradients
     near(none, alone, rtol=1e-3, atol=1e-6)
-    loss_is_the_sum(case, case.after(), min_snr(5.0))
+    loss_is_the_sum(case, case.after())
 
 
 def class_captions_are(caption: str) -> Shows:
     def shows(case: Case) -> None:
         half = case.after().seen.is_class
         assert half.tolist() == [False, False, True, True]
-        states = case.after().seen.hidden_states
-        near(states[half], case.encoded([caption] * 2)["hidden_states"])
-        assert torch.equal(states[~half], case.before().seen.hidden_states[~half])
-        assert not torch.allclose(states[half], case.before().seen.hidden_states[half])
+        ours, theirs = case.after().seen.text, case.before().seen.text
+        near(chosen(ours, half), case.encoded([caption] * 2))
+        same(chosen(ours, ~half), chosen(theirs, ~half))
+        states = "hidden_states"
+        assert not torch.allclose(ours[states][half], theirs[states][half])
 
     return shows
 
@@ -311,22 +324,26 @@ def comes_from_the_folder(case: Case) -> None:
     assert not torch.equal(class_pixels(case.before()), files)
 
 
-def is_made_by_the_pipeline(steps: int, scale: float) -> Shows:
-    """Asserts that class pictures are what diffusers makes with these settings, to a grey value."""
+def is_made_by_the_pipeline(steps: int, **guided: float) -> Shows:
+    """Asserts that class pictures are what diffusers makes with these settings, to a grey value.
+
+    Args:
+        guided: the guidance. None: what the pipeline takes by itself.
+    """
 
     def shows(case: Case) -> None:
         from trainer.randomness import key  # noqa: PLC0415
 
-        pipe = DiffusionPipeline.from_pretrained(case.world.model, safety_checker=None)
+        pipe = DiffusionPipeline.from_pretrained(case.world.model)
         pipe.set_progress_bar_config(disable=True)
         image = pipe(
-            "a photo of a man",
+            prompt="a photo of a man",
             width=64,
             height=64,
             num_inference_steps=steps,
-            guidance_scale=scale,
             generator=torch.Generator().manual_seed(key(42, "class image", 0)),
             output_type="pt",
+            **guided,
         ).images[0]
         ours = class_pixels(case.after())[0]
         near((ours + 1) * 127.5, image.float() * 255, atol=1.01, rtol=0)
@@ -396,7 +413,7 @@ PRIORS = [
         "class_inference_steps",
         "batch",
         "class pictures are denoised in so many steps",
-        is_made_by_the_pipeline(3, 7.5),
+        is_made_by_the_pipeline(3),
         base=MADE,
         flipped={"class_inference_steps": 3},
     ),
@@ -404,7 +421,7 @@ PRIORS = [
         "class_guidance_scale",
         "batch",
         "class pictures are guided so strongly",
-        is_made_by_the_pipeline(2, 2.0),
+        is_made_by_the_pipeline(2, guidance_scale=2.0),
         base=MADE,
         flipped={"class_guidance_scale": 2.0},
     ),

@@ -11,7 +11,7 @@ from options.bases import CLEAN, FACES, UNCACHED
 from options.case import Case, columns, near, pictures, rows
 from options.matrix import Place, acts
 from options.probe import Probe
-from options.sums import clean_latents, loss_is_the_sum, min_snr
+from options.sums import clean_latents, loss_is_the_sum
 from options.world import SIDE
 
 MANY = 40  # steps that are looked at without being trained
@@ -135,7 +135,7 @@ def turns_up_to_the_end_and_never_trains_the_fill(case: Case) -> None:
         zip(case.after().batch.angles, pictures(case.after().first.pixels[0]), strict=True)
     ):
         near(mask[row, 0], _inside(name, angle), atol=1e-3)
-    loss_is_the_sum(case, case.after(), min_snr(5.0))
+    loss_is_the_sum(case, case.after())
     assert near_pixels_of_the_batch(case.after())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from options.case import Case, near
+from options.matrix import DDPM, FLOW
 from options.probe import Pass, Probe, Tensors
 from options.world import SHAPES, SIDE, grid
 from torch.nn.functional import avg_pool2d
@@ -23,7 +24,14 @@ def shares_of_signal(case: Case, seen: Pass) -> torch.Tensor:
 
 
 def clean_latents(case: Case, seen: Pass) -> torch.Tensor:
-    """The latents under the noise, for epsilon prediction, whose target is the noise."""
+    """The latents under the noise.
+
+    For epsilon prediction the target is the noise; for rectified flow it is the way from the
+    latents to the noise, of which a thousandth is gone in each timestep.
+    """
+    if case.family in FLOW:
+        gone = (seen.timesteps / 1000).view(-1, 1, 1, 1)
+        return seen.noisy_latents - (gone * seen.target).float()
     share = shares_of_signal(case, seen).view(-1, 1, 1, 1)
     return (seen.noisy_latents - (1 - share).sqrt() * seen.target) / share.sqrt()
 
@@ -37,27 +45,31 @@ def example_losses(seen: Pass) -> torch.Tensor:
     return errors.mean((1, 2, 3))
 
 
-def loss_is_the_sum(case: Case, probe: Probe, weight: Callable[[float], float]) -> None:
+def min_snr(gamma: float) -> Callable[[float], float]:
+    """min(1, gamma / SNR): Hang et al. 2023 for epsilon prediction."""
+    return lambda snr: min(1.0, gamma / snr)
+
+
+USUAL = min_snr(5.0)
+
+
+def loss_is_the_sum(case: Case, probe: Probe, weight: Callable[[float], float] = USUAL) -> None:
     """Asserts that a step's loss is the sum of share, weight and error of its examples.
 
     Args:
-        weight: of an instance picture's loss, from its signal-to-noise ratio.
+        weight: of an instance picture's loss, from its signal-to-noise ratio, in DDPM; in
+            rectified flow there is none.
     """
     for step in probe.steps:
         total = 0.0
         for seen in step.passes:
-            levels = shares_of_signal(case, seen)
             for row, error in enumerate(example_losses(seen)):
                 factor = 1.0
-                if not bool(seen.is_class[row]):
-                    factor = weight(float(levels[row] / (1 - levels[row])))
+                if case.family in DDPM and not bool(seen.is_class[row]):
+                    level = float(shares_of_signal(case, seen)[row])
+                    factor = weight(level / (1 - level))
                 total += float(seen.shares[row]) * factor * float(error)
         assert math.isclose(step.loss, total, rel_tol=2e-4), (step.loss, total)
-
-
-def min_snr(gamma: float) -> Callable[[float], float]:
-    """min(1, gamma / SNR): Hang et al. 2023 for epsilon prediction."""
-    return lambda snr: min(1.0, gamma / snr)
 
 
 def brightness(picture: Any) -> Mask:

@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import make_tiny_models
 import numpy as np
 import single_file
@@ -27,6 +29,24 @@ LIT = 16  # columns and rows that a given mask keeps, from the left and from the
 HEADS = {"landscape": (24, 8), "portrait": (16, 64)}
 HEAD = 24
 
+# What is another one in each family: ends of the names of layers that rows adapt.
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "layers": {
+        "sd15": ["to_v", "conv1"],
+        "sdxl": ["to_v", "conv1"],
+        "flux": ["to_v", "proj_out"],
+        "flux2": ["to_v", "attn.to_out"],
+    },
+    "other layers": {
+        "sd15": ["to_q", "conv2"],
+        "sdxl": ["to_q", "conv2"],
+        "flux": ["to_q", "to_out.0"],
+        "flux2": ["to_q", "to_qkv_mlp_proj"],
+    },
+}
+# The denoiser among a pipeline's components.
+DENOISERS = {"sd15": "unet", "sdxl": "unet", "flux": "transformer", "flux2": "transformer"}
+
 SINGLE_FILES = {"sd15": single_file.write_sd15, "sdxl": single_file.write_sdxl}
 
 
@@ -45,7 +65,7 @@ class World:
 
     Args:
         root: a folder of its own.
-        family: `sd15` or `sdxl`.
+        family: its name.
         original: its tiny base model with all layers of the real one.
     """
 
@@ -59,6 +79,15 @@ class World:
     def model(self) -> Path:
         """The base model that rows train unless they say otherwise."""
         return Path(self.path("model"))
+
+    @property
+    def denoiser(self) -> str:
+        """The denoiser's name among the components of the pipeline."""
+        return DENOISERS[self.family]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of the denoiser of the base model."""
+        return load_file(self.model / self.denoiser / "diffusion_pytorch_model.safetensors")
 
     def path(self, name: str) -> Path | str:
         """A place by its name."""
@@ -142,7 +171,9 @@ def _nameless(world: World, path: Path) -> Path:
 
 
 def _small(folder: Path, seed: int = 0) -> Path:
-    """Gives a tiny base model a denoiser of fewer layers still: two blocks of one layer."""
+    """Gives a tiny base model a denoiser of fewer layers still, one of each kind."""
+    if not (folder / "unet").is_dir():
+        return _small_transformer(folder, seed)
     path = folder / "unet" / "config.json"
     config = json.loads(path.read_text())
     with_text = config["down_block_types"][1]
@@ -158,6 +189,16 @@ def _small(folder: Path, seed: int = 0) -> Path:
     }
     torch.manual_seed(seed)
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return folder
+
+
+def _small_transformer(folder: Path, seed: int) -> Path:
+    place = folder / "transformer"
+    config = json.loads((place / "config.json").read_text())
+    transformer_class = getattr(diffusers, config["_class_name"])
+    torch.manual_seed(seed)
+    config |= {"num_layers": 1, "num_single_layers": 1}
+    transformer_class.from_config(config).save_pretrained(place)
     return folder
 
 
@@ -249,8 +290,3 @@ _MAKERS: Mapping[str, Callable[[World, Path], Path | str]] = {
     "doubled latents": _doubled_latents,
     "hub model": _hub_model,
 }
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The denoiser's weights in a base model's folder."""
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")

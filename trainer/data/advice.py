@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.buckets import largest_side
 from trainer.images.crop import Size, enlargement
 from trainer.images.findings import Remark
 from trainer.images.quality import CLIPPED, LARGEST_ENLARGEMENT, Measures
@@ -65,7 +66,8 @@ class Subject:
         remarks: all that is odd about it.
         faces: the largest first, in pixels of the whole picture; nothing where faces were not
             looked for.
-        target: trained (height, width) of this picture, if that is known.
+        target: trained (height, width) of this picture, the largest of several, if that is known.
+        recommended: (height, width) that it should have at least.
     """
 
     name: str
@@ -75,6 +77,17 @@ class Subject:
     remarks: tuple[Remark, ...] = ()
     faces: tuple[Face, ...] | None = None
     target: Size | None = None
+    recommended: Size = RECOMMENDED_SIZE
+
+
+def recommended_size(priority: str | None) -> Size:
+    """The (height, width) that pictures should have: of the guide's, the share that is trained.
+
+    Args:
+        priority: see the option.
+    """
+    height, width = RECOMMENDED_SIZE
+    return largest_side(height, priority), largest_side(width, priority)
 
 
 @dataclass(frozen=True)
@@ -232,9 +245,9 @@ def _count(subjects: Sequence[Subject]) -> Line:
 
 
 def _resolution(subjects: Sequence[Subject]) -> Line:
-    """How many pictures are smaller than trained or, where that is unknown, than the guide asks."""
-    times = [enlargement(s.size, s.target or RECOMMENDED_SIZE) for s in subjects]
-    height, width = RECOMMENDED_SIZE
+    """How many pictures are smaller than trained or, where that is unknown, than recommended."""
+    times = [enlargement(s.size, s.target or s.recommended) for s in subjects]
+    height, width = next((s.recommended for s in subjects), RECOMMENDED_SIZE)
     advice = f"{width}x{height} or larger"
     # What reads as `1.0 times` is nothing to speak of.
     small = [s for s, t in zip(subjects, times, strict=True) if round(t, 1) > 1]

@@ -1,4 +1,4 @@
-"""Trained sizes of one area and many aspects, and which of them is a picture's own.
+"""Trained sizes of one area and many aspects, which of them is a picture's own, and smaller areas.
 
 Numbers only: neither pictures nor batches are known here.
 """
@@ -18,6 +18,44 @@ _SMALL = 256
 _SMALL_STEP = 16
 _SMALLEST_SIDE = 256
 
+# Sides that each priority trains, as shares of the base model's own, ascending. BFL's page says
+# only that `speed` makes steps faster, and caps pictures at 1 MP, FLUX.1's own size.
+_WHOLE = Fraction(1)
+_SHARES: Mapping[str | None, tuple[Fraction, ...]] = {
+    None: (_WHOLE,),
+    "speed": (Fraction(1, 2),),
+    "quality": (Fraction(1, 2), Fraction(3, 4), _WHOLE),
+    "high_res_only": (_WHOLE,),
+}
+
+
+def largest_side(native: int, priority: str | None) -> int:
+    """The side of the largest pictures that a priority trains.
+
+    Args:
+        native: the base model's own side, in pixels.
+        priority: see the option.
+    """
+    return _part(native, _SHARES[priority][-1])
+
+
+def native_side(largest: int, priority: str | None) -> int:
+    """The base model's own side, from `largest_side`."""
+    return round(largest / _SHARES[priority][-1])
+
+
+def smaller_shapes(width: int, height: int, priority: str | None) -> tuple[tuple[int, int], ...]:
+    """(width, height) of the other sizes that a priority trains, the larger first, each once.
+
+    Args:
+        width: of the largest, in pixels.
+        height: of the largest, in pixels.
+    """
+    *others, largest = _SHARES[priority]
+    shares = [share / largest for share in reversed(others)]
+    shapes = dict.fromkeys((_part(width, share), _part(height, share)) for share in shares)
+    return tuple(shape for shape in shapes if shape != (width, height))
+
 
 def bucket_sizes(width: int, height: int) -> tuple[Size, ...]:
     """The sizes (height, width) of about the area width x height, in ascending order.
@@ -30,7 +68,7 @@ def bucket_sizes(width: int, height: int) -> tuple[Size, ...]:
         width: of the trained size, in pixels.
         height: of the trained size, in pixels.
     """
-    step = _STEP if min(width, height) >= _SMALL else _SMALL_STEP
+    step = _step(min(width, height))
     largest = _floored(2 * max(width, height), step)
     smallest = max(step, _floored(min(_SMALLEST_SIDE, min(width, height) // 2), step))
     square = _floored(math.isqrt(width * height), step)
@@ -76,6 +114,19 @@ def _stretch(size: Size, other: Size) -> Fraction:
     """How many times one aspect is the other, at least 1: the order of their logs' distance."""
     ratio = Fraction(size[0] * other[1], size[1] * other[0])
     return max(ratio, 1 / ratio)
+
+
+def _part(side: int, share: Fraction) -> int:
+    """A share of a side, in whole steps unless it is all of it."""
+    if share == 1:
+        return side
+    part = int(side * share)
+    step = _step(part)
+    return max(step, _floored(part, step))
+
+
+def _step(side: int) -> int:
+    return _STEP if side >= _SMALL else _SMALL_STEP
 
 
 def _floored(length: int, step: int) -> int:

@@ -28,6 +28,7 @@ from trainer.images.crop import (
     jittered,
     random_window,
 )
+from trainer.images.masks import resized_mask
 
 __all__ = ["Batch", "Dataset", "Plan", "Slot"]
 
@@ -109,7 +110,7 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         return tuple((example.number, flip) for example in self.examples for flip in mirrored)
 
     def unseen(self) -> list[str]:
-        """Names of the subjects' pictures that weigh nothing in any step.
+        """Names of the subjects' pictures that weigh nothing in any step, once for each size.
 
         Their masks keep nothing of the one view that is shown of them. Where views are drawn,
         each may show something else, so none is named.
@@ -229,7 +230,11 @@ def _given_window(example: Example) -> Window | None:
 
 def _load(example: Example) -> Pixels:
     with Image.open(example.path) as image:
-        return np.asarray(image.convert("RGB"))
+        pixels = image.convert("RGB")
+    height, width = example.size
+    if pixels.size != (width, height):
+        pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(pixels)
 
 
 def _mask(example: Example, placement: Placement) -> Mask | None:
@@ -238,6 +243,8 @@ def _mask(example: Example, placement: Placement) -> Mask | None:
     if example.mask_path is None:
         return valid
     mask: Mask = np.load(example.mask_path)
+    if mask.shape != example.size:
+        mask = resized_mask(mask, example.size)
     seen = placement.apply(mask)
     return seen if valid is None else seen * valid
 

@@ -125,8 +125,7 @@ def _concept(plan: Plan, numbers: Mapping[int, int], position: int) -> int:
         position: of the example.
     """
     number = numbers[position if position >= 0 else ~position]
-    of_concepts = enumerate(plan.portions, start=1)
-    return next(concept for concept, portion in of_concepts if number in portion.instances)
+    return next(portion.concept for portion in plan.portions if number in portion.instances)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

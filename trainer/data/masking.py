@@ -126,7 +126,7 @@ class Masking:
         mask = resized_mask(mask, view.size)
         if not origin.without_other_faces:
             return Masked(mask)
-        kept = others_removed(mask, view.faces_at_scale(), view.size)
+        kept = others_removed(mask, view.faces_at(view.size), view.size)
         if kept is None:
             elsewhere = f"shows nothing like `{origin.prompt}` but in its other faces: they stay"
             return Masked(mask, (Remark.warning(f"{elsewhere} in its mask"),))

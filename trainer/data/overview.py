@@ -19,7 +19,7 @@ from PIL import Image
 
 from trainer.config import DataConfig, Note
 from trainer.data import sheet
-from trainer.data.advice import Advice, Subject, advise
+from trainer.data.advice import Advice, Subject, advise, recommended_size
 from trainer.data.buckets import bucket_table
 from trainer.data.prepared import Index, Prepared, sha256_of
 from trainer.data.remarks import notes_on_the_set
@@ -108,7 +108,8 @@ def _write_sheets(index: Index, folder: Path, *, of_class: bool, data: DataConfi
     title = f"{len(index.pictures)} {kind}" + ("" if len(index.pictures) == 1 else "s")
     if index.left_out:
         title += f", {len(index.left_out)} left out"
-    subtitle = " · ".join(bucket_table(Counter(p.view.target for p in index.pictures)))
+    counts = Counter(scale.target for p in index.pictures for scale in p.view.scales)
+    subtitle = " · ".join(bucket_table(counts))
     written = set()
     pages = sheet.pages(rows, count, title=title, subtitle=subtitle)
     for number, page in enumerate(pages, start=1):
@@ -137,7 +138,7 @@ def report(
     """
     elsewhere = _told_elsewhere(index, of_class)
     return {
-        "advice": advice_on(index, of_class=of_class).as_dict(),
+        "advice": advice_on(index, of_class=of_class, data=data).as_dict(),
         "notes": [note.model_dump() for note in notes if note.message not in elsewhere],
         "pictures": [_described(picture, data) for picture in index.pictures],
         "left_out": [picture.model_dump() for picture in index.left_out],
@@ -146,9 +147,12 @@ def report(
     }
 
 
-def advice_on(index: Index, *, of_class: bool) -> Advice:
+def advice_on(index: Index, *, of_class: bool, data: DataConfig) -> Advice:
     """What the pictures are like together; none on those of a class, which teach no subject."""
-    return Advice(()) if of_class else advise([_subject(picture) for picture in index.pictures])
+    if of_class:
+        return Advice(())
+    recommended = recommended_size(data.priority)
+    return advise([_subject(picture, recommended) for picture in index.pictures])
 
 
 def _told_elsewhere(index: Index, of_class: bool) -> set[str]:
@@ -169,7 +173,7 @@ def _geometry(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(include=_GEOMETRY)
 
 
-def _subject(picture: Prepared) -> Subject:
+def _subject(picture: Prepared, recommended: Size) -> Subject:
     view = picture.view
     return Subject(
         name=picture.name,
@@ -179,6 +183,7 @@ def _subject(picture: Prepared) -> Subject:
         remarks=picture.all_remarks(),
         faces=view.faces if view.faces_sought else None,
         target=view.target,
+        recommended=recommended,
     )
 
 
@@ -188,6 +193,7 @@ def _described(picture: Prepared, data: DataConfig) -> dict[str, Any]:
         "name": picture.name,
         "size": view.picture_size,
         "trained_size": view.target,
+        "smaller_sizes": view.smaller,
         "trained_box": _trained_box(picture),
         "each_time": list(_each_time(picture, data)),
         "faces": [face.model_dump() for face in view.faces],
@@ -258,6 +264,8 @@ def _facts(picture: Prepared) -> Iterator[str]:
     view = picture.view
     (height, width), (down, right) = view.picture_size, view.target
     yield f"{width}x{height} → {right}x{down}"
+    if view.smaller:
+        yield "also at " + ", ".join(f"{right}x{down}" for down, right in view.smaller)
     if picture.repeats > 1:
         yield f"{picture.repeats} times an epoch"
 

@@ -15,7 +15,7 @@ from trainer.config import (
     MaskConfig,
     TrainingConfig,
 )
-from trainer.data.buckets import bucket_of, bucket_sizes
+from trainer.data.buckets import bucket_of, bucket_sizes, smaller_shapes
 from trainer.data.inventory import Inventory, opened
 from trainer.images.crop import Size
 from trainer.sections.subjects import ClassSource, class_data_of, data_of
@@ -47,12 +47,18 @@ class PictureSet:
     of_class: bool = False
 
     @property
-    def sizes(self) -> tuple[Size, ...]:
-        """The trained (height, width) that a picture may get; none before they are known."""
+    def scales(self) -> tuple[tuple[Size, ...], ...]:
+        """The trained (height, width) that a picture may get, for each area, the largest first.
+
+        None before they are known.
+        """
         width, height = self.data.resolution_width, self.data.resolution_height
         if width is None or height is None:
             return ()
-        return bucket_sizes(width, height) if self.data.enable_bucket else ((height, width),)
+        shapes = [(width, height), *smaller_shapes(width, height, self.data.priority)]
+        if self.data.enable_bucket:
+            return tuple(bucket_sizes(*shape) for shape in shapes)
+        return tuple(((down, right),) for right, down in shapes)
 
     @property
     def wants_faces(self) -> bool:
@@ -72,13 +78,16 @@ class PictureSet:
     @property
     def looks(self) -> Mapping[str, object]:
         """All that a picture's view depends on beside the picture itself."""
-        ours = {
-            "sizes": self.sizes,
+        sizes, *smaller = self.scales or ((),)
+        ours: dict[str, object] = {
+            "sizes": sizes,
             "of_class": self.of_class,
             "faces": self.wants_faces,
             "cuts": self.cuts,
             "restores": self.restores,
         }
+        if smaller:
+            ours["smaller"] = smaller
         return {**ours, **(self.face.model_dump() if self.wants_faces else {})}
 
     def opened(
@@ -100,9 +109,9 @@ class PictureSet:
             captions_file=captions_file,
         )
 
-    def target(self, size: Size) -> Size | None:
-        """The trained size of a picture of this size, if it is known."""
-        return bucket_of(size, self.sizes) if self.sizes else None
+    def targets(self, size: Size) -> tuple[Size, ...]:
+        """The trained sizes of a picture of this size, the largest first; none if not known."""
+        return tuple(bucket_of(size, sizes) for sizes in self.scales)
 
 
 def pictures_of(config: TrainingConfig, concept: Concept) -> PictureSet:

@@ -50,12 +50,15 @@ class Portion:
         repeats: times that an epoch shows all of them.
         class_images: pictures of its class; empty without prior preservation.
         prior_loss_weight: of the class pictures' loss.
+        concept: which subject it is, from 1. One whose pictures are trained at several areas has
+            a portion for each, so that pictures of its class stand beside it at the same.
     """
 
     instances: tuple[int, ...]
     repeats: int = 1
     class_images: tuple[int, ...] = ()
     prior_loss_weight: float = 1.0
+    concept: int = 1
 
     @property
     def uses_per_epoch(self) -> int:

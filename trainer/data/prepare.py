@@ -40,7 +40,7 @@ from trainer.data.prepared import (
 )
 from trainer.data.remarks import mask_problem, none_left, notes_on_the_set, told, told_of, warning
 from trainer.data.store import Store
-from trainer.data.views import Darkroom, Rendering, View
+from trainer.data.views import Darkroom, Rendering, Scale, View
 from trainer.durable import disk_errors
 from trainer.errors import InputError, Problem
 from trainer.events import Event, NoteEvent, StageEvent
@@ -85,6 +85,9 @@ def prepare(
         settled: a training has begun on what lies in the folder: what was makeshift there, for
             want of a detector or captioner, stands as well.
 
+    Returns:
+        Each picture at each of its sizes.
+
     Raises:
         InputError: pictures, given masks or captions cannot be used, or no picture is left.
         DiskError: the folder cannot be written.
@@ -98,7 +101,11 @@ def prepare(
         overview.write(index, folder, of_class=wanted.of_class, data=wanted.data, notes=notes)
     publish_index(index, folder)
     store.prune()
-    return tuple(picture.example(folder, is_class=wanted.of_class) for picture in index.pictures)
+    return tuple(
+        example
+        for picture in index.pictures
+        for example in picture.examples(folder, is_class=wanted.of_class)
+    )
 
 
 def forget(folder: Path) -> None:
@@ -359,6 +366,7 @@ class _Preparation:
         given = given_mask_file(self.source, self.inventory, item.name, self.wanted.mask)
         mask, weights = self._mask(prepared, item, given)
         view = prepared.view
+        window, *smaller_windows = (self._window(view, scale, weights) for scale in view.scales)
         caption = self.inventory.captions[item.name]
         update = {
             "name": item.name,
@@ -368,7 +376,8 @@ class _Preparation:
             "lacks_captioner": False,
             "repeats": self.inventory.repeats.get(item.name, 1),
             "mask": mask,
-            "window": self._window(view, weights),
+            "window": window,
+            "smaller_windows": tuple(smaller_windows),
             "remarks": self._remarks(view, mask),
         }
         return prepared.model_copy(update=update)
@@ -402,17 +411,17 @@ class _Preparation:
         )
         return written, masked.weights
 
-    def _window(self, view: View, weights: Mask | None) -> tuple[int, int] | None:
+    def _window(self, view: View, scale: Scale, weights: Mask | None) -> tuple[int, int] | None:
         """(top, left) of the window over the face, else over what the mask keeps, else above."""
         if not self.wanted.data.face_aware_cropping:
             return None
-        faces = view.faces_at_scale()
+        faces = view.faces_at(scale.size)
         if faces:
-            window = face_window(view.size, view.target, faces[0].box)
+            window = face_window(scale.size, scale.target, faces[0].box)
         elif weights is not None:
-            window = window_around(view.size, view.target, *centre_of_mass(weights))
+            window = window_around(scale.size, scale.target, *centre_of_mass(weights))
         else:
-            window = upper_window(view.size, view.target)
+            window = upper_window(scale.size, scale.target)
         return window.top, window.left
 
     def _remarks(self, view: View, mask: PreparedMask | None) -> tuple[Remark, ...]:

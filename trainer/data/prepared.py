@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +40,8 @@ class Example:
         path: of the prepared file.
         sha256: of the source bytes.
         original_size: (height, width) upright, before resizing.
-        size: (height, width) of the prepared file, which covers the trained size.
+        size: (height, width) of the whole picture at this scale, which covers the trained size;
+            that of the prepared file at scale 0.
         target: trained (height, width).
         window: (top, left) of what a face or mask puts in view; nothing where the middle or
             chance decides.
@@ -49,6 +50,8 @@ class Example:
             where the whole picture counts.
         mask_sha256: of that file.
         is_class: whether it is a picture of the class, not of the subject.
+        scale: 0 at the largest size of the picture; 1 and so on at smaller ones, which the
+            prepared file and the mask are resized to.
     """
 
     number: int
@@ -65,6 +68,7 @@ class Example:
     mask_path: Path | None = None
     mask_sha256: str = ""
     is_class: bool = False
+    scale: int = 0
 
 
 class LeftOut(BaseModel):
@@ -117,6 +121,7 @@ class Prepared(BaseModel):
         view: how it looks at the trained scale.
         mask: nothing where the whole picture counts.
         window: see `Example`.
+        smaller_windows: the same at each smaller size of the view.
         remarks: what the user should know of it beside the view's and the mask's remarks.
     """
 
@@ -136,6 +141,7 @@ class Prepared(BaseModel):
     view: View
     mask: PreparedMask | None
     window: tuple[int, int] | None
+    smaller_windows: tuple[tuple[int, int] | None, ...] = ()
     remarks: tuple[Remark, ...]
 
     def all_remarks(self) -> tuple[Remark, ...]:
@@ -147,25 +153,28 @@ class Prepared(BaseModel):
         masks = (self.mask.file, self.mask.view) if self.mask else ()
         return (self.file, self.thumbnail, *(self.restored or ()), *masks)
 
-    def example(self, folder: Path, *, is_class: bool) -> Example:
-        """The example as the data set takes it."""
+    def examples(self, folder: Path, *, is_class: bool) -> Iterator[Example]:
+        """The picture as the data set takes it, at each size, the largest first."""
         mask = self.mask
-        return Example(
-            number=self.number,
-            name=self.name,
-            caption=self.caption,
-            caption_origin=self.caption_origin,
-            path=folder / self.file,
-            sha256=self.sha256,
-            original_size=self.view.original_size,
-            size=self.view.size,
-            target=self.view.target,
-            window=self.window,
-            repeats=self.repeats,
-            mask_path=folder / mask.file if mask and mask.file else None,
-            mask_sha256=mask.sha256 if mask else "",
-            is_class=is_class,
-        )
+        windows = (self.window, *self.smaller_windows)
+        for scale, (seen, window) in enumerate(zip(self.view.scales, windows, strict=True)):
+            yield Example(
+                number=self.number,
+                name=self.name,
+                caption=self.caption,
+                caption_origin=self.caption_origin,
+                path=folder / self.file,
+                sha256=self.sha256,
+                original_size=self.view.original_size,
+                size=seen.size,
+                target=seen.target,
+                window=window,
+                repeats=self.repeats,
+                mask_path=folder / mask.file if mask and mask.file else None,
+                mask_sha256=mask.sha256 if mask else "",
+                is_class=is_class,
+                scale=scale,
+            )
 
 
 class Index(BaseModel):

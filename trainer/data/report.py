@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import MaskConfig, Note
-from trainer.data.advice import Advice, Subject, advise
+from trainer.data.advice import Advice, Subject, advise, recommended_size
 from trainer.data.inventory import given_mask_file
 from trainer.data.picture_set import PictureSet
 from trainer.data.prepared import sha256_of
@@ -43,7 +43,8 @@ class PictureReport:
 
     Args:
         size: (height, width) upright, or nothing if it cannot be used.
-        target: trained (height, width), if that is known.
+        target: trained (height, width), the largest of several, if that is known.
+        smaller: other trained (height, width), the larger first.
         repeats: times that an epoch shows it.
         problem: why it cannot be used, or what is odd about it; empty if all is well.
     """
@@ -55,6 +56,7 @@ class PictureReport:
     caption_origin: Origin
     repeats: int
     problem: str
+    smaller: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def _inspected(
         for name in inventory.names:
             caption = inventory.captions[name]
             repeats = inventory.repeats.get(name, 1)
-            size, target, remarks = None, None, ""
+            size: Size | None = None
+            targets: tuple[Size, ...] = ()
+            remarks = ""
             try:
                 content = source.read(name)
                 picture = decode(content, name)
@@ -137,10 +141,19 @@ def _inspected(
             else:
                 subject = _subject(name, content, picture, wanted)
                 subjects.append(subject)
-                size, target = picture.size, subject.target
+                size, targets = picture.size, wanted.targets(subject.size)
                 remarks = "; ".join(remark.text for remark in subject.remarks)
             pictures.append(
-                PictureReport(name, size, target, caption.text, caption.origin, repeats, remarks)
+                PictureReport(
+                    name=name,
+                    size=size,
+                    target=next(iter(targets), None),
+                    caption=caption.text,
+                    caption_origin=caption.origin,
+                    repeats=repeats,
+                    problem=remarks,
+                    smaller=targets[1:],
+                )
             )
         if problems:
             raise InputError(problems)
@@ -166,7 +179,7 @@ def _subject(name: str, content: bytes, picture: Picture, wanted: PictureSet) ->
     if wanted.cuts:
         # The largest square about a face: how large it is only the face tells.
         size = min(size), min(size)
-    target = wanted.target(size)
+    target = next(iter(wanted.targets(size)), None)
     remarks: tuple[Remark, ...] = picture.remarks
     if not wanted.of_class:
         remarks += remarks_on_quality(measures, size, None if wanted.cuts else target)
@@ -177,6 +190,7 @@ def _subject(name: str, content: bytes, picture: Picture, wanted: PictureSet) ->
         measures=measures,
         remarks=remarks,
         target=target,
+        recommended=recommended_size(wanted.data.priority),
     )
 
 

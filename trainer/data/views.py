@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from trainer.data.buckets import bucket_of
 from trainer.data.means import Means
 from trainer.data.picture_set import PictureSet
 from trainer.data.store import Store, key_of
@@ -37,6 +36,19 @@ SEEN_SIDE = 1280
 _LONGEST_STRIP = 16
 
 
+@dataclass(frozen=True)
+class Scale:
+    """One size at which a picture is trained.
+
+    Args:
+        size: (height, width) of the picture, which covers `target`.
+        target: trained (height, width).
+    """
+
+    size: Size
+    target: Size
+
+
 class View(BaseModel):
     """What is known of a picture at the trained scale.
 
@@ -45,7 +57,8 @@ class View(BaseModel):
         picture_size: (height, width) of the whole picture, upright.
         region: (left, top, width, height) of the part that is used, in the whole picture.
         size: (height, width) at the trained scale, which covers `target`.
-        target: trained (height, width).
+        target: trained (height, width), the largest where there are several.
+        smaller: other trained (height, width), the larger first.
         has_alpha: whether a pixel of the source is not opaque.
         faces_sought: whether faces were looked for.
         is_makeshift: whether they were by a detector that stands in for a better one.
@@ -60,6 +73,7 @@ class View(BaseModel):
     region: tuple[int, int, int, int]
     size: Size
     target: Size
+    smaller: tuple[Size, ...] = ()
     has_alpha: bool
     faces_sought: bool
     is_makeshift: bool = False
@@ -72,6 +86,12 @@ class View(BaseModel):
         """(height, width) of what is trained, before it is resized."""
         return self.region[3], self.region[2]
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """The sizes at which it is trained, the largest first."""
+        others = (Scale(cover_size(self.size, target), target) for target in self.smaller)
+        return Scale(self.size, self.target), *others
+
     def faces_in_region(self) -> tuple[Face, ...]:
         """The faces whose middle is in the part that is used, in its pixels."""
         left, top, width, height = self.region
@@ -80,10 +100,10 @@ class View(BaseModel):
             face for face in moved if 0 <= face.centre[0] <= width and 0 <= face.centre[1] <= height
         )
 
-    def faces_at_scale(self) -> tuple[Face, ...]:
-        """Those in pixels of the trained scale."""
-        scale = self.size[1] / self.region[2]
-        return tuple(face.scaled(scale) for face in self.faces_in_region())
+    def faces_at(self, size: Size) -> tuple[Face, ...]:
+        """Those in pixels of the picture at this size."""
+        factor = size[1] / self.region[2]
+        return tuple(face.scaled(factor) for face in self.faces_in_region())
 
 
 @dataclass(frozen=True)
@@ -206,7 +226,7 @@ class Darkroom:
             remarks += told
             if used is not before:
                 before_and_after = _face_of(before, inside[0]), _face_of(used, inside[0], before)
-        target = bucket_of((used.height, used.width), self.wanted.sizes)
+        target, *smaller = self.wanted.targets((used.height, used.width))
         _refuse_strip((used.height, used.width), target)
         resized = resize_to_cover(used, target)
         view = View(
@@ -215,6 +235,7 @@ class Darkroom:
             region=(region.left, region.top, region.width, region.height),
             size=(resized.height, resized.width),
             target=target,
+            smaller=tuple(smaller),
             has_alpha=picture.alpha is not None,
             faces_sought=looks_for_faces,
             is_makeshift=looks_for_faces and means.are_makeshift,
@@ -233,7 +254,8 @@ class Darkroom:
     def _needs_faces(self, whole: Image.Image) -> bool:
         """Whether faces decide anything: of class pictures they only place windows."""
         size = whole.height, whole.width
-        return not self.wanted.of_class or has_room(size, bucket_of(size, self.wanted.sizes))
+        targets = self.wanted.targets(size)
+        return not self.wanted.of_class or any(has_room(size, target) for target in targets)
 
     def _faces(self, whole: Image.Image) -> tuple[Face, ...]:
         detector = self.means().detector

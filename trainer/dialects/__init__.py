@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from pydantic import BaseModel
 
-from trainer.config import TrainingConfig
+from trainer.config import Note, TrainingConfig
 from trainer.errors import InputError
 from trainer.job import Result, ResultFile
 from trainer.leaves import nearest
@@ -54,6 +54,32 @@ def load_dialect(name: str) -> Dialect:
         message = f"got `{name}`; allowed: one of {', '.join(known)}"
         raise InputError.of("dialect", message, nearest(name, known))
     return _import(known[name])
+
+
+def left_aside(
+    payload: Mapping[str, Any], model: type[BaseModel], not_used: Mapping[str, str], service: str
+) -> list[Note]:
+    """Notes on the fields of a request that are not taken, as services leave aside what they lack.
+
+    With a warning where one is nearly a field that the service knows.
+
+    Args:
+        model: the service's request.
+        not_used: field to the reason why it is not taken.
+        service: its name.
+    """
+    fields = model.model_fields
+    reasons = {name: f"{service} has no such field" for name in payload if name not in fields}
+    reasons |= {name: why for name, why in not_used.items() if name in payload}
+    notes = [
+        Note(kind="ignored", field=f"request.{name}", message=reason)
+        for name, reason in reasons.items()
+    ]
+    return notes + [
+        Note(kind="warning", field=f"request.{name}", message=f"was left aside; {hint}")
+        for name in payload
+        if name not in fields and (hint := nearest(name, fields))
+    ]
 
 
 def _import(module: str) -> Dialect:

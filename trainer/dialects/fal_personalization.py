@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from trainer.config import Note, TrainingConfig
+from trainer.config import TrainingConfig
+from trainer.dialects import left_aside
 from trainer.errors import InputError, Problem
 from trainer.job import Result, ResultFile, Role
-from trainer.leaves import allowed, nearest, shown
+from trainer.leaves import allowed, shown
 from trainer.resolve import Layer
 
 NAMES = ("fal_personalization", "fal", "fal-ai/personalization")
 SERVICE = "fal-ai/personalization"
-UNKNOWN = f"{SERVICE} has no such field"
 
 # Service field to leaf, and service field to the reason why it is not taken. Everything else
 # is placed by its name.
@@ -185,19 +185,7 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
         for name, info in fields.items()
         if info.is_required() and payload.get(name) is None
     ]
-    left_aside = {
-        **{name: UNKNOWN for name in payload if name not in fields},
-        **{name: reason for name, reason in NOT_USED.items() if name in payload},
-    }
-    notes = [
-        Note(kind="ignored", field=f"request.{name}", message=reason)
-        for name, reason in left_aside.items()
-    ]
-    notes += [
-        Note(kind="warning", field=f"request.{name}", message=f"was left aside; {hint}")
-        for name in payload
-        if name not in fields and (hint := nearest(name, fields))
-    ]
+    notes = left_aside(payload, Input, NOT_USED, SERVICE)
     defaults = {
         name: info.default
         for name, info in fields.items()

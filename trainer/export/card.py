@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from trainer.export.card_loading import KINDS, CardFile, is_hub_id, loading_sections
+from trainer.export.card_loading import (
+    KINDS,
+    LIKE_COMFYUI,
+    CardFile,
+    interfaces,
+    is_hub_id,
+    listed,
+    loading_sections,
+    token_interfaces,
+)
 from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState, Strength
@@ -23,6 +32,9 @@ _SHOWN_SETTINGS = (
     "lr_scheduler",
     "lr_warmup_steps",
     "snr_gamma",
+    "timestep_density",
+    "timestep_shift",
+    "guidance_scale",
     "noise_offset",
     "caption_dropout",
     "mixed_precision",
@@ -60,7 +72,7 @@ def model_card(
         _front_matter(facts, state, tags),
         f"# {facts.output_name}\n\n{_summary(facts, files, state)}",
         _settings(facts, state),
-        "## Files\n\n" + "\n".join(f"- `{file.name}`: {_MEANINGS[file.role]}" for file in files),
+        "## Files\n\n" + "\n".join(f"- `{file.name}`: {_meaning(file, names)}" for file in files),
         *loading_sections(facts, files, pipeline_class, names, state),
     ]
     if extraction is not None:
@@ -74,8 +86,8 @@ def model_card(
 
 _MEANINGS: Mapping[str, str] = {
     "diffusers_lora": "the adapter for diffusers",
-    "kohya_lora": "the adapter for ComfyUI, A1111, Forge, sd-scripts and LyCORIS",
-    "kohya_lora_comfyui": "the same with DoRA magnitudes for ComfyUI and Forge",
+    "kohya_lora": "the adapter for {programs}",
+    "kohya_lora_comfyui": "the same with DoRA magnitudes for {comfyui}",
     "peft_folder": "the adapter of one component as a PEFT folder",
     "denoiser_weights": "all weights of the denoiser",
     "denoiser_config": "the structure of the denoiser",
@@ -84,7 +96,7 @@ _MEANINGS: Mapping[str, str] = {
     "text_encoder_2_weights": "all weights of the second text encoder",
     "text_encoder_2_config": "the structure of the second text encoder",
     "embeddings": "the vectors of all new tokens, for diffusers",
-    "token_embedding": "the vectors of one identifier, for ComfyUI, A1111 and Forge",
+    "token_embedding": "the vectors of one identifier, for {interfaces}",
     "extraction_report": "how much of the change the extracted LoRA holds",
     "config": "the resolved configuration",
     "model_card": "this card",
@@ -93,6 +105,15 @@ _MEANINGS: Mapping[str, str] = {
     "debug_dataset": "the pictures as they were trained",
     "debug_masks": "the masks as the loss used them",
 }
+
+
+def _meaning(file: CardFile, names: KohyaNames) -> str:
+    return _MEANINGS[file.role].format(
+        programs=listed([*names.programs, "LyCORIS"]),
+        comfyui=listed([name for name in interfaces(names) if name in LIKE_COMFYUI]),
+        interfaces=listed(token_interfaces(names)),
+    )
+
 
 _DORA = """## DoRA magnitudes
 
@@ -159,7 +180,22 @@ def _settings(facts: TrainingFacts, state: AdapterState | None) -> str:
     if state is not None:
         shown = dict(_strength_rows(state.strengths)) | shown
     rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
-    return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows])
+    lines = ["## Training", "", "| setting | value |", "|---|---|", *rows]
+    return "\n".join([*lines, *_precision(facts, state)])
+
+
+def _precision(facts: TrainingFacts, state: AdapterState | None) -> list[str]:
+    """What was not in 32 bits while it learnt."""
+    bits = facts.settings.get("quantization", "none")
+    if state is not None and bits != "none":
+        return [
+            "",
+            f"The base model's denoiser was kept in `{bits}` while the adapter learnt; the files "
+            "are for the base model as it was before.",
+        ]
+    if state is None and facts.settings.get("weights_dtype") == "bf16":
+        return ["", "The weights learnt in bf16, each update rounded up or down by chance."]
+    return []
 
 
 def _strength_rows(strengths: Mapping[str, Strength]) -> Iterator[tuple[str, str]]:

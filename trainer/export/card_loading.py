@@ -12,6 +12,17 @@ from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState
 from trainer.names import KohyaNames, tokenizer_name
 
+# User interfaces: the folder of adapters, that of new tokens, and how a prompt names these.
+_INTERFACES = {
+    "ComfyUI": ("models/loras", "models/embeddings", "embedding:{}"),
+    "A1111": ("models/Lora", "embeddings", "{}"),
+    "Forge": ("models/Lora", "embeddings", "{}"),
+}
+# Those whose DoRA divides by the norm of the base weight.
+LIKE_COMFYUI = ("ComfyUI", "Forge")
+# Those that give new tokens to CLIP alone.
+_CLIP_ONLY = ("A1111", "Forge")
+
 KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 
 _WHOLE_DENOISER = "denoiser_weights"
@@ -44,6 +55,39 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence has them: `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def interfaces(names: KohyaNames) -> list[str]:
+    """The user interfaces that read a family's kohya files."""
+    return [program for program in names.programs if program in _INTERFACES]
+
+
+def token_interfaces(names: KohyaNames) -> list[str]:
+    """The user interfaces that know new tokens in all of a family's text encoders."""
+    only_clip = all(_is_clip(key) for key in names.embedding_keys.values())
+    return [name for name in interfaces(names) if only_clip or name not in _CLIP_ONLY]
+
+
+def _is_clip(key: str) -> bool:
+    return key.startswith("clip_")
+
+
+def _by_place(programs: Sequence[str], which: int) -> dict[str, list[str]]:
+    """Programs under the folder, or the way of naming, that they have in common."""
+    places: dict[str, list[str]] = {}
+    for program in programs:
+        places.setdefault(_INTERFACES[program][which], []).append(program)
+    return places
+
+
+def _folders(programs: Sequence[str], which: int) -> str:
+    places = _by_place(programs, which)
+    return " or ".join(f"`{place}` ({', '.join(found)})" for place, found in places.items())
+
+
 def loading_sections(
     facts: TrainingFacts,
     files: Sequence[CardFile],
@@ -54,7 +98,11 @@ def loading_sections(
     """Sections as Markdown; arguments as for `model_card`."""
     found = {file.role: file.name for file in reversed(files)}
     sections = []
-    loads = [*_whole_components(found), *_adapter(found, state), *_embeddings(found, facts, names)]
+    loads = [
+        *_whole_components(found),
+        *_adapter(found, names, state),
+        *_embeddings(found, facts, names),
+    ]
     if loads:
         start = (
             f"from diffusers import {pipeline_class}\n\n"
@@ -63,9 +111,9 @@ def loading_sections(
         prompts = facts.token_prompts if "embeddings" in found else facts.instance_prompts
         sections.append(_diffusers_section(start + "".join(loads) + _pictures(prompts)))
     if "kohya_lora" in found or "kohya_lora_comfyui" in found:
-        sections.append(_interface_section(found))
+        sections.append(_interface_section(found, names))
     if "embeddings" in found:
-        sections.append(_tokens_section(facts, files))
+        sections.append(_tokens_section(facts, files, names))
     return sections
 
 
@@ -89,10 +137,10 @@ def _whole_components(found: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _adapter(found: Mapping[str, str], state: AdapterState | None) -> list[str]:
+def _adapter(found: Mapping[str, str], names: KohyaNames, state: AdapterState | None) -> list[str]:
     if state is None or "diffusers_lora" not in found:
         return []
-    return [_load_snippet(state, found["diffusers_lora"])]
+    return [_load_snippet(state, names, found["diffusers_lora"])]
 
 
 def _embeddings(found: Mapping[str, str], facts: TrainingFacts, names: KohyaNames) -> list[str]:
@@ -111,7 +159,8 @@ def _embeddings(found: Mapping[str, str], facts: TrainingFacts, names: KohyaName
         for key, encoder, tokenizer in encoders
     ]
     if facts.settings.get("ti_pooling") == "eos":
-        pairs = ", ".join(f"({encoder}, {tokenizer})" for _, encoder, tokenizer in encoders)
+        pooled = [(encoder, tokenizer) for key, encoder, tokenizer in encoders if _is_clip(key)]
+        pairs = ", ".join(f"({encoder}, {tokenizer})" for encoder, tokenizer in pooled)
         lines += [
             f"for encoder, tokenizer in [{pairs}]:",
             "    for module in encoder.modules():",
@@ -133,8 +182,8 @@ def _diffusers_section(code: str) -> str:
     return f"## Loading with diffusers\n\nFrom the folder of this card:\n\n```python\n{code}\n```"
 
 
-def _load_snippet(state: AdapterState, name: str) -> str:
-    if state.algorithm == "lora":
+def _load_snippet(state: AdapterState, names: KohyaNames, name: str) -> str:
+    if state.algorithm in names.diffusers_reads:
         return f'pipe.load_lora_weights(".", weight_name="{name}")\n'
     kind = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[state.algorithm]
     return f"""\
@@ -157,30 +206,36 @@ for component in sorted({{key.split(".")[0] for key in tensors}}):
 """
 
 
-def _interface_section(found: Mapping[str, str]) -> str:
-    lines = ["## Loading in ComfyUI, A1111 and Forge", ""]
+def _interface_section(found: Mapping[str, str], names: KohyaNames) -> str:
+    programs = interfaces(names)
+    lines = [f"## Loading in {listed(programs)}", ""]
     if "kohya_lora" in found:
         lines.append(
-            f"Put `{found['kohya_lora']}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, "
-            "Forge) and load it at strength 1."
+            f"Put `{found['kohya_lora']}` into {_folders(programs, 0)} and load it at strength 1."
         )
     if "kohya_lora_comfyui" in found:
-        lines.append(
-            f"In ComfyUI and Forge take `{found['kohya_lora_comfyui']}` instead: see below."
-        )
+        dividing = listed([name for name in programs if name in LIKE_COMFYUI])
+        lines.append(f"In {dividing} take `{found['kohya_lora_comfyui']}` instead: see below.")
     return "\n".join(lines)
 
 
-def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile]) -> str:
+def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile], names: KohyaNames) -> str:
     stems = token_file_stems(facts)
     written = {
         file.name.removesuffix(".safetensors"): file.name
         for file in files
         if file.role == "token_embedding"
     }
+    programs = token_interfaces(names)
+    ways = _by_place(programs, 2)
+    heads = ["identifier", "in diffusers", "file", *(f"in {', '.join(p)}" for p in ways.values())]
     rows = [
-        f"| `{identifier}` | `{''.join(tokens)}` | `{written[stems[identifier]]}` | "
-        f"`embedding:{stems[identifier]}` | `{stems[identifier]}` |"
+        _row(
+            f"`{identifier}`",
+            f"`{''.join(tokens)}`",
+            f"`{written[stems[identifier]]}`",
+            *(f"`{way.format(stems[identifier])}`" for way in ways),
+        )
         for identifier, tokens in facts.tokens.items()
     ]
     lines = [
@@ -188,14 +243,20 @@ def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile]) -> str:
         "",
         "An identifier of the captions stands for new tokens, which a prompt must name: in "
         "diffusers by the tokens themselves, in user interfaces by the name of the "
-        "identifier's own file, after it was put into `models/embeddings` (ComfyUI) or "
-        "`embeddings` (A1111, Forge).",
+        f"identifier's own file, after it was put into {_folders(programs, 1)}.",
         "",
-        "| identifier | in diffusers | file | in ComfyUI | in A1111, Forge |",
-        "|---|---|---|---|---|",
+        _row(*heads),
+        "|" + "---|" * len(heads),
         *rows,
     ]
+    if len(names.embedding_keys) > 1:
+        keys = [f"`{key}` for `{component}`" for component, key in names.embedding_keys.items()]
+        lines += ["", f"Each file has vectors for every text encoder: {listed(keys)}."]
     pooling = facts.settings.get("ti_pooling")
     if pooling in _POOLING:
         lines += ["", _POOLING[pooling]]
     return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.export.read import AdapterFile, family_of, open_adapter, read_adapter, read_tensors
+from trainer.export.read import AdapterFile, ReadFormat, open_adapter, read_adapter, read_tensors
+from trainer.export.recognition import family_of
 from trainer.export.state import MAGNITUDE, layer_rank
 from trainer.names import KohyaNames
 
@@ -19,7 +20,7 @@ class Description:
     """An adapter file at a glance.
 
     Args:
-        format: `diffusers` or `kohya`.
+        format: `diffusers`, `kohya`, or `original` for names of the original implementation.
         family: the family of the base model, where names or header tell it.
         algorithm: `lora`, `lokr` or `loha`.
         dora_convention: `paper`, `comfyui` or `unstated`; None without DoRA.
@@ -51,24 +52,27 @@ class Description:
         return asdict(self)
 
 
-def describe(path: Path, candidates: Mapping[str, KohyaNames]) -> Description:
+def describe(
+    path: Path, candidates: Mapping[str, KohyaNames], family: str | None = None
+) -> Description:
     """Reads an adapter file and tells what it holds.
 
     Args:
-        path: a diffusers or kohya safetensors file.
+        path: a safetensors file of a format that `read` reads.
         candidates: the name tables of the known families, by family.
+        family: the family, where names and header do not tell it.
 
     Raises:
         InputError: the file is of another kind.
     """
-    file = open_adapter(path, candidates)
+    file = open_adapter(path, candidates, family)
     tensors, metadata = read_tensors(path)
     ranks = Counter(rank for rank in map(layer_rank, file.layers.values()) if rank is not None)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     components = Counter(component for component, _ in file.layers)
     return Description(
         format=file.format,
-        family=file.family or _family(path, candidates),
+        family=family or file.family or _family(path, candidates),
         algorithm=file.algorithm,
         dora_convention=file.dora_convention,
         ranks=dict(sorted(ranks.items())),
@@ -91,7 +95,7 @@ def _family(path: Path, candidates: Mapping[str, KohyaNames]) -> str | None:
 
 def _alphas(file: AdapterFile) -> list[float]:
     """Alphas as the file states them: beside the tensors, or in the diffusers header."""
-    if file.format == "kohya":
+    if file.format != "diffusers":
         return list(file.alphas.values())
     if not file.adapter_metadata:
         return []
@@ -103,7 +107,7 @@ def _problems(file: AdapterFile) -> Iterator[str]:
     for (component, path), tensors in file.layers.items():
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             yield f"`{component}.{path}` holds NaN or infinite numbers"
-    yield from {"kohya": _kohya_problems, "diffusers": _diffusers_problems}[file.format](file)
+    yield from _PROBLEMS[file.format](file)
     parts = Counter(MAGNITUDE in tensors for tensors in file.layers.values())
     if len(parts) > 1:
         yield f"{parts[False]} of {len(file.layers)} layers have no DoRA magnitude"
@@ -128,8 +132,26 @@ def _kohya_problems(file: AdapterFile) -> Iterator[str]:
 def _diffusers_problems(file: AdapterFile) -> Iterator[str]:
     if not file.adapter_metadata:
         yield "no adapter configuration in the header; readers take alpha = rank"
+        return
+    refuted = sum(file.refuted_rank(layer) is not None for layer in file.layers)
+    if refuted:
+        yield f"{refuted} layers have another rank than the header says; PEFT cannot load them"
     elif any(file.scale(layer) != 1 for layer in file.layers):
         yield "alpha differs from rank and stands in the header alone; some readers ignore it"
+
+
+def _original_problems(file: AdapterFile) -> Iterator[str]:
+    yield (
+        "layers have the original implementation's names, which sd-scripts and LyCORIS do not "
+        "know; `trainer convert` gives them others"
+    )
+
+
+_PROBLEMS: Mapping[ReadFormat, Callable[[AdapterFile], Iterator[str]]] = {
+    "kohya": _kohya_problems,
+    "diffusers": _diffusers_problems,
+    "original": _original_problems,
+}
 
 
 def _key_problems(keys: list[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def peft_config(
         without_text_model(path): _peft_rank(tensors, usual) for path, tensors in layers.items()
     }
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {path: other for path, other in ranks.items() if other != rank}
+    pattern = {_pattern_key(path, ranks): other for path, other in ranks.items() if other != rank}
     common = {
         "r": rank,
         "target_modules": sorted(ranks),
@@ -140,6 +140,16 @@ def _by_component(state: AdapterState) -> dict[str, dict[str, LayerTensors]]:
     for (component, path), tensors in state.layers().items():
         components.setdefault(component, {})[path] = tensors
     return components
+
+
+def _pattern_key(path: str, adapted: Iterable[str]) -> str:
+    """The key under which PEFT finds a layer in a pattern, and no other adapted layer.
+
+    PEFT lets a key stand for every path that ends in it (`peft.utils.get_pattern_key`), which is
+    what text encoders of both spellings need; `^` makes it stand for the whole path alone.
+    """
+    is_ending = any(other.endswith(f".{path}") for other in adapted)
+    return f"^{path}" if is_ending else path
 
 
 def _peft_rank(tensors: LayerTensors, usual: int) -> int:

@@ -1,22 +1,26 @@
 """A LoRA made afterwards from fully trained weights: the best product of each rank.
 
 For a layer's change dW = W' - W, the product of rank r nearest to it keeps the r largest
-singular values (Eckart and Young 1936). Nothing is clamped: the clamp that extraction scripts in
-use apply costs far more than the truncation.
+singular values (Eckart and Young 1936). Layers of large models are too wide to decompose as a
+whole; there a product close to the nearest is found by subspace iteration, and what it leaves out
+is measured as exactly. Nothing is clamped: cutting off the largest values, as other extraction
+scripts do, costs far more than the truncation.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer import durable
+from trainer import durable, randomness
+from trainer.events import Event, StageEvent
 from trainer.export.state import AdapterState, LayerName, LayerTensors, largest_ranks
 
 # Component to parameter name to tensor; may compute or load its values on demand.
@@ -24,6 +28,11 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 
 # Singular values below this share of the largest are rounding of the 32-bit weights.
 _NEGLIGIBLE = 1e-6
+# Shorter sides up to here are decomposed as a whole; 3072 takes 12 to 17 seconds on a core.
+_EXACT_UP_TO = 1280
+# Directions beyond the rank, and rounds, of the iteration for larger ones.
+_OVERSAMPLING = 32
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class _EffectiveWeights(Mapping[str, Tensor]):
 
 def extract(
     base: Weights, trained: Weights, layers: Mapping[str, Collection[str]], *, rank: int
-) -> Extraction:
+) -> Generator[Event, None, Extraction]:
     """The best LoRA of a rank for the change between two sets of weights.
 
     Layers that did not change are left out; a layer whose change has a lower rank, or that is
@@ -131,9 +140,12 @@ def extract(
     products: dict[LayerName, LayerTensors] = {}
     reports: list[ExtractedLayer] = []
     left_out: dict[str, float] = {}
+    total = sum(map(len, trained.values()))
+    done = itertools.count(1)
     for component, parameters in sorted(trained.items()):
         weights = {f"{path}.weight": path for path in layers[component]}
         for name in sorted(parameters):
+            yield StageEvent("extract", next(done), total)
             after = parameters[name].detach().float()
             change = after - base[component][name].detach().to(after.device, torch.float32)
             if not bool(change.any()):
@@ -142,40 +154,87 @@ def extract(
                 left_out[f"{component}.{name}"] = float(change.double().norm())
                 continue
             layer = component, weights[name]
-            products[layer], values = _product(change, rank)
+            products[layer], whole, lost = _product(change, rank)
             kept = products[layer]["lora_A"].shape[0]
-            total, lost = float(values.sum()), float(values[kept:].sum())
-            reports.append(ExtractedLayer(*layer, kept, math.sqrt(total), math.sqrt(lost)))
+            reports.append(ExtractedLayer(*layer, kept, math.sqrt(whole), math.sqrt(lost)))
     state = AdapterState.of_layers("lora", largest_ranks(products), products)
     return Extraction(rank, state, tuple(reports), left_out)
 
 
-def _product(change: Tensor, rank: int) -> tuple[LayerTensors, Tensor]:
-    """The factors B and A of the nearest product, and all squared singular values, falling.
+def _product(change: Tensor, rank: int) -> tuple[LayerTensors, float, float]:
+    """The factors B and A, and the squared norms of the change and of what they leave out.
 
-    They come from the eigenvectors of the smaller of dW dWT and dWT dW, in 64 bits, at a quarter
-    of the time of a decomposition in 32 bits. B = U sqrt(S) and A = sqrt(S) VT share the size
-    evenly, so that neither factor of a small change falls out of the range of 16-bit numbers.
+    B = U sqrt(S) and A = sqrt(S) VT share the size evenly, so that neither factor of a small
+    change falls out of the range of 16-bit numbers.
 
     Args:
         change: (out, in) or (out, in, height, width).
     """
-    matrix = change.flatten(1).double()
+    matrix = change.flatten(1)
     is_wide = matrix.shape[0] <= matrix.shape[1]
     wide = matrix if is_wide else matrix.T
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
+    if wide.shape[0] <= max(_EXACT_UP_TO, rank + _OVERSAMPLING):
+        squares, vectors = _decomposed(wide.double())
+        whole = float(squares.sum())
+    else:
+        squares, vectors = _leading(wide, rank + _OVERSAMPLING)
+        # B A is a projection of the change: by Pythagoras, what is left is exactly the rest.
+        whole = float(torch.linalg.vector_norm(wide, dtype=torch.float64) ** 2)
     kept = min(rank, int((squares > squares[0] * _NEGLIGIBLE**2).sum()))
+    lost = float(squares[kept:].sum()) + max(0.0, whole - float(squares.sum()))
     roots = squares[:kept].sqrt().sqrt()
     left = vectors[:, :kept] * roots
-    right = (vectors[:, :kept].T @ wide) / roots[:, None]
+    right = _times(vectors[:, :kept].T, wide) / roots[:, None]
     out, into = (left, right) if is_wide else (right.T, left.T)
     kernel = change.shape[2:]
     tensors = {
         "lora_A": into.reshape(kept, *change.shape[1:]),
         "lora_B": out.reshape(change.shape[0], kept, *[1] * len(kernel)),
     }
-    return {part: tensor.float().cpu().contiguous() for part, tensor in tensors.items()}, squares
+    factors = {part: tensor.float().cpu().contiguous() for part, tensor in tensors.items()}
+    return factors, whole, lost
+
+
+def _decomposed(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """All squared singular values, falling, and the left singular vectors as columns.
+
+    They come from the eigenvectors of M MT in 64 bits, at a quarter of the time of a
+    decomposition in 32 bits.
+
+    Args:
+        wide: (rows, columns) with no more rows than columns, in 64 bits.
+    """
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    return squares.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _leading(wide: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The same for the largest so many, nearly: those of the change within a subspace.
+
+    Subspace iteration from fixed random directions, then everything in 64 bits within what was
+    found. Squared values are at most the true ones.
+
+    Source: Halko, Martinsson and Tropp 2011, algorithm 4.4; with 8 rounds and 32 directions
+    beyond the rank, corollary 10.10 bounds the error's spectral norm by 1.3 of the best for
+    shorter sides of 3072.
+
+    Args:
+        wide: (rows, columns) in 32 bits.
+        width: of the subspace, at most the number of rows.
+    """
+    generator = torch.Generator().manual_seed(randomness.key(0, "extraction"))
+    directions = torch.randn(wide.shape[1], width, generator=generator).to(wide.device)
+    basis = torch.linalg.qr(wide @ directions).Q
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis).Q).Q
+    basis = torch.linalg.qr(basis.double()).Q
+    squares, vectors = _decomposed(_times(basis.T, wide))
+    return squares, basis @ vectors
+
+
+def _times(few: Tensor, wide: Tensor) -> Tensor:
+    """A product in 64 bits with a matrix in 32, of which no more than a part is widened at once."""
+    return torch.cat([few @ part.double() for part in wide.split(4096, dim=1)], dim=1)
 
 
 def write_extraction_report(path: Path, extraction: Extraction) -> None:

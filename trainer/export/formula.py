@@ -7,6 +7,7 @@ forgive is an error here. Shares no code with the exporters.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,23 @@ def _read_kohya(convention: str, pipeline: Any, path: Path, names: KohyaNames) -
     groups = _grouped(tensors, lambda key: tuple(key.split(".", 1)))
     for name, parts in groups.items():
         _require(name in expected, f"no layer is called `{name}`")
-        module = layers[expected[name]]
+        layer = expected[name]
+        is_kronecker = any(part.startswith("lokr_") for part in parts)
+        _require(
+            is_kronecker if layer.is_plain else not is_kronecker or len(layer.layers) == 1,
+            f"`{name}` holds a change that belongs under another name",
+        )
         _require(parts.get("alpha", torch.empty(1)).ndim == 0, f"`{name}` has no alpha of shape ()")
         _require(("dora_scale" in parts) == has_dora, f"`{name}` has no dora_scale")
         alpha = float(parts.pop("alpha"))
-        weight = _weight(module)
-        yield _reading(
-            expected[name], weight, _kohya_weight(weight, parts, alpha, convention), parts
-        )
+        weight = layer.weight(layers)
+        changed = _kohya_weight(weight, parts, alpha, convention)
+        keys = len(parts)
+        for (live, before), (_, after) in zip(
+            layer.parts(weight, layers), layer.parts(changed, layers), strict=True
+        ):
+            yield Reading(*live, before, after, keys)
+            keys = 0
 
 
 def _read_paper(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
@@ -87,8 +97,8 @@ def _read_diffusers(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Re
         component, _, file_path = name.partition(".")
         layer = _live_layer(layers, component, file_path)
         weight = _weight(layers[layer])
-        scale = _stated_scale(config, component, file_path)
-        yield _reading(layer, weight, _peft_weight(weight, parts, scale), parts)
+        scale = _stated_scale(config, component, file_path, _inner_dimension(parts))
+        yield Reading(*layer, weight, _peft_weight(weight, parts, scale), len(parts))
 
 
 def _kohya_weight(
@@ -163,10 +173,6 @@ def _weight(module: nn.Module) -> Tensor:
     return module.get_parameter("weight").detach().float()
 
 
-def _reading(layer: Layer, before: Tensor, after: Tensor, parts: Mapping[str, Tensor]) -> Reading:
-    return Reading(*layer, before, after, len(parts))
-
-
 def _grouped(tensors: Mapping[str, Tensor], split: Any) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
@@ -197,14 +203,31 @@ def _live_layer(layers: Mapping[Layer, nn.Module], component: str, path: str) ->
     return flat
 
 
-def _stated_scale(config: Mapping[str, Any], component: str, path: str) -> float:
+def _inner_dimension(parts: Mapping[str, Tensor]) -> int | None:
+    if "lora_A.weight" in parts:
+        return parts["lora_A.weight"].shape[0]
+    return _kronecker_or_hadamard_rank(parts)
+
+
+def _stated_scale(config: Mapping[str, Any], component: str, path: str, found: int | None) -> float:
     rank = config[f"{component}.r"]
     alpha = config.get(f"{component}.lora_alpha", config.get(f"{component}.alpha"))
     plain = path.removeprefix("text_model.")
-    rank = (config.get(f"{component}.rank_pattern") or {}).get(plain, rank)
-    alpha = (config.get(f"{component}.alpha_pattern") or {}).get(plain, alpha)
+    rank = _by_ending(config.get(f"{component}.rank_pattern") or {}, plain, rank)
+    alpha = _by_ending(config.get(f"{component}.alpha_pattern") or {}, plain, alpha)
     _require(alpha == rank, f"`{path}` needs alpha {alpha} of rank {rank}, which not all apply")
+    _require(found in (None, rank), f"`{path}` is of rank {found}, where the header says {rank}")
     return float(alpha) / float(rank)
+
+
+def _by_ending(pattern: Mapping[str, Any], path: str, usual: Any) -> Any:
+    """The entry of the first key that is a whole path, or the steps in which one ends."""
+    endings = [path[start:] for start in [0, *(m.end() for m in re.finditer(r"\.", path))]]
+    for key, value in pattern.items():
+        possible = endings[:1] if key.startswith("^") else endings
+        if any(re.fullmatch(key, ending) for ending in possible):
+            return value
+    return usual
 
 
 def _require_product_shapes(weight: Tensor, down: Tensor, up: Tensor) -> None:

@@ -102,9 +102,5 @@ def _write_folder(
 ) -> tuple[Path, Path]:
     config_path, weights_path = folder / "config.json", folder / weights_name
     durable.write_text(config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
-    tensorfile.write(weights_path, tensors, {"format": "pt"})
+    tensorfile.write(weights_path, state, {"format": "pt"}, dtype)
     return config_path, weights_path

@@ -2,7 +2,7 @@
 
 The scale inside the weights, an alpha that no reader can mistake, and the names that the
 family's table gives. DoRA magnitudes have two meanings in the field, so the file says which
-one it follows.
+one it follows. Layers that are one in the file become one adapter there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from trainer import tensorfile
 from trainer.export.facts import TrainingFacts
+from trainer.export.fusing import can_split, halves_swapped, joined, with_swapped_halves
 from trainer.export.state import (
     MAGNITUDE,
     AdapterState,
+    LayerName,
     LayerTensors,
     layer_rank,
     stored,
@@ -40,7 +42,7 @@ _PARTS = {
     "lora_B": "lora_up.weight",
     MAGNITUDE: "dora_scale",
 }
-_NETWORK_MODULES = {"lora": "networks.lora", "lokr": "lycoris.kohya", "loha": "lycoris.kohya"}
+_LYCORIS_MODULE = "lycoris.kohya"
 
 # sd-scripts' name of each hyperparameter that its metadata records (train_network.py).
 _HEADER_NAMES = {
@@ -73,6 +75,10 @@ _USAGE_HINTS: Mapping[DoraConvention, str] = {
 }
 
 
+class BaseWeightsNeeded(ValueError):
+    """DoRA magnitudes that cannot be written without the weights before training."""
+
+
 def write_kohya(
     path: Path,
     state: AdapterState,
@@ -92,10 +98,12 @@ def write_kohya(
         facts: what the header tells of the training.
         dtype: number format of the weights; alpha and magnitudes stay in fp32.
         convention: what DoRA magnitudes mean; without effect on other adapters.
-        base_weight: weights before training, needed for DoRA under `comfyui`.
+        base_weight: weights before training, needed for DoRA under `comfyui` and for DoRA on
+            some layers only of those that are one in the file.
     """
     tensors = kohya_tensors(state, names, dtype, convention=convention, base_weight=base_weight)
-    network = _network_header(state, names, convention)
+    alpha = max(float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha"))
+    network = _network_header(state, names, convention, alpha)
     header = _training_header(names, facts) | network | _model_spec(names, facts, state, convention)
     tensorfile.write(path, tensors, header | _hashes(tensors, header))
 
@@ -111,21 +119,19 @@ def kohya_tensors(
     """Names and tensors of the file; arguments as for `write_kohya`.
 
     Raises:
-        ValueError: DoRA under `comfyui` without base weights.
+        BaseWeightsNeeded: base weights are needed and not given.
     """
     tensors: dict[str, Tensor] = {}
-    for (component, path), parts in state.fold().layers().items():
-        alpha = _alpha(state, component, parts)
+    for key, group in _by_file_layer(state.fold(), names).items():
+        parts = _one_layer(key, group, names, base_weight)
+        alpha = _alpha(state, next(iter(group))[0], parts)
         saved = _for_alpha(parts, alpha)
         saved = {part: stored(part, tensor, dtype) for part, tensor in saved.items()}
         if MAGNITUDE in saved:
             weight = None
             if convention == "comfyui":
-                if base_weight is None:
-                    raise ValueError("ComfyUI's magnitudes need the weights before training")
-                weight = base_weight(component, path)
+                weight = _base_of_one_layer(key, group, names, base_weight)
             saved[MAGNITUDE] = _dora_scale(saved, alpha, weight)
-        key = names.of_layer(component, with_text_model(path))
         tensors |= {f"{key}.{_PARTS.get(part, part)}": tensor for part, tensor in saved.items()}
         tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
     return tensors
@@ -135,6 +141,56 @@ def row_norms(weight: Tensor) -> Tensor:
     """The norm of each output row, shaped (out, 1, …) with the weight's number of axes."""
     norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     return norms.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _by_file_layer(
+    state: AdapterState, names: KohyaNames
+) -> dict[str, dict[LayerName, LayerTensors]]:
+    """The trained layers behind each layer of the file; a Kronecker product is alone in its own."""
+    groups: dict[str, dict[LayerName, LayerTensors]] = {}
+    for (component, path), parts in state.layers().items():
+        key = names.of_layer(component, with_text_model(path), fused=can_split(parts))
+        groups.setdefault(key, {})[component, path] = parts
+    return groups
+
+
+def _one_layer(
+    key: str,
+    group: Mapping[LayerName, LayerTensors],
+    names: KohyaNames,
+    base_weight: BaseWeight | None,
+) -> LayerTensors:
+    """The adapter of a layer of the file."""
+    shares = names.layers_of(key)
+    if len(shares) == 1:
+        [(layer, parts)] = group.items()
+        swaps = can_split(parts) and names.swaps_halves(*layer)
+        return with_swapped_halves(parts) if swaps else parts
+    layers = list(shares)
+
+    def norms(number: int) -> Tensor:
+        return row_norms(_given(base_weight)(*layers[number]).detach().to("cpu", torch.float32))
+
+    return joined([group.get(layer) for layer in layers], list(shares.values()), norms)
+
+
+def _base_of_one_layer(
+    key: str,
+    group: Mapping[LayerName, LayerTensors],
+    names: KohyaNames,
+    base_weight: BaseWeight | None,
+) -> Tensor:
+    """The weight before training of a layer of the file."""
+    shares = names.layers_of(key)
+    layers = list(group if len(shares) == 1 else shares)
+    weight = torch.cat([_given(base_weight)(*layer).detach() for layer in layers])
+    return halves_swapped(weight) if names.swaps_halves(*layers[0]) else weight
+
+
+def _given(base_weight: BaseWeight | None) -> BaseWeight:
+    if base_weight is None:
+        raise BaseWeightsNeeded("these DoRA magnitudes need the weights before training")
+    return base_weight
 
 
 def _alpha(state: AdapterState, component: str, parts: LayerTensors) -> int:
@@ -177,37 +233,38 @@ def _dora_scale(saved: LayerTensors, alpha: int, weight: Tensor | None) -> Tenso
 
 
 def _network_header(
-    state: AdapterState, names: KohyaNames, convention: DoraConvention
+    state: AdapterState, names: KohyaNames, convention: DoraConvention, alpha: float
 ) -> dict[str, str]:
-    args = _trained_strengths(state, names)
-    if state.algorithm != "lora":
+    args = _trained_strengths(state, names, alpha)
+    is_lora = state.algorithm == "lora"
+    if not is_lora:
         args["algo"] = state.algorithm
-    if state.algorithm != "lora" or _has_convolutions(state):
-        args |= {"conv_dim": str(state.rank), "conv_alpha": str(state.rank)}
+    if not is_lora or _has_convolutions(state):
+        args |= {"conv_dim": f"{alpha:g}", "conv_alpha": f"{alpha:g}"}
     header: dict[str, str] = {}
     if state.use_dora:
         args |= {"dora_wd": "True", "wd_on_output": "True", CONVENTION_KEY: convention}
         header[CONVENTION_KEY] = convention
     return header | {
-        "ss_network_module": _NETWORK_MODULES[state.algorithm],
-        "ss_network_dim": str(state.rank),
-        "ss_network_alpha": str(float(state.rank)),
+        "ss_network_module": names.network_module if is_lora else _LYCORIS_MODULE,
+        "ss_network_dim": f"{alpha:g}",
+        "ss_network_alpha": str(alpha),
         "ss_network_args": json.dumps(args, sort_keys=True),
     }
 
 
-def _trained_strengths(state: AdapterState, names: KohyaNames) -> dict[str, str]:
+def _trained_strengths(state: AdapterState, names: KohyaNames, dim: float) -> dict[str, str]:
     """What was trained, for a reader of the header; the tensors carry it folded in.
 
-    The first component's alpha, the denoiser's where it is adapted, and rank and alpha of every
-    component that differs from it.
+    The first component's alpha, the denoiser's where it is adapted, its rank where the header's
+    `dim` is another, and rank and alpha of every component that differs from it.
     """
     first, *others = sorted(
         state.strengths, key=lambda component: (component in names.text_encoder_prefixes, component)
     )
     usual = state.strengths[first]
     args = {"trained_alpha": f"{usual.alpha:g}"}
-    if usual.rank != state.rank:
+    if usual.rank != dim:
         args["trained_dim"] = str(usual.rank)
     for component in others:
         strength = state.strengths[component]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from trainer.errors import InputError
 from trainer.export.diffusers import METADATA_KEY, write_diffusers
 from trainer.export.facts import TrainingFacts
-from trainer.export.kohya import CONVENTION_KEY, write_kohya
+from trainer.export.fusing import can_split, split, with_swapped_halves
+from trainer.export.kohya import CONVENTION_KEY, BaseWeightsNeeded, write_kohya
+from trainer.export.recognition import family_of, kohya_families, refuse_t5
 from trainer.export.state import (
     FOLDS,
     MAGNITUDE,
@@ -32,8 +34,9 @@ from trainer.export.state import (
     layer_rank,
     split_name,
     with_text_model,
+    without_text_model,
 )
-from trainer.names import KohyaNames
+from trainer.names import KohyaNames, undot
 
 _PRODUCTS = (
     ("lora_A", "lora_B"),
@@ -45,11 +48,22 @@ _PRODUCTS = (
 )
 
 Format = Literal["diffusers", "kohya"]
+# Some programs name layers as the original implementation does, with dots.
+ReadFormat = Literal["diffusers", "kohya", "original"]
 
 _KOHYA_KEY = re.compile(
-    r"(?P<layer>lora_[^.]+)\."
+    r"(?P<layer>(?:lora|lycoris)_[^.]+)\."
     r"(?P<part>lora_down\.weight|lora_up\.weight|dora_scale|alpha|(?:lokr|hada)_\w+)"
 )
+# Those of ai-toolkit and ComfyUI. Source: diffusers' `_convert_non_diffusers_flux2_lora_to_…`.
+_ORIGINAL = "diffusion_model."
+_ORIGINAL_KEY = re.compile(
+    rf"{re.escape(_ORIGINAL)}(?P<layer>.+)\."
+    r"(?P<part>lora_(?:A|B|down|up)\.weight|dora_scale|alpha|(?:lokr|hada)_\w+)"
+)
+# What every family's denoiser is called in kohya files, whose names are the same without dots.
+_KOHYA_DENOISER = "lora_unet_"
+_ORIGINAL_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _KOHYA_PARTS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": MAGNITUDE}
 _ALGORITHMS: Mapping[str, Algorithm] = {"lora_A": "lora", "lokr_w1": "lokr", "hada_w1_a": "loha"}
 _OLD_DIFFUSERS = {
@@ -66,17 +80,20 @@ class AdapterFile:
 
     Args:
         format: whose keys it has.
-        family: the best guess from a kohya file's names and header.
+        family: what its names and header tell; None for a diffusers file.
         layers: (component, layer path) to tensors by PEFT part.
         alphas: the layers' alphas, where stated beside the tensors.
         metadata: the header's strings.
+        stated_ranks: the inner dimension of the file's layer that its alpha speaks of, where
+            several layers are one in the file.
     """
 
-    format: Format
+    format: ReadFormat
     family: str | None
     layers: Mapping[LayerName, LayerTensors]
     alphas: Mapping[LayerName, float]
     metadata: Mapping[str, str]
+    stated_ranks: Mapping[LayerName, int] = field(default_factory=dict)
 
     @property
     def algorithm(self) -> Algorithm:
@@ -118,23 +135,27 @@ class AdapterFile:
     def scale(self, layer: LayerName) -> float:
         """The factor that the file's own program puts on a layer's product."""
         rank = layer_rank(self.layers[layer])
-        if self.format == "kohya":
+        if self.format != "diffusers":
             # LyCORIS and ComfyUI apply no scale where both Kronecker factors are full.
-            return 1.0 if rank is None else self.alphas.get(layer, float(rank)) / rank
-        alpha, stated_rank = self._stated(layer, "alpha"), self._stated(layer, "rank")
-        divisor = rank or stated_rank
+            stated = self.stated_ranks.get(layer, rank)
+            return 1.0 if stated is None else self.alphas.get(layer, float(stated)) / stated
+        alpha, divisor = self._stated(layer, "alpha"), rank or self._stated(layer, "rank")
         if alpha is None or divisor is None:
             return 1.0
         is_rs = self.adapter_metadata.get(f"{layer[0]}.use_rslora", False)
         return alpha / (divisor**0.5 if is_rs else divisor)
+
+    def refuted_rank(self, layer: LayerName) -> float | None:
+        """The rank that the header states of a layer whose tensors have another."""
+        rank, stated = layer_rank(self.layers[layer]), self._stated(layer, "rank")
+        return None if rank is None or stated == rank else stated
 
     def _stated(self, layer: LayerName, what: Literal["alpha", "rank"]) -> float | None:
         component, path = layer
         header = self.adapter_metadata
         pattern = header.get(f"{component}.{what}_pattern") or {}
         for key, value in pattern.items():
-            # The rule by which PEFT lets a pattern stand for a layer (peft.utils.get_pattern_key).
-            if re.match(rf"(.*\.)?({key})$", path):
+            if _stands_for(key, path) or _stands_for(key, without_text_model(path)):
                 return float(value)
         names = {"alpha": ("lora_alpha", "alpha"), "rank": ("r",)}[what]
         values = [
@@ -143,20 +164,33 @@ class AdapterFile:
         return float(values[0]) if values else None
 
 
+def _stands_for(key: str, path: str) -> bool:
+    """The rule by which PEFT lets the key of a pattern stand for a layer (`get_pattern_key`).
+
+    A key is an expression for the end of a path, or with `^` for a whole one.
+    """
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error as error:
+        raise InputError.of(
+            "file", f"`{key}` in the header is no expression for layer names: {error}"
+        ) from error
+
+
 def read_adapter(
-    path: Path, candidates: Mapping[str, KohyaNames], denoiser: str = "unet"
+    path: Path, candidates: Mapping[str, KohyaNames], family: str | None = None
 ) -> AdapterState:
     """The adapter in a diffusers or kohya file, with its scale folded in.
 
     Args:
         path: a safetensors file.
         candidates: the name tables of the known families, by family.
-        denoiser: component behind the denoiser's keys in a kohya file.
+        family: whose names a kohya file has; None: its header and names tell.
 
     Raises:
         InputError: not such a file, or one whose magnitudes need the base weights.
     """
-    file = open_adapter(path, candidates, denoiser)
+    file = open_adapter(path, candidates, family)
     if file.dora_convention == "comfyui":
         raise InputError.of(
             "file",
@@ -167,9 +201,23 @@ def read_adapter(
     layers: dict[LayerName, LayerTensors] = {}
     for layer, tensors in file.layers.items():
         _require_factors(layer, tensors)
+        _require_stated_rank(path, file, layer)
         plain = {part: tensor.to(torch.float32) for part, tensor in tensors.items()}
         layers[layer] = FOLDS[file.algorithm](plain, file.scale(layer))
     return AdapterState.of_layers(file.algorithm, largest_ranks(layers), layers)
+
+
+def _require_stated_rank(path: Path, file: AdapterFile, layer: LayerName) -> None:
+    """PEFT builds layers of the ranks in the header, and takes tensors of no other."""
+    stated = file.refuted_rank(layer)
+    if stated is not None:
+        rank = layer_rank(file.layers[layer])
+        raise InputError.of(
+            "file",
+            f"`{path.name}`: layer `{'.'.join(layer)}` is of rank {rank}, where the header says "
+            f"{stated:g}, so that its alpha cannot be told",
+            f"give a file whose `{METADATA_KEY}` fits its tensors",
+        )
 
 
 def _require_factors(layer: LayerName, tensors: LayerTensors) -> None:
@@ -183,15 +231,27 @@ def _require_factors(layer: LayerName, tensors: LayerTensors) -> None:
 
 
 def open_adapter(
-    path: Path, candidates: Mapping[str, KohyaNames], denoiser: str = "unet"
+    path: Path, candidates: Mapping[str, KohyaNames], family: str | None = None
 ) -> AdapterFile:
     """A file's tensors sorted into layers; arguments and errors as for `read_adapter`."""
     tensors, metadata = read_tensors(path)
     if any(_KOHYA_KEY.fullmatch(key) for key in tensors):
-        return _open_kohya(path, tensors, metadata, candidates, denoiser)
+        return _open_kohya(path, tensors, metadata, candidates, family)
+    if any(key.startswith(_ORIGINAL) for key in tensors):
+        return _open_original(path, tensors, metadata, candidates, family)
+    tables = [candidates[family]] if family else list(candidates.values())
+    known = {name for names in tables for name in (names.denoiser, *names.text_encoder_prefixes)}
     layers: dict[LayerName, LayerTensors] = {}
     for key, tensor in tensors.items():
         component, name = _peft_name(path, key)
+        if component not in known:
+            raise InputError.of(
+                "file",
+                f"`{path.name}` holds `{key}`, and `{component}` is no component whose adapters "
+                f"are read: {', '.join(sorted(known))}",
+                "give a diffusers or kohya adapter file of one of these base models: "
+                + ", ".join([family] if family else sorted(candidates)),
+            )
         layer_path, part = split_name(name)
         layers.setdefault((component, with_text_model(layer_path)), {})[part] = tensor
     return AdapterFile("diffusers", None, dict(sorted(layers.items())), {}, metadata)
@@ -224,7 +284,7 @@ def convert(
     """Writes the adapter of one file in the other format.
 
     Args:
-        source: a diffusers or kohya file.
+        source: a file of either format, or with the original implementation's names.
         target: the file to write.
         to: its format.
         candidates: the name tables of the known families, by family.
@@ -237,54 +297,28 @@ def convert(
     Raises:
         InputError: see `read_adapter`; or the family cannot be told.
     """
-    state = read_adapter(source, candidates)
+    state = read_adapter(source, candidates, family)
     tensors, _ = read_tensors(source)
     dtype = dtype or next(t.dtype for key, t in tensors.items() if _is_weight(key))
     if to == "diffusers":
         write_diffusers(target, state, dtype)
     else:
         names = candidates[family or family_of(state, candidates)]
-        write_kohya(target, state, names, TrainingFacts(output_name=target.stem), dtype)
+        facts = TrainingFacts(output_name=target.stem)
+        try:
+            write_kohya(target, state, names, facts, dtype)
+        except BaseWeightsNeeded as error:
+            raise InputError.of(
+                "file",
+                f"`{source.name}` has DoRA on some only of layers that are one in a kohya file; "
+                "the magnitudes of the others are those of the base model, which is not at hand",
+                "take the kohya file that the training itself writes",
+            ) from error
     return state
-
-
-def family_of(state: AdapterState, candidates: Mapping[str, KohyaNames]) -> str:
-    """The one family whose table fits the adapted layers.
-
-    Raises:
-        InputError: none fits, or several do.
-    """
-    fitting = [family for family, names in candidates.items() if _fits(state, names)]
-    # A table that renames layers fits only where it knows every block, so it says more.
-    renaming = [family for family in fitting if candidates[family].layers]
-    decided = renaming or fitting
-    if len(decided) != 1:
-        raise InputError.of(
-            "family",
-            f"the layers of this file fit {decided or 'none'} of {sorted(candidates)}",
-            "name the family of the base model with --family",
-        )
-    return decided[0]
 
 
 def _is_weight(key: str) -> bool:
     return not key.endswith(("alpha", "dora_scale", MAGNITUDE, f"{MAGNITUDE}.weight"))
-
-
-def _fits(state: AdapterState, names: KohyaNames) -> bool:
-    known = {*names.text_encoder_prefixes}
-    text_encoders = {component for component in state.components if "text_encoder" in component}
-    if not text_encoders <= known:
-        return False
-    if not names.layers:
-        return True
-    denoiser_layers = [layer for layer in state.layers() if layer[0] not in known]
-    return all(_is_renamed(layer, names) for layer in denoiser_layers)
-
-
-def _is_renamed(layer: LayerName, names: KohyaNames) -> bool:
-    plain = f"{names.denoiser_prefix}_{layer[1].replace('.', '_')}"
-    return names.of_layer(*layer) != plain
 
 
 def _peft_name(path: Path, key: str) -> tuple[str, str]:
@@ -309,7 +343,7 @@ def _open_kohya(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     candidates: Mapping[str, KohyaNames],
-    denoiser: str,
+    family: str | None,
 ) -> AdapterFile:
     keys: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -317,45 +351,82 @@ def _open_kohya(
         if match is None:
             raise InputError.of("file", f"`{path.name}` holds the unknown key `{key}`")
         keys.setdefault(match["layer"], {})[match["part"]] = tensor
-    family = _kohya_family(path, keys, metadata, candidates, denoiser)
+    refuse_t5(path, keys, candidates.values())
+    families = [family] if family else kohya_families(path, keys, metadata, candidates)
+    names = candidates[families[0]]
     layers: dict[LayerName, LayerTensors] = {}
     alphas: dict[LayerName, float] = {}
+    ranks: dict[LayerName, int] = {}
     for name, parts in keys.items():
-        layer = candidates[family].layer_of(name, denoiser)
-        if "alpha" in parts:
-            alphas[layer] = float(parts.pop("alpha"))
-        layers[layer] = _peft_parts(path, name, parts)
-    return AdapterFile("kohya", family, dict(sorted(layers.items())), alphas, metadata)
+        alpha = parts.pop("alpha", None)
+        renamed = _peft_parts(path, name, parts)
+        for layer, tensors_of_layer in _live_parts(path, name, renamed, names):
+            layers[layer] = tensors_of_layer
+            if alpha is not None:
+                alphas[layer] = float(alpha)
+            rank = layer_rank(renamed)
+            if rank is not None:
+                ranks[layer] = rank
+    known = families[0] if len(families) == 1 else None
+    return AdapterFile("kohya", known, dict(sorted(layers.items())), alphas, metadata, ranks)
 
 
-def _kohya_family(
+def _open_original(
     path: Path,
-    keys: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     candidates: Mapping[str, KohyaNames],
-    denoiser: str,
-) -> str:
-    """The family that wrote these names: by its header, else the one whose names come back."""
-    version = metadata.get("ss_base_model_version")
-    for family, names in candidates.items():
-        if version == names.base_model_version:
-            return family
-    for family, names in candidates.items():
-        if all(_comes_back(name, names, denoiser) for name in keys):
-            return family
-    raise InputError.of(
-        "file",
-        f"`{path.name}` has kohya keys of a family other than {sorted(candidates)}, "
-        f"such as `{next(iter(keys))}`",
-    )
+    family: str | None,
+) -> AdapterFile:
+    """A file whose names are those of a kohya file with dots in them."""
+    # Tables without entries have diffusers' names.
+    tables = {name: names for name, names in candidates.items() if names.layers}
+    if family is not None and family not in tables:
+        raise InputError.of(
+            "file",
+            f"`{path.name}` names layers as the original implementation does (`{_ORIGINAL}…`), "
+            f"whose names are not known of `{family}`, only of: {', '.join(tables)}",
+            "give a diffusers or kohya adapter file",
+        )
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _ORIGINAL_KEY.fullmatch(key)
+        if match is None:
+            raise InputError.of("file", f"`{path.name}` holds the unknown key `{key}`")
+        part = _ORIGINAL_PARTS.get(match["part"], match["part"])
+        renamed[f"{_KOHYA_DENOISER}{undot(match['layer'])}.{part}"] = tensor
+    return replace(_open_kohya(path, renamed, metadata, tables, family), format="original")
 
 
-def _comes_back(name: str, names: KohyaNames, denoiser: str) -> bool:
+def _live_parts(
+    path: Path, name: str, tensors: LayerTensors, names: KohyaNames
+) -> Iterator[tuple[LayerName, LayerTensors]]:
+    """The adapters of the layers behind one of a kohya file."""
     try:
-        layer = names.layer_of(name, denoiser)
-    except KeyError:
-        return False
-    return names.of_layer(*layer) == name
+        shares = names.layers_of(name)
+    except KeyError as error:
+        raise InputError.of(
+            "file", f"`{path.name}` holds `{name}`, which is of no component that is read"
+        ) from error
+    if len(shares) == 1:
+        [layer] = shares
+        swaps = can_split(tensors) and names.swaps_halves(*layer)
+        yield layer, with_swapped_halves(tensors) if swaps else tensors
+        return
+    if not can_split(tensors):
+        raise InputError.of(
+            "file",
+            f"`{path.name}`: the Kronecker product of `{name}` spans {len(shares)} layers, and "
+            "cannot be divided among them",
+        )
+    _require_factors((names.denoiser, name), tensors)
+    try:
+        parts = split(tensors, list(shares.values()))
+    except ValueError as error:
+        raise InputError.of("file", f"`{path.name}`: `{name}`: {error}") from error
+    for layer, part in zip(shares, parts, strict=True):
+        if part is not None:
+            yield layer, part
 
 
 def _peft_parts(path: Path, name: str, parts: Mapping[str, Tensor]) -> LayerTensors:

@@ -26,6 +26,7 @@ from trainer.export.formula import COMFYUI_FORMULA, FORMULA, PAPER_FORMULA
 from trainer.export.layer_names import UnknownStructureError
 from trainer.export.readers import (
     DIFFUSERS,
+    DIFFUSERS_KOHYA,
     DIFFUSERS_LOKR,
     LYCORIS,
     PEFT,
@@ -55,10 +56,10 @@ _READERS: Mapping[tuple[Role, str], tuple[Reader, ...]] = {
     ("diffusers_lora", "lora"): (DIFFUSERS, FORMULA),
     ("diffusers_lora", "lokr"): (DIFFUSERS_LOKR, FORMULA),
     ("diffusers_lora", "hada"): (PEFT, FORMULA),
-    ("kohya_lora", "lora"): (DIFFUSERS, LYCORIS, PAPER_FORMULA),
-    ("kohya_lora", "lokr"): (LYCORIS, PAPER_FORMULA),
+    ("kohya_lora", "lora"): (DIFFUSERS_KOHYA, LYCORIS, PAPER_FORMULA),
+    ("kohya_lora", "lokr"): (DIFFUSERS_KOHYA, LYCORIS, PAPER_FORMULA),
     ("kohya_lora", "hada"): (LYCORIS, PAPER_FORMULA),
-    ("kohya_lora_comfyui", "lora"): (DIFFUSERS, LYCORIS, COMFYUI_FORMULA),
+    ("kohya_lora_comfyui", "lora"): (DIFFUSERS_KOHYA, LYCORIS, COMFYUI_FORMULA),
     ("peft_folder", "lora"): (PEFT_FOLDER,),
     ("peft_folder", "lokr"): (PEFT_FOLDER,),
     ("peft_folder", "hada"): (PEFT_FOLDER,),
@@ -142,7 +143,7 @@ class _Comparison:
     change_difference: float = 0.0
     change: float = 0.0
     has_news: bool = False
-    checksums_before: dict[str, int] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
 
@@ -160,7 +161,8 @@ def verify(
     Args:
         root: the run folder, to which paths in the report are relative.
         files: each file with what it should hold.
-        fresh_pipeline: makes an untouched base model on the CPU; what was trained is in fp32.
+        fresh_pipeline: makes an untouched base model on the CPU, in the precision it was
+            loaded in; a layer at a time is widened to 32 bits.
         names: prefixes of the family's kohya files.
 
     Returns:
@@ -206,15 +208,9 @@ class _Pipelines:
                 self._fingerprints = _fingerprints(self._current)
         return self._current
 
-    def side_effects(self, checksums_before: Mapping[str, int]) -> list[str]:
-        """Weights that reading changed although no adapter belongs to them.
-
-        Args:
-            checksums_before: layer to checksum of its weight before the adapter was merged.
-        """
-        before = {f"{name}.weight": checksum for name, checksum in checksums_before.items()}
-        now = _fingerprints(self._current) | before
-        known = self._fingerprints
+    def side_effects(self) -> list[str]:
+        """Weights that reading changed: an adapter leaves them to its merging."""
+        now, known = _fingerprints(self._current), self._fingerprints
         changed = [name for name in sorted(known) if now.get(name) != known[name]]
         return [f"`{name}` changed without an adapter" for name in changed]
 
@@ -250,7 +246,7 @@ def _look(
     reader: Reader, file: WrittenFile, pipelines: _Pipelines, names: KohyaNames
 ) -> _Comparison | str:
     """What the reader found in the file, or why it does not apply."""
-    refusal = reader.refuses(file.path)
+    refusal = reader.refuses(file.path, names)
     if refusal is not None:
         return refusal
     try:
@@ -271,11 +267,11 @@ def _compare(
             _add(comparison, reading, file.holds)
     if reader.changes_pipeline:
         if not comparison.problems:
-            comparison.problems += pipelines.side_effects(comparison.checksums_before)
+            comparison.problems += pipelines.side_effects()
         pipelines.drop()
     for component, layers in file.holds.items():
         wanted = [f"{component}.{layer}" for layer in layers]
-        missing = [name for name in wanted if name not in comparison.checksums_before]
+        missing = [name for name in wanted if name not in comparison.seen]
         if missing:
             comparison.problems.append(
                 f"{len(missing)} of {len(wanted)} layers missing, such as `{missing[0]}`"
@@ -295,10 +291,13 @@ def _recording_errors(problems: list[str]) -> Iterator[None]:
 
 def _add(comparison: _Comparison, reading: Reading, holds: TrainedWeights) -> None:
     name, before = f"{reading.component}.{reading.path}", reading.before
-    watched = before if comparison.reader.changes_pipeline else None
-    comparison.checksums_before[name] = 0 if watched is None else _crc(watched)
+    comparison.seen.add(name)
     comparison.has_news |= before is None
     target = holds.get(reading.component, {}).get(reading.path)
+    if target is None and before is not None and _is_same(before, reading.after):
+        # Rows of zeros, which a layer that was not trained has in one that it shares with others.
+        comparison.keys += reading.keys
+        return
     if target is None:
         comparison.problems.append(f"`{name}` is changed, but was not trained")
         return
@@ -332,7 +331,7 @@ def _check(
     more = (
         f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
     )
-    has_change = bool(comparison.checksums_before) and not comparison.has_news
+    has_change = bool(comparison.seen) and not comparison.has_news
     return Check(
         relative,
         file.role,
@@ -368,6 +367,10 @@ def _fingerprints(pipeline: Any) -> dict[str, int]:
 
 def _crc(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    return _norm(after - before) <= ARITHMETIC_NOISE * _norm(before)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -12,14 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from trainer.config import AdapterConfig
 from trainer.names import KohyaNames
-from trainer.objectives import Ddpm
+from trainer.objectives import PATCH, Ddpm, Objective
 
 # What a family makes of captions: named tensors of shape (B, …) that only it can read.
 Conditioning = Mapping[str, torch.Tensor]
 
-# Sizes and crop of each example, int64 tensors (B, 2): `original_size` (height, width),
-# `crop_top_left` (top, left) in the resized picture, `target_size` (height, width).
+# What a denoiser may be told of each example beside its caption. Sizes and crop, int64 tensors
+# (B, 2): `original_size` (height, width), `crop_top_left` (top, left) in the resized picture,
+# `target_size` (height, width). `guidance`, fp32 (B,): what a guidance-distilled one is to follow.
 Geometry = Mapping[str, torch.Tensor]
 
 
@@ -43,17 +45,24 @@ class Checkpoints:
     Args:
         denoiser: entries of the denoiser's configuration that set it apart from models of the
             same pipeline; null and false stand for an absent entry too.
-        file_key: a tensor that only this family's one-file checkpoints hold.
+        pipelines: names of other pipeline classes around the same components.
+        file_key: a tensor that only this family's one-file checkpoints hold; empty where no such
+            files are read.
         file_input: the denoiser's first convolution in such a file; its inputs are counted.
         file_config: hub repository with the configurations and tokenizers that such a file lacks.
         vaes: hub ids of well-known VAEs that speak of this family's latents.
+        unused: components of the pipeline that no training needs.
+        side_step: pixels; both sides of a trained picture are whole numbers of them.
     """
 
     denoiser: Mapping[str, Any]
-    file_key: str
-    file_input: str
-    file_config: str
+    pipelines: frozenset[str] = frozenset()
+    file_key: str = ""
+    file_input: str = ""
+    file_config: str = ""
     vaes: frozenset[str] = frozenset()
+    unused: tuple[str, ...] = ()
+    side_step: int = 8
 
     def difference(self, config: Mapping[str, Any]) -> str | None:
         """Where a denoiser's configuration is not of this family, in words."""
@@ -72,10 +81,10 @@ class Family(ABC):
     """
 
     pipeline_class: ClassVar[type[Any]]
-    objective_class: ClassVar[type[Ddpm]] = Ddpm
+    objective_class: ClassVar[type[Objective]] = Ddpm
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]
-    unused_components: ClassVar[tuple[str, ...]] = ()
+    target_modules: ClassVar[tuple[str, ...]] = AdapterConfig().target_unet_modules
     checkpoints: ClassVar[Checkpoints]
     kohya: ClassVar[KohyaNames]
 
@@ -109,6 +118,16 @@ class Family(ABC):
         """
 
 
+def adapted_encoders(family: type[Family] | Family) -> tuple[str, ...]:
+    """The text encoders of a family that may learn: other programs know names for their layers."""
+    return tuple(n for n in family.text_encoder_names if n in family.kohya.text_encoder_prefixes)
+
+
+def token_encoders(family: type[Family] | Family) -> tuple[str, ...]:
+    """The text encoders of a family that may learn new tokens: other programs know the keys."""
+    return tuple(n for n in family.text_encoder_names if n in family.kohya.embedding_keys)
+
+
 def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:
     """What an AutoencoderKL says of pixels, shifted and scaled as its configuration asks.
 
@@ -121,18 +140,23 @@ def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:
     return LatentDistribution(mean=(mean - shift) * scale, std=std * scale)
 
 
-def pixels_of(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents in the denoiser's scale as pixels: float32 (B, 3, H, W) in [-1, 1].
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as tokens (B, h/2 * w/2, 4C): the four pixels of a square, by channel.
 
-    The inverse of `latents_of`, computed in the VAE's own number format.
-
-    Args:
-        latents: (B, C, h, w).
+    Source of the order: diffusers' `FluxPipeline._pack_latents`.
     """
-    latents = latents.float()
-    shift, scale = _shift_and_scale(vae, latents)
-    pixels: torch.Tensor = vae.decode((latents / scale + shift).to(vae.dtype)).sample
-    return pixels.float().clamp(-1, 1)
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PATCH, width // PATCH
+    squares = latents.view(batch, channels, rows, PATCH, columns, PATCH)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+
+
+def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Tokens as latents of a shape (B, C, h, w): the inverse of `packed`."""
+    batch, channels, height, width = like.shape
+    rows, columns = height // PATCH, width // PATCH
+    squares = tokens.view(batch, rows, columns, channels, PATCH, PATCH)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
 def _shift_and_scale(

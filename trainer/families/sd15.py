@@ -24,7 +24,6 @@ class StableDiffusion15(Family):
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder",)
-    unused_components = ("safety_checker", "feature_extractor", "image_encoder")
     checkpoints = Checkpoints(
         denoiser={
             "_class_name": "UNet2DConditionModel",
@@ -36,6 +35,7 @@ class StableDiffusion15(Family):
         file_input="model.diffusion_model.input_blocks.0.0.weight",
         file_config="stable-diffusion-v1-5/stable-diffusion-v1-5",
         vaes=frozenset({"stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"}),
+        unused=("safety_checker", "feature_extractor", "image_encoder"),
     )
     kohya = KohyaNames(
         denoiser_prefix="lora_unet",

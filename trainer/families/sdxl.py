@@ -71,7 +71,6 @@ class StableDiffusionXL(Family):
     pipeline_class = StableDiffusionXLPipeline
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder", "text_encoder_2")
-    unused_components = ("feature_extractor", "image_encoder")
     checkpoints = Checkpoints(
         denoiser={
             "_class_name": "UNet2DConditionModel",
@@ -82,6 +81,7 @@ class StableDiffusionXL(Family):
         file_input="model.diffusion_model.input_blocks.0.0.weight",
         file_config="stabilityai/stable-diffusion-xl-base-1.0",
         vaes=frozenset({"madebyollin/sdxl-vae-fp16-fix", "stabilityai/sdxl-vae"}),
+        unused=("feature_extractor", "image_encoder"),
     )
     kohya = KohyaNames(
         denoiser_prefix="lora_unet",

@@ -14,13 +14,14 @@ from trainer.rules.concepts import (
     warn_of_prompts_without_identifier,
 )
 from trainer.rules.draft import Draft
-from trainer.rules.exclusions import EXCLUSIONS, leave_steps_to_denoiser
+from trainer.rules.exclusions import EXCLUSIONS, leave_steps_to_denoiser, save_as_trained
 from trainer.rules.idle import note_idle
 from trainer.rules.ordinary import warn_of_ordinary_identifiers
 from trainer.rules.pictures import (
     choose_buckets,
     hold_cached_windows,
     leave_captions_to_concepts,
+    leave_size_to_priority,
     require_pictures,
     square_one_sided_size,
 )
@@ -38,7 +39,9 @@ _RULES = (
     require_class,
     refuse_identifiers_in_class,
     leave_steps_to_denoiser,
+    save_as_trained,
     hold_cached_windows,
+    leave_size_to_priority,
     choose_buckets,
     square_one_sided_size,
     one_rate_for_prodigy,

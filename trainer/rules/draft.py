@@ -23,18 +23,25 @@ class Draft:
         origins: the number of the layer each leaf comes from; later layers are stronger.
         explicit: the leaves that somebody set on purpose.
         wrong: the leaves that are told of as wrong already; their values are defaults.
+        written: the numbers of layers that a written configuration is read as: what stands in it
+            has been settled together.
     """
 
     values: dict[str, Any]
     origins: Mapping[str, int]
     explicit: frozenset[str]
     wrong: frozenset[str] = frozenset()
+    written: frozenset[int] = frozenset()
     notes: list[Note] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def strength(self, leaf: str) -> tuple[bool, int]:
         """The rank of a leaf in a conflict: the weaker one yields."""
         return leaf in self.explicit, self.origins[leaf]
+
+    def is_written(self, leaf: str) -> bool:
+        """Whether a leaf is as a written configuration has it."""
+        return self.origins[leaf] in self.written
 
     def settle(self, leaf: str, value: Any, reason: str) -> None:
         """Gives a leaf the value that a stronger one demands, and says so."""

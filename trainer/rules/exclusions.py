@@ -51,6 +51,16 @@ class Exclusion:
         draft.settle(weaker, off[weaker], why)
 
 
+def _keeps_bf16(values: Values) -> bool:
+    """Whether all weights are trained, and kept in bf16."""
+    return bool(not values["use_lora"] and values["weights_dtype"] == "bf16")
+
+
+def _updates_in_backward(values: Values) -> bool:
+    """Whether all weights are trained, each updated as soon as its gradient is there."""
+    return bool(not values["use_lora"] and values["fused_backward"])
+
+
 EXCLUSIONS = (
     Exclusion(
         "concepts",
@@ -75,6 +85,70 @@ EXCLUSIONS = (
         always(False),
         always("lora"),
         "DoRA exists for lora_type lora only",
+    ),
+    Exclusion(
+        "weights_dtype",
+        "mixed_precision",
+        lambda v: _keeps_bf16(v) and v["mixed_precision"] != "bf16",
+        always("fp32"),
+        always("bf16"),
+        "weights kept in bf16 compute in bf16",
+    ),
+    Exclusion(
+        "weights_dtype",
+        "optimizer",
+        lambda v: _keeps_bf16(v) and v["optimizer"] == "prodigy",
+        always("fp32"),
+        always("adamw"),
+        "weights kept in bf16 are updated one by one, and prodigy's estimate needs all of them",
+    ),
+    Exclusion(
+        "fused_backward",
+        "optimizer",
+        lambda v: _updates_in_backward(v) and v["optimizer"] == "prodigy",
+        always(False),
+        always("adamw"),
+        "weights are updated one by one, and prodigy's estimate needs all of them",
+    ),
+    Exclusion(
+        "fused_backward",
+        "max_grad_norm",
+        lambda v: _updates_in_backward(v) and v["max_grad_norm"] > 0,
+        always(False),
+        always(0.0),
+        "the norm of all gradients is known only when the first weights are updated already",
+    ),
+    Exclusion(
+        "fused_backward",
+        "gradient_accumulation_steps",
+        lambda v: _updates_in_backward(v) and v["gradient_accumulation_steps"] > 1,
+        always(False),
+        always(1),
+        "gradients are given up at once, so none are summed over several passes",
+    ),
+    Exclusion(
+        "fused_backward",
+        "mixed_precision",
+        lambda v: _updates_in_backward(v) and v["mixed_precision"] == "fp16",
+        always(False),
+        always("auto"),
+        "the scaler of fp16 must see all gradients before an update",
+    ),
+    Exclusion(
+        "quantization",
+        "use_lora",
+        lambda v: v["quantization"] != "none" and not v["use_lora"],
+        always("none"),
+        always(True),
+        "weights that learn are not quantised",
+    ),
+    Exclusion(
+        "offload_blocks",
+        "use_lora",
+        lambda v: v["offload_blocks"] > 0 and not v["use_lora"],
+        always(0),
+        always(True),
+        "weights that learn stay on the GPU",
     ),
     Exclusion(
         "center_crop",
@@ -121,6 +195,13 @@ EXCLUSIONS = (
         "the smallest timestep is below the bound of the largest",
     ),
 )
+
+
+def save_as_trained(draft: Draft) -> None:
+    """Weights kept in bf16 are written in it: in 32 bits they take twice the room for nothing."""
+    is_open = "save_dtype" not in draft.explicit and draft.origins["save_dtype"] == 0
+    if is_open and _keeps_bf16(draft.values):
+        draft.settle("save_dtype", "bf16", "`weights_dtype` is bf16")
 
 
 def leave_steps_to_denoiser(draft: Draft) -> None:

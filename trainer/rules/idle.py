@@ -133,6 +133,16 @@ IDLE: _Idle = (
         lambda v: not (v["use_lora"] and v["use_dora"]),
         "no DoRA is trained",
     ),
+    (
+        ("weights_dtype", "fused_backward"),
+        lambda v: bool(v["use_lora"]),
+        "an adapter is trained, in 32 bits and with small gradients",
+    ),
+    (
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda v: v["optimizer"] == "adafactor",
+        "adafactor has no first moment, and a second with decay and epsilon of its own",
+    ),
     (("extract_rank",), lambda v: bool(v["use_lora"]), "an adapter is trained already"),
     (
         (
@@ -192,6 +202,12 @@ IDLE: _Idle = (
         lambda v: bool(v["skip_caption_generation"]),
         "skip_caption_generation is true",
     ),
+    (
+        ("logit_mean", "logit_std"),
+        differs("timestep_density", "logit_normal"),
+        "timestep_density is not logit_normal",
+    ),
+    (("mode_scale",), differs("timestep_density", "mode"), "timestep_density is not mode"),
     (("lr_warmup_steps",), lambda v: v["lr_scheduler"] == "constant", "lr_scheduler is constant"),
     (
         ("lr_num_cycles",),
@@ -240,12 +256,13 @@ IDLE_IN_SUBJECT: _Idle = (
             "num_class_images",
             "class_inference_steps",
             "class_guidance_scale",
+            "offload_models",
         ),
         is_off("with_prior_preservation"),
         "with_prior_preservation is false",
     ),
     (
-        ("num_class_images", "class_inference_steps", "class_guidance_scale"),
+        ("num_class_images", "class_inference_steps", "class_guidance_scale", "offload_models"),
         lambda v: v["class_images_url"] is not None,
         "class_images_url gives the class pictures",
     ),

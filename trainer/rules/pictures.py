@@ -74,6 +74,32 @@ def hold_cached_windows(draft: Draft) -> None:
         draft.settle(leaf, still, "`cache_latents` stores one fixed window of each picture")
 
 
+def leave_size_to_priority(draft: Draft) -> None:
+    """A priority says at which shares of the base model's own size pictures are trained.
+
+    In a written configuration the size stands beside it that it came to there.
+    """
+    leaf = "priority"
+    sides = [s for s in ("resolution_width", "resolution_height") if draft.values[s] is not None]
+    sides = [s for s in sides if not (draft.is_written(s) and draft.is_written(leaf))]
+    if draft.values[leaf] is None or not sides:
+        return
+    strongest = max(sides, key=draft.strength)
+    if leaf in draft.explicit and strongest in draft.explicit:
+        draft.clash(
+            leaf,
+            strongest,
+            "the priority chooses sizes by the base model",
+            f"set `{leaf}: null`, or leave the size to it",
+        )
+        draft.values[leaf] = None
+    elif draft.strength(leaf) < draft.strength(strongest):
+        draft.settle(leaf, None, f"`{strongest}` gives one size")
+    else:
+        for side in sides:
+            draft.settle(side, None, f"`{leaf}` chooses sizes by the base model")
+
+
 def choose_buckets(draft: Draft) -> None:
     """Where no size is asked for, each picture is trained at its own aspect."""
     if draft.values["enable_bucket"] is None:

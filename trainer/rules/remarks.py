@@ -47,9 +47,9 @@ WARNINGS: tuple[tuple[str, Condition, str], ...] = (
     (
         "learning_rate",
         lambda v: (
-            not v["use_lora"] and v["optimizer"] != "prodigy" and v["learning_rate"] >= HOT_FULL_LR
+            not v["use_lora"] and v["optimizer"] != "prodigy" and v["learning_rate"] > HOT_FULL_LR
         ),
-        "is high for training all weights; 1e-6 is usual",
+        "is high for training all weights; 1e-6 to 1e-5 is usual",
     ),
     (
         "text_encoder_lr",
@@ -57,10 +57,10 @@ WARNINGS: tuple[tuple[str, Condition, str], ...] = (
             not v["use_lora"]
             and v["train_text_encoder"]
             and v["optimizer"] != "prodigy"
-            and v["text_encoder_lr"] >= HOT_FULL_LR
+            and v["text_encoder_lr"] > HOT_FULL_LR
             and v["text_encoder_lr"] != v["learning_rate"]
         ),
-        "is high for training all weights of the text encoders; 1e-6 is usual",
+        "is high for training all weights of the text encoders; 1e-6 to 1e-5 is usual",
     ),
     (
         "text_encoder_lr",

@@ -101,15 +101,21 @@ class DataConfig(Section):
     )
     resolution_width: int | None = Field(
         None,
-        ge=64,
+        ge=32,
         multiple_of=8,
         description="Trained width in pixels. None: the base model's own size (fal).",
     )
     resolution_height: int | None = Field(
         None,
-        ge=64,
+        ge=32,
         multiple_of=8,
         description="Trained height in pixels. None: the base model's own size (fal).",
+    )
+    priority: Literal["speed", "quality", "high_res_only"] | None = Field(
+        None,
+        description="Resolutions to train at, instead of a width and height, as shares of the base "
+        "model's own: speed half its side, 512 for FLUX.1; quality half, three quarters and all "
+        "of it; high_res_only all of it. None: one resolution (BFL).",
     )
     enable_bucket: bool | None = Field(
         None,

@@ -80,6 +80,11 @@ class AdapterConfig(Section):
     use_lora: bool = Field(
         True, description="Train an adapter; false trains all weights of the denoiser (fal)."
     )
+    weights_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Number format of weights that are all trained; bf16 takes half the memory "
+        "and rounds each update up or down by chance, so that small ones are not lost (ours).",
+    )
     lora_type: Literal["lora", "lokr", "loha"] = Field(
         "lora", description="Low-rank product, Kronecker product or Hadamard product (fal)."
     )
@@ -170,8 +175,11 @@ class PriorConfig(Section):
     class_inference_steps: int = Field(
         30, ge=1, le=1000, description="Denoising steps of a class picture (ours)."
     )
-    class_guidance_scale: float = Field(
-        7.5, ge=0, description="Classifier-free guidance of class pictures (diffusers)."
+    class_guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        description="Guidance of class pictures. None: the base model's pipeline decides, 7.5 for "
+        "SD1.5, 5 for SDXL, 3.5 for FLUX.1 (diffusers).",
     )
 
 
@@ -189,7 +197,40 @@ class LossConfig(Section):
     )
     min_timestep_trained: int = Field(0, ge=0, le=999, description="Smallest timestep (fal).")
     max_timestep_trained: int = Field(
-        1000, ge=1, le=1000, description="Bound above the largest timestep, itself left out (fal)."
+        1000,
+        ge=1,
+        le=1000,
+        description="Bound above the largest timestep; with flow matching, 1000 times the share of "
+        "noise, it can be reached, otherwise it is left out (fal).",
+    )
+
+    timestep_density: Literal["logit_normal", "uniform", "mode", "cosmap"] = Field(
+        "logit_normal",
+        description="How timesteps of flow matching are drawn, before timestep_shift (Esser et "
+        "al. 2024, section 3.1; diffusers' weighting_scheme).",
+    )
+    logit_mean: float = Field(
+        0.0, description="Mean of logit_normal: larger, more noise (diffusers)."
+    )
+    logit_std: float = Field(1.0, gt=0, description="Deviation of logit_normal (diffusers).")
+    mode_scale: float = Field(
+        1.29,
+        ge=-1,
+        le=1.75,
+        description="Strength of mode: above 0 favours the middle, below 0 the ends (diffusers).",
+    )
+    timestep_shift: float | None = Field(
+        None,
+        gt=0,
+        description="Odds by which flow matching's noise levels are moved: above 1 to more noise, "
+        "1 leaves them. None: by the line in the checkpoint's scheduler, FLUX.1 [dev] and FLUX.2 "
+        "by the number of pixels (ours; SD3's shift).",
+    )
+    guidance_scale: float = Field(
+        1.0,
+        ge=0,
+        description="Guidance that a guidance-distilled denoiser such as FLUX.1 [dev] is told "
+        "while it trains (diffusers, sd-scripts).",
     )
 
     @model_validator(mode="after")

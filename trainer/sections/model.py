@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from trainer.fields import Section, Text
@@ -34,6 +36,12 @@ class ModelConfig(Section):
         None,
         description="VAE to encode the pictures with: hub id, folder or .safetensors file. Must "
         "share the base model's latent space. None: the base model's own (fal).",
+    )
+    quantization: Literal["none", "int8", "fp8", "nf4"] = Field(
+        "none",
+        description="Keep the linear layers of the denoiser's blocks in 8 bits, with a scale for "
+        "each row, or in 4 bits (bitsandbytes' NF4); they are widened where a layer computes; with "
+        "an adapter only (ours).",
     )
     upscale_vae_32bit: bool = Field(
         True,

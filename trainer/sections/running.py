@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.fields import WATCHING_ONLY, Section, clash, lowered
 
-OptimizerName = Literal["adamw", "adamw8bit", "prodigy"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 SchedulerName = Literal[
     "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"
 ]
@@ -21,7 +21,15 @@ class OptimConfig(Section):
     """Optimizer, learning rates and their course."""
 
     optimizer: Annotated[OptimizerName, BeforeValidator(lowered)] = Field(
-        "adamw", description="Update rule; adamw8bit keeps its state in 8 bits (fal, ours)."
+        "adamw",
+        description="Update rule; adamw8bit keeps its state in 8 bits, adafactor the second "
+        "moment as rows and columns (fal, ours).",
+    )
+    fused_backward: bool = Field(
+        False,
+        description="Update each weight as soon as its gradient is there, and give that up: no "
+        "gradients are kept, so they are neither clipped nor accumulated; for training all "
+        "weights (ours).",
     )
     learning_rate: float | None = Field(
         None,
@@ -82,11 +90,25 @@ class RunConfig(Section):
     )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto",
-        description="Arithmetic of the forward pass; trained weights stay in 32 bits. auto: bf16 "
-        "where the GPU has it, else fp16 on a GPU, no on a CPU (ours).",
+        description="Arithmetic of the forward pass; what learns stays in 32 bits, unless "
+        "weights_dtype says otherwise. auto: bf16 where the GPU has it, else fp16 on a GPU, no on "
+        "a CPU (ours).",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations backward: less memory, more time (ours)."
+    )
+    offload_models: bool = Field(
+        False,
+        description="Keep on the GPU only the part at work while class pictures are made: text "
+        "encoders, denoiser and VAE take turns (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    offload_blocks: int = Field(
+        0,
+        ge=0,
+        description="Blocks of the denoiser whose frozen weights stay in the computer's memory "
+        "and go to the GPU one layer at a time: less GPU memory, more time (ours).",
+        json_schema_extra=WATCHING_ONLY,
     )
     num_workers: int = Field(
         0,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
+from trainer.config_files import stands_for_content
 from trainer.errors import InputError
 from trainer.fetch import shown_url
 from trainer.images.pictures import is_picture
@@ -76,8 +77,15 @@ def local_path(location: str, field: str) -> Path | None:
     """The existing path that is meant, or nothing for a web address, data: URI or base64.
 
     Raises:
-        InputError: there is no such path, or it is an address of another kind.
+        InputError: there is no such path, it is an address of another kind, or the digest of
+            what is not there any more.
     """
+    if stands_for_content(location):
+        raise InputError.of(
+            field,
+            "the content stood in the request and is not in this file, which has its digest alone",
+            "give it again: a path, an http(s) URL, or the run folder's own `config.yaml`",
+        )
     if is_web_address(location) or _is_data_uri(location):
         return None
     shown = shown_location(location)
