@@ -374,3 +374,14 @@ def test_a_text_encoder_that_overflows_is_named_with_its_caption(flux_folder: Pa
     text = encoding.Text(family, [CAPTION], None, torch.device("cpu"))
     with pytest.raises(NonFiniteError, match=f"no finite states for `{CAPTION}`"):
         list(text.keep())
+
+
+def test_a_vae_of_sdxl_gives_way_where_nobody_chose_it_and_is_refused_where_somebody_did(
+    flux_folder: Path, sdxl_folder: Path
+) -> None:
+    settings = ModelConfig(model_url=str(flux_folder), vae_url=str(sdxl_folder / "vae"))
+    located = base_model.locate(settings, vae_is_explicit=False)
+    assert located.settings.vae_url is None
+    assert [note.field for note in located.notes] == ["vae_url"]
+    with pytest.raises(InputError, match="latent_channels 4, .* speaks of another latent space"):
+        base_model.locate(settings)

@@ -96,9 +96,9 @@ class Family(ABC):
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """Captions as the pipeline tokenises and encodes them, one row each."""
 
-    @abstractmethod
     def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
-        """Pixels (B, 3, H, W) in [-1, 1] as a distribution of latents."""
+        """Pixels (B, 3, H, W) in [-1, 1] as a distribution of latents, by the pipeline's VAE."""
+        return latents_of(self.pipeline.vae, pixels)
 
     @abstractmethod
     def predict(

@@ -12,8 +12,6 @@ from trainer.families.base import (
     Conditioning,
     Family,
     Geometry,
-    LatentDistribution,
-    latents_of,
     packed,
     unpacked,
 )
@@ -107,10 +105,6 @@ class Flux1(Family):
             list(captions), device=self.pipeline.text_encoder.device
         )
         return {"hidden_states": states, "pooled": pooled}
-
-    def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
-        """The pipeline's VAE on pixels."""
-        return latents_of(self.pipeline.vae, pixels)
 
     def predict(
         self,

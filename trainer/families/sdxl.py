@@ -12,8 +12,6 @@ from trainer.families.base import (
     Conditioning,
     Family,
     Geometry,
-    LatentDistribution,
-    latents_of,
 )
 from trainer.names import KohyaNames
 
@@ -102,10 +100,6 @@ class StableDiffusionXL(Family):
             do_classifier_free_guidance=False,
         )
         return {"hidden_states": states, "pooled": pooled}
-
-    def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
-        """The pipeline's VAE on pixels."""
-        return latents_of(self.pipeline.vae, pixels)
 
     def predict(
         self,
