@@ -30,7 +30,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from trainer.config import CaptionConfig, DataConfig, FaceConfig, MaskConfig
-from trainer.data import overview, prepare, views
+from trainer.data import overview, prepare, steps, views
 from trainer.data.picture_set import PictureSet
 from trainer.data.prepared import Index
 from trainer.data.store import Store
@@ -47,8 +47,8 @@ STAGES: Mapping[str, tuple[tuple[Any, str], ...]] = {
     ),
     "decode": ((views, "decode"),),
     "faces": ((views.Darkroom, "_faces"),),
-    "thumbnail": ((views, "_thumbnail"),),
-    "resize": ((views, "resize_to_cover"),),
+    "thumbnail": ((views, "thumbnail_of"), (steps, "thumbnail_of")),
+    "resize": ((views, "resize_to_cover"), (steps, "resize_to_cover")),
     "measure": ((views, "measure"),),
     "encode PNG": ((views, "_png"),),
     "store": (

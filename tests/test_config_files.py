@@ -128,16 +128,17 @@ def test_long_lines_mean_what_a_reader_of_yaml_says(text: str) -> None:
     ],
 )
 def test_where_only_the_digest_of_pictures_was_written_they_are_asked_for_again(
-    field: str, at: str, tmp_path: Path
+    field: str, at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = write_folder(tmp_path / "photos", {"a.png": grid_bytes(), "a.txt": "TOK"})
+    write_folder(tmp_path / "photos", {"a.png": grid_bytes(), "a.txt": "TOK"})
+    monkeypatch.chdir(tmp_path)
     packed = zip_bytes({"a.png": grid_bytes()})
     contents = {
         "images_data_url": f"data:application/zip;base64,{base64.b64encode(packed).decode()}",
         "captions_file_url": "data:,%7B%22file_name%22%3A%22a.png%22%2C%22text%22%3A%22TOK%22%7D",
         "class_images_url": f"data:image/png;base64,{base64.b64encode(grid_bytes()).decode()}",
     }
-    values = {"images_data_url": str(photos), field: contents[field]}
+    values = {"images_data_url": "photos", field: contents[field]}
     values |= {"photo_class": "Man", "with_prior_preservation": True}
     given = {"concepts": [values]} if at else values
     config = resolve([Layer("request", given, explicit=True)])
@@ -156,3 +157,32 @@ def test_a_digest_that_is_written_once_more_stays_what_it_is() -> None:
     text = write_config(configured("data:,a"), with_contents=False)
 
     assert write_config(read_back(text), with_contents=False) == text
+
+
+def test_a_configuration_for_others_tells_nothing_of_this_machine_and_has_no_keys() -> None:
+    signed = "https://me:secret@photos.example/a/b.zip?X-Amz-Signature=secret#secret"
+    values = {
+        "images_data_url": "/home/me/photos.zip",
+        "model_url": "/models/mine",
+        "vae_url": "~/vae",
+        "captions_file_url": signed,
+        "face_detector_path": "/weights/face.onnx",
+    }
+    config = resolve([Layer("request", values, explicit=True)])
+
+    text = write_config(config, with_contents=False)
+    there = read_back(text)
+
+    assert there.data.images_data_url == "photos.zip"
+    assert (there.model.model_url, there.model.vae_url) == ("mine", "vae")
+    assert there.data.captions_file_url == "https://photos.example/a/b.zip"
+    for secret in ("/home", "/models", "/weights", "~", "secret"):
+        assert secret not in text
+    assert write_config(there, with_contents=False) == text
+    assert signed in write_config(config)
+
+
+def test_a_picture_in_base64_that_begins_as_a_path_does_is_no_path() -> None:
+    text = write_config(configured("/9j/4AAQ" + "A" * 5000), with_contents=False)
+
+    assert "images_data_url: data:sha256," in text

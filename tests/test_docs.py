@@ -12,6 +12,7 @@ import click
 import make_tiny_models
 import pytest
 from make_parameter_table import page_with_table
+from make_settings_table import page_with_settings
 from tiny import TWO_LAYERS
 
 from trainer.cli import cli, run
@@ -22,9 +23,11 @@ from trainer.errors import TrainerError
 from trainer.flags import given_flags
 from trainer.presets import load_preset
 from trainer.resolve import Layer, resolve
+from trainer.server.protocols import protocols
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md"]
+OTHER_PAGES = ["docs/server.md", "docs/clients.md"]
 PICTURES = Layer("test", {"images_data_url": "photos"}, explicit=True)
 
 
@@ -57,6 +60,7 @@ RUN_ELSEWHERE = {
     "pip install": "scripts/environment does it",
     "torchrun": "tests/test_processes.py, with two processes",
     "accelerate launch": "tests/test_packaging.py, with one and two processes",
+    "trainer serve": "tests/server, as a program of its own",
     "tensorboard": "a server; its files are read in tests/test_listeners.py",
 }
 
@@ -94,15 +98,19 @@ def test_every_command_on_the_pages_is_one_that_the_trainer_takes(arguments: lis
     assert resolve([PICTURES, *layers, Layer("flags", flags, explicit=True)])
 
 
+def is_run_here(line: str) -> bool:
+    """Whether no launcher and no shell stands before a command, and it comes to an end."""
+    return line.startswith("trainer ") and not line.startswith("trainer serve")
+
+
 def run_here(page: str) -> list[list[str]]:
-    """The arguments of the commands on a page that no launcher and no shell stands before."""
-    lines = console_lines(page)
-    return [shlex.split(line)[1:] for line in lines if line.startswith("trainer ")]
+    """The arguments of the commands on a page that are run here."""
+    return [shlex.split(line)[1:] for line in console_lines(page) if is_run_here(line)]
 
 
 def test_every_command_on_the_pages_is_run_here_or_known_to_be_run_elsewhere() -> None:
     lines = [line for page in PAGES for line in console_lines(page)]
-    others = [line for line in lines if not line.startswith("trainer ")]
+    others = [line for line in lines if not is_run_here(line)]
 
     assert len(run_here("README.md")) > 10
     assert [line for line in others if not line.startswith(tuple(RUN_ELSEWHERE))] == []
@@ -167,7 +175,7 @@ def test_every_configuration_on_the_pages_resolves() -> None:
 
 
 def test_every_file_of_the_project_that_the_pages_name_exists() -> None:
-    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    text = "\n".join((ROOT / page).read_text() for page in (*PAGES, *OTHER_PAGES))
     named = set(re.findall(r"(?:configs|scripts|tests|docs)/[\w./-]*\w", text))
 
     assert len(named) > 5
@@ -204,3 +212,20 @@ def test_the_table_of_options_is_current_and_has_a_row_for_every_one() -> None:
     assert page == page_with_table(page), "run scripts/make_parameter_table.py"
     assert len(LEAVES) > 90
     assert rows == [*LEAVES, *Concept.model_fields]
+
+
+def test_the_table_of_settings_is_current() -> None:
+    page = (ROOT / "docs/server.md").read_text()
+
+    assert page.count("\n| `") > 25
+    assert page_with_settings(page) == page
+
+
+def test_every_route_on_the_page_is_one_of_the_servers() -> None:
+    page = (ROOT / "docs/server.md").read_text()
+    operations = [operation for protocol in protocols() for operation in protocol.OPERATIONS]
+    paths = {operation.path for operation in operations}
+    named = set(re.findall(r"`(?:POST )?(/(?:fal-ai|v1|v3)/[\w./-]+)`", page))
+
+    assert len(named) > 20
+    assert {path for path in named if path not in paths} == set()

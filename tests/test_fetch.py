@@ -22,7 +22,8 @@ import pytest
 
 from trainer import fetch
 from trainer.errors import DiskError, InputError
-from trainer.fetch import PinnedBackend, download, is_public, shown_url
+from trainer.fetch import download
+from trainer.network import PinnedBackend, is_public, shown_url
 
 PUBLIC = "93.184.215.14"
 LIMIT = 2**30

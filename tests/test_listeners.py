@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,16 @@ def curve(logs: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in accumulator.Scalars(name)]
 
 
-def test_every_event_is_one_line_of_json(tmp_path: Path) -> None:
+def test_every_event_is_one_line_of_json_with_its_time(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    before = time.time()
 
     tell(EventLog(folder))
 
-    lines = folder.events.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [event.as_dict() for event in STORY]
+    lines = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    times = [line.pop("time") for line in lines]
+    assert lines == [event.as_dict() for event in STORY]
+    assert before - 0.001 <= min(times) <= max(times) <= time.time() + 0.001
 
 
 def test_a_loss_that_is_no_number_stays_valid_json(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_pins_have_no_local_label_and_no_path() -> None:
 
 
 def test_every_requirement_is_pinned_inside_its_range() -> None:
-    wanted = requirements("dev", "demo", "lycoris")
+    wanted = requirements("dev", "demo", "lycoris", "server")
 
     assert [str(r) for r in wanted if canonicalize_name(r.name) not in pins()] == []
     assert [
@@ -70,7 +70,9 @@ def test_every_imported_package_is_a_requirement() -> None:
         for name in _imports(node)
     }
     outside = imported - set(sys.stdlib_module_names) - {"trainer"}
-    declared = {canonicalize_name(r.name) for r in requirements("lycoris", "heic", "restore")}
+    declared = {
+        canonicalize_name(r.name) for r in requirements("lycoris", "heic", "restore", "server")
+    }
 
     assert {"torch", "diffusers", "pydantic"} <= outside
     unknown = {

@@ -510,6 +510,7 @@ WAKING: dict[str, dict[str, object]] = {
     "face_detector_path": {"face_restore": "gfpgan_1.4"},
     "face_restore_upscale": {"face_restore": "gfpgan_1.4"},
     "face_restorer_path": {"face_restore": "gfpgan_1.4"},
+    "preparation_order": {"face_crop_region": 1.4},
     "captioner": {"skip_caption_generation": False},
     "caption_mode": {"skip_caption_generation": False},
     "captioner_load_in_4bit": {"skip_caption_generation": False},

@@ -27,7 +27,7 @@ from trainer import vae
 from trainer.config import LossConfig, ModelConfig, Note
 from trainer.errors import InputError
 from trainer.families import family_names, load_family
-from trainer.families.base import Family, adapted_encoders
+from trainer.families.base import Family, adapted_encoders, guided_by
 from trainer.model_files import Source, hub_errors, read_shapes
 from trainer.objectives import Objective
 
@@ -89,13 +89,16 @@ class BaseModel:
     notes: tuple[Note, ...] = ()
 
 
-def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
+def locate(
+    settings: ModelConfig, *, vae_is_explicit: bool = True, guide: str | None = None
+) -> BaseModel:
     """Finds the base model, its family and its size, and checks what can be checked without it.
 
     Args:
         settings: the request.
         vae_is_explicit: whether somebody chose `vae_url`; a default VAE of another latent
             space gives way to the checkpoint's own, an explicit one is an error.
+        guide: what is to guide its pictures; None: no more than a prompt, as in training.
 
     Raises:
         InputError: not found, not reachable, of no known or another family, of no known noise
@@ -106,8 +109,8 @@ def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
         shapes = read_shapes(Path(settings.model_url), field="model_url")
         name = _family_of_file(settings.model_url, shapes)
     else:
-        name = _family_of_folder(Source(settings.model_url, settings.revision))
-    family = load_family(name)
+        name = _family_of_folder(Source(settings.model_url, settings.revision), guide)
+    family = _families(guide)[name]
     if settings.model_family not in (None, name):
         raise InputError.of(
             "model_family",
@@ -117,7 +120,7 @@ def locate(settings: ModelConfig, *, vae_is_explicit: bool = True) -> BaseModel:
     _check_variant(settings, family)
     source = _configurations(settings, family)
     denoiser_config = source.read_json(f"{family.denoiser_name}/config.json")
-    _check_denoiser(source, name, denoiser_config)
+    _check_denoiser(source, name, family, denoiser_config)
     vae_config = source.read_json("vae/config.json")
     size = _native_size(source, family, denoiser_config, vae_config)
     scheduler_config = _scheduler_config(source, shapes)
@@ -289,13 +292,23 @@ def _configurations(settings: ModelConfig, family: type[Family]) -> Source:
     return Source(url, field="single_file_config")
 
 
-def _family_of_folder(source: Source) -> str:
+def _families(guide: str | None) -> dict[str, type[Family]]:
+    """Every family by its name, or those with checkpoints for a guide, as these have them."""
+    families = {name: load_family(name) for name in family_names()}
+    if guide is None:
+        return families
+    able = {n: family for n, family in families.items() if guide in family.checkpoints.guided}
+    return {name: guided_by(family, guide) for name, family in able.items()}
+
+
+def _family_of_folder(source: Source, guide: str | None) -> str:
     index = source.read_json("model_index.json")
     pipeline = str(index.get("_class_name"))
-    alike = [n for n in family_names() if _is_bag_of(pipeline, load_family(n))]
+    families = _families(guide)
+    alike = [n for n, family in families.items() if _is_bag_of(pipeline, family)]
     reason = f"is a `{pipeline}`"
     for name in alike:
-        family = load_family(name)
+        family = families[name]
         parts = (family.denoiser_name, "vae", *family.text_encoder_names)
         missing = [part for part in parts if index.get(part) in (None, [None, None])]
         if missing:
@@ -306,6 +319,10 @@ def _family_of_folder(source: Source) -> str:
         if difference is None:
             return name
         reason = f"is no `{name}`: its {family.denoiser_name} {difference}"
+    if guide is not None:
+        classes = sorted({family.pipeline_class.__name__ for family in families.values()})
+        hint = f"give a checkpoint made for it: a {' or '.join(classes)}"
+        raise InputError.of(source.field, f"`{source.url}` {reason}, not one for `{guide}`", hint)
     raise InputError.of(
         source.field, f"`{source.url}` {reason}, which is not trained here", _known_families()
     )
@@ -358,9 +375,10 @@ def _check_variant(settings: ModelConfig, family: type[Family]) -> None:
         )
 
 
-def _check_denoiser(source: Source, name: str, config: Mapping[str, Any]) -> None:
+def _check_denoiser(
+    source: Source, name: str, family: type[Family], config: Mapping[str, Any]
+) -> None:
     """Refuses configurations of another family beside a one-file checkpoint."""
-    family = load_family(name)
     difference = family.checkpoints.difference(config)
     if difference is not None:
         raise InputError.of(

@@ -7,8 +7,6 @@ Data goes to stdout, talk to stderr; `--json` makes the data JSON. A failure is 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -21,15 +19,28 @@ import click
 from trainer import __version__
 from trainer.errors import InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
+from trainer.generating import generate
 from trainer.leaves import nearest
-from trainer.printing import checked, diagnosis, emit, pairs, paper, prepared, print_json, talk
+from trainer.lora_files import convert, inspect
+from trainer.printing import (
+    checked,
+    diagnosis,
+    emit,
+    hush_libraries,
+    json_option,
+    pairs,
+    paper,
+    prepared,
+    print_json,
+    talk,
+)
+from trainer.serving import serve
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
     from trainer.events import Event
     from trainer.job import Result, RunFolder
     from trainer.listeners import Summary
-    from trainer.names import KohyaNames
     from trainer.runner import Stop
 
 PROGRAM = "trainer"
@@ -49,7 +60,6 @@ preset_option = click.option("--preset", metavar="NAME", help="Start from a pres
 dialect_option = click.option(
     "--dialect", metavar="NAME", help="REQUEST is a JSON request to this service, such as fal."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
@@ -64,6 +74,11 @@ def cli() -> None:
 @output_option
 @preset_option
 @dialect_option
+@click.option(
+    "--seal-network",
+    is_flag=True,
+    help="Refuse network connections once pictures and base model are there.",
+)
 @json_option
 def train(
     request: Path | None,
@@ -71,6 +86,7 @@ def train(
     output: Path | None,
     preset: str | None,
     dialect: str | None,
+    seal_network: bool,
     as_json: bool,
 ) -> int:
     """Train: photographs in, verified files out.
@@ -82,14 +98,16 @@ def train(
     from trainer.job import RunFolder
     from trainer.listeners import Summary, logs_for, progress_for
     from trainer.runner import is_main_process, stop_on_signals, supervise
+    from trainer.seal import sealed
 
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
+        engine = sealed(_engine, config) if seal_network else _engine
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
         displays = [progress_for(talk(), config.resolved.explicit), summary]
-        result = supervise(config, folder, [*logs, *displays], engine=_engine, stop=stop)
+        result = supervise(config, folder, [*logs, *displays], engine=engine, stop=stop)
     if is_main_process():
         _report(result, folder, summary, dialect=dialect, as_json=as_json)
     elif result.error_kind not in (None, *MET_BY_EVERY_PROCESS):
@@ -123,7 +141,7 @@ def prepare(
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
-        _hush_libraries()
+        hush_libraries()
         from trainer import preparing
 
         events = preparing.prepare(config, folder, stop)
@@ -183,51 +201,37 @@ def estimate(
 ) -> None:
     """Tell steps, memory, time and cost of a training before it runs."""
     config = configuration(request, preset, dialect, overrides)
-    _hush_libraries()
+    hush_libraries()
     from trainer.estimate import estimate as estimate_training
 
     emit(estimate_training(config, hourly=hourly).as_dict(), as_json, pairs)
 
 
-_family_option = click.option(
-    "--family", metavar="NAME", help="Family of the base model, where it is not clear."
-)
-
-
-@cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@_family_option
+@cli.command(cls=HyperparameterCommand)
+@request_argument
+@overrides_argument
+@preset_option
+@click.option("--dialect", metavar="NAME", required=True, help="Service that is asked.")
 @json_option
-def inspect(file: Path, family: str | None, as_json: bool) -> None:
-    """Tell what is in a LoRA file, and what will trouble its readers."""
-    candidates = _kohya_names(family)
-    from trainer.export.describe import describe
+def request(
+    request: Path | None,
+    overrides: tuple[Path, ...],
+    preset: str | None,
+    dialect: str,
+    as_json: bool,
+) -> None:
+    """Print the request that asks a service for a configuration's training.
 
-    emit(describe(file, candidates, family).as_dict(), as_json, pairs)
+    REQUEST is a configuration file, OVERRIDES are configuration files over it.
+    """
+    from trainer.dialects import request_of
+
+    del as_json  # the request is JSON either way
+    print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-@cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--to",
-    "form",
-    required=True,
-    type=click.Choice(["diffusers", "kohya"]),
-    help="Format to write.",
-)
-@_family_option
-@json_option
-def convert(source: Path, target: Path, form: Any, family: str | None, as_json: bool) -> None:
-    """Convert a LoRA file between diffusers' and kohya's format."""
-    candidates = _kohya_names(family)
-    from trainer.export import read
-
-    if source.resolve() == target.resolve():
-        raise InputError.of("TARGET", f"is the source itself, `{source}`", "give another file")
-    state = read.convert(source, target, form, candidates, family=family)
-    layers = len(state.layers())
-    emit({"file": str(target), "format": form, "layers": layers}, as_json, pairs)
+for command in (inspect, convert, generate, serve):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -325,28 +329,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _engine(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
     """The engine; torch takes seconds to import, so a folder in use is refused before."""
-    _hush_libraries()
+    hush_libraries()
     from trainer import engine
 
     yield from engine.run(config, folder, stop)
-
-
-def _hush_libraries() -> None:
-    """Leaves only errors of libraries that remark on optional packages when they are loaded."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _kohya_names(family: str | None) -> dict[str, KohyaNames]:
-    """The name tables of all families; a family that the user names must be one of them."""
-    _hush_libraries()
-    from trainer.families import family_names, load_family
-
-    candidates = {name: load_family(name).kohya for name in family_names()}
-    if family is not None and family not in candidates:
-        message = f"there is no family `{family}`; allowed: {', '.join(candidates)}"
-        raise InputError.of("--family", message, nearest(family, candidates))
-    return candidates
 
 
 def _report(
@@ -401,9 +387,7 @@ def _complain(error: TrainerError, as_json: bool) -> int:
 
     click.echo(str(error), err=True)
     if as_json:
-        problems = error.problems if isinstance(error, InputError) else ()
-        data = Result.of_error(error).model_dump(mode="json")
-        print_json(data | {"problems": [asdict(problem) for problem in problems]})
+        print_json(Result.of_error(error).model_dump(mode="json"))
     return error.exit_code
 
 

@@ -7,6 +7,7 @@ they are right is decided in `trainer.resolve`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Hashable, Iterable, Mapping
@@ -20,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from trainer.config import LEAVES, SECTIONS, Note, Resolution, TrainingConfig
 from trainer.errors import InputError, Problem
 from trainer.leaves import FILE_KEYS, shown
+from trainer.locations import is_web_address
+from trainer.network import without_keys
 from trainer.resolve import Layer
 
 _REASONS = TypeAdapter(dict[str, str])
@@ -27,6 +30,11 @@ _FIX_SYNTAX = "correct the file, then run the same command again"
 
 # Options whose value may be the content itself; a text that no path is as long as is one.
 _LOCATIONS = frozenset({"images_data_url", "captions_file_url", "class_images_url"})
+# Options whose value may be a place on this machine or an address, those above among them.
+_PLACES = _LOCATIONS | {
+    *("model_url", "vae_url", "single_file_config", "clipseg_url", "captioner"),
+    *("face_detector_path", "face_restorer_path"),
+}
 _LONGEST_PATH = 4096
 _DIGEST = re.compile(r"data:sha256,[0-9a-f]{64}")
 
@@ -262,7 +270,8 @@ def write_config(config: TrainingConfig, *, with_contents: bool = True) -> str:
     Args:
         config: resolved.
         with_contents: keep what stands in the configuration itself, such as an archive in base64;
-            without it, its digest stands in its place, and the user's photographs stay with them.
+            without it, its digest stands in its place, and the user's photographs stay with them;
+            of a path only its last part is left, and of an address nothing that may be a key.
     """
     content = config.model_dump(mode="json")
     if not with_contents:
@@ -279,17 +288,19 @@ def write_config(config: TrainingConfig, *, with_contents: bool = True) -> str:
 
 
 def _without_contents(value: Any, name: str = "") -> Any:
-    """The same nested values with digests in the place of contents."""
+    """The same nested values with digests in the place of contents, and public names of places."""
     if isinstance(value, dict):
         return {key: _without_contents(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_contents(inner, name) for inner in value]
-    if name not in _LOCATIONS or not isinstance(value, str):
+    if name not in _PLACES or not isinstance(value, str):
         return value
     is_content = len(value) > _LONGEST_PATH or value[:5].lower() == "data:"
-    if not is_content or stands_for_content(value):
-        return value
-    return f"data:sha256,{sha256(value.encode()).hexdigest()}"
+    if name in _LOCATIONS and is_content and not stands_for_content(value):
+        return f"data:sha256,{sha256(value.encode()).hexdigest()}"
+    if is_web_address(value):
+        return without_keys(value)
+    return Path(value).name if value.startswith((os.sep, "~")) else value
 
 
 def stands_for_content(location: str) -> bool:

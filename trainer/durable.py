@@ -29,15 +29,19 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a failed file operation into a `DiskError` that names the path and the reason."""
+def disk_errors(path: Path, option: str = "--output") -> Iterator[None]:
+    """Turns a failed file operation into a `DiskError` that names the path and the reason.
+
+    Args:
+        option: by which another place is given.
+    """
     try:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         raise DiskError(
             f"`{path}` could not be written: {reason}",
-            "make room or give another --output, then run the same command again",
+            f"make room or give another {option}, then run the same command again",
         ) from error
 
 
@@ -158,6 +162,12 @@ def shown_size(size: int) -> str:
 def unit_of(size: int) -> tuple[int, str]:
     """The unit that so many bytes are told in, and its name."""
     return next((unit, name) for unit, name in _UNITS if size >= unit or unit == 1)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    with disk_errors(path):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -29,6 +29,11 @@ class Problem:
         return f"{text}\n  hint: {self.hint}" if self.hint else text
 
 
+@dataclass(frozen=True)
+class Missing(Problem):
+    """A required field that is not there."""
+
+
 class TrainerError(Exception):
     """A failure with a kind, a documented exit code and a next action."""
 

@@ -1,21 +1,18 @@
-"""The one way to outside addresses: downloads over http and https that reach public hosts only.
+"""The one way to outside addresses: over http and https, to public hosts only, see `network`.
 
-Every host name is resolved once, all its addresses are checked, and the connection goes to a
-checked address; so it is with every redirect. Proxies, cookies and credentials are not used, and
-what comes is written as it comes; a server that is too slow is given up. What is downloaded, and
-into which file, is not known here.
+Every redirect of a download is checked like its first address; a message that is posted follows
+none. Proxies, cookies and credentials are not used, and what comes is written as it comes; a
+server that is too slow is given up. What is downloaded into which file, and what is posted, is not
+known here.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, BinaryIO
 
 import httpcore2
@@ -23,9 +20,7 @@ import httpx2
 
 from trainer.durable import shown_size, unit_of, write_all
 from trainer.errors import InputError
-
-# Hosts that this machine's owner allows although they are private; a request cannot.
-ALLOWED_HOSTS = "TRAINER_ALLOWED_HOSTS"
+from trainer.network import AddressRefused, PinnedBackend, checked_url, shown_url
 
 MAX_REDIRECTS = 5
 CONNECT_SECONDS = 10
@@ -34,7 +29,10 @@ READ_SECONDS = 30
 # within so many seconds of waiting, and after as many more give so much in each, on average.
 PATIENCE_SECONDS = 60
 LEAST_BYTES_PER_SECOND = 1000
+# For a posted message, until its answer begins.
+POST_SECONDS = 15
 
+_PIECE_BYTES = 2**14
 _YIELD_BYTES = 2**20
 _YIELD_SECONDS = 1.0
 
@@ -48,130 +46,6 @@ _STATUSES = {
     429: ("the server has had too many requests", "try again later"),
 }
 
-# Not public, though not every Python version says so: ways to an IPv4 address inside an IPv6
-# address, multicast, and the address under which one cloud offers its machines their secrets.
-_NOT_PUBLIC = tuple(
-    ip_network(text)
-    for text in (
-        *("100.64.0.0/10", "168.63.129.16/32", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24"),
-        *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3"),
-        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
-    )
-)
-_IPV6_UNICAST = ip_network("2000::/3")
-_NAT64 = ip_network("64:ff9b::/96")
-
-Resolver = Callable[[str, int], Sequence[str]]
-
-
-class _Refusal(Exception):
-    """Why an address is not downloaded.
-
-    Args:
-        reason: goes on after "cannot be downloaded: ".
-        hint: the next action.
-    """
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
-
-
-def shown_url(url: str) -> str:
-    """An address as messages show it: without user name, password, query and fragment.
-
-    The query of a signed address is a key.
-    """
-    try:
-        address = httpx2.URL(url)
-    except (httpx2.InvalidURL, ValueError):
-        return f"{url.partition(':')[0][:10]}://…"
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    port = "" if address.port is None else f":{address.port}"
-    shown = f"{address.scheme}://{host}{port}{address.path}"
-    return shown if len(shown) <= 200 else f"{shown[:200]}…"
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also when it hides in another one."""
-    ip = ip_address(address)
-    if isinstance(ip, IPv6Address):
-        embedded = ip.ipv4_mapped
-        if ip in _NAT64:
-            embedded = IPv4Address(int(ip) & 0xFFFFFFFF)
-        if embedded is not None:
-            return is_public(str(embedded))
-        if ip not in _IPV6_UNICAST:
-            return False
-    return ip.is_global and not any(ip in network for network in _NOT_PUBLIC)
-
-
-def resolve(host: str, port: int) -> Sequence[str]:
-    """The IP addresses of a host, as the system knows them.
-
-    Raises:
-        OSError: there is no such host.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(place[0]) for *_, place in found))
-
-
-class PinnedBackend(httpcore2.NetworkBackend):
-    """Connects to checked addresses only.
-
-    TLS above it still verifies the host name.
-
-    Args:
-        resolver: gives the addresses of a host.
-        inner: makes the connection to one address.
-    """
-
-    def __init__(
-        self, resolver: Resolver = resolve, inner: httpcore2.NetworkBackend | None = None
-    ) -> None:
-        self._resolver = resolver
-        self._inner = inner or httpcore2.SyncBackend()
-        allowed = os.environ.get(ALLOWED_HOSTS, "").lower().split(",")
-        self._allowed = {host.strip().strip("[]") for host in allowed} - {""}
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> httpcore2.NetworkStream:
-        """A connection to the first checked address of the host that answers."""
-        failure: httpcore2.ConnectError | httpcore2.ConnectTimeout | None = None
-        for address in self._checked(host, port):
-            try:
-                return self._inner.connect_tcp(
-                    address, port, timeout, local_address, socket_options
-                )
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-        raise failure or httpcore2.ConnectError("the host has no address")
-
-    def _checked(self, host: str, port: int) -> Sequence[str]:
-        try:
-            addresses = self._resolver(host, port)
-        except (OSError, UnicodeError) as error:
-            raise _Refusal(
-                f"there is no host `{host}`, or no network",
-                "check the address and the connection to the network",
-            ) from error
-        if host.lower().rstrip(".") not in self._allowed:
-            for address in addresses:
-                if address not in self._allowed and not is_public(address):
-                    raise _Refusal(
-                        f"`{host}` is not on the public internet",
-                        "give a public address or a local file; the owner of this machine can "
-                        f"name the host in {ALLOWED_HOSTS}",
-                    )
-        return addresses
-
 
 @dataclass
 class _Patience:
@@ -181,11 +55,13 @@ class _Patience:
         answered: whether what comes is content, for which more time is given.
         waited: seconds.
         received: bytes.
+        most: seconds before anything is answered, instead of `PATIENCE_SECONDS`.
     """
 
     answered: bool = False
     waited: float = 0.0
     received: int = 0
+    most: float | None = None
 
     @contextmanager
     def waiting(self, most: float | None) -> Iterator[float]:
@@ -195,7 +71,8 @@ class _Patience:
             httpcore2.ReadTimeout: it has none left.
         """
         earned = self.received / LEAST_BYTES_PER_SECOND if self.answered else 0
-        left = max(PATIENCE_SECONDS, earned) - self.waited
+        given = PATIENCE_SECONDS if self.most is None else self.most
+        left = max(given, earned) - self.waited
         if left <= 0:
             raise httpcore2.ReadTimeout("the server is too slow")
         began = time.monotonic()
@@ -226,7 +103,7 @@ class _PatientBackend(httpcore2.NetworkBackend):
 
 
 class _PatientStream(httpcore2.NetworkStream):
-    """One of these connections; requests are short, only what comes is counted."""
+    """One of these connections."""
 
     def __init__(self, inner: httpcore2.NetworkStream, patience: _Patience) -> None:
         self._inner = inner
@@ -239,7 +116,8 @@ class _PatientStream(httpcore2.NetworkStream):
         return content
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, timeout)
+        with self._patience.waiting(timeout) as seconds:
+            self._inner.write(buffer, seconds)
 
     def close(self) -> None:
         self._inner.close()
@@ -297,14 +175,59 @@ def download(
             response = _answer(pool, url, stack)
             patience.answered, patience.waited, patience.received = True, 0.0, 0
             yield from _written(response, shown, target, limit)
-    except _Refusal as refusal:
+    except AddressRefused as refusal:
         message = f"`{shown}` cannot be downloaded: {refusal.reason}"
         raise InputError.of(field, message, refusal.hint) from refusal
 
 
+def post(
+    url: str,
+    content: bytes,
+    headers: Mapping[str, str],
+    *,
+    backend: httpcore2.NetworkBackend | None = None,
+) -> int:
+    """Posts a message, and leaves unread what is answered.
+
+    Args:
+        url: http or https.
+        content: the message.
+        headers: beside those that say how long it is and where it goes.
+        backend: makes the connections; `PinnedBackend` unless given.
+
+    Returns:
+        The status of the answer.
+
+    Raises:
+        AddressForbidden: the address may not be reached.
+        AddressRefused: nothing answers there in time.
+    """
+    with ExitStack() as stack:
+        pool = stack.enter_context(
+            httpcore2.ConnectionPool(
+                ssl_context=httpx2.create_ssl_context(),
+                network_backend=_PatientBackend(
+                    backend or PinnedBackend(), _Patience(most=POST_SECONDS)
+                ),
+            )
+        )
+        length = {"Content-Length": str(len(content))}
+        # In pieces, so that a receiver that takes them slowly is given up too.
+        pieces = [content[at : at + _PIECE_BYTES] for at in range(0, len(content), _PIECE_BYTES)]
+        response = _asked(
+            pool,
+            checked_url(url),
+            stack,
+            method="POST",
+            headers={**headers, **length},
+            body=iter(pieces),
+        )
+        return response.status
+
+
 def _answer(pool: httpcore2.ConnectionPool, url: str, stack: ExitStack) -> httpcore2.Response:
     """The response at the end of all redirects, its content still to come."""
-    address = _checked_url(url)
+    address = checked_url(url)
     for _ in range(MAX_REDIRECTS + 1):
         response = _asked(pool, address, stack)
         place = _header(response, b"location")
@@ -313,83 +236,72 @@ def _answer(pool: httpcore2.ConnectionPool, url: str, stack: ExitStack) -> httpc
         response.close()
         address = _redirected(address, place)
     else:
-        raise _Refusal(
+        raise AddressRefused(
             f"it redirects more than {MAX_REDIRECTS} times", "give the address of the file itself"
         )
     if response.status != 200:
         later = ("the server cannot give it now", "try again later")
         other = ("the server gives no file", "check the address")
         reason, hint = _STATUSES.get(response.status, later if response.status >= 500 else other)
-        raise _Refusal(f"{reason} (HTTP {response.status})", hint)
+        raise AddressRefused(f"{reason} (HTTP {response.status})", hint)
     return response
 
 
 def _asked(
-    pool: httpcore2.ConnectionPool, address: httpx2.URL, stack: ExitStack
+    pool: httpcore2.ConnectionPool,
+    address: httpx2.URL,
+    stack: ExitStack,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    body: Iterator[bytes] | None = None,
 ) -> httpcore2.Response:
     seconds = {"connect": CONNECT_SECONDS, "read": READ_SECONDS, "write": READ_SECONDS}
     try:
         return stack.enter_context(
             pool.stream(
-                "GET",
+                method,
                 httpcore2.URL(
                     scheme=address.raw_scheme,
                     host=address.raw_host,
                     port=address.port,
                     target=address.raw_path,
                 ),
-                headers={
+                headers=[
                     # httpcore's own has no brackets about an IPv6 address.
-                    "Host": address.netloc,
-                    "Accept": "*/*",
-                    "Accept-Encoding": "identity",
-                    "User-Agent": "trainer",
-                },
+                    (b"Host", address.netloc),
+                    ("Accept", "*/*"),
+                    ("Accept-Encoding", "identity"),
+                    ("User-Agent", "trainer"),
+                    *(headers or {}).items(),
+                ],
+                content=body,
                 extensions={"timeout": seconds},
             )
         )
     except httpcore2.TimeoutException as error:
-        raise _Refusal(
+        raise AddressRefused(
             f"the server `{address.host}` does not answer", "check the address or try again later"
         ) from error
     except httpcore2.ProtocolError as error:
-        raise _Refusal(
+        raise AddressRefused(
             f"`{address.host}` does not answer as a web server does ({error})", "check the address"
         ) from error
     except httpcore2.NetworkError as error:
-        raise _Refusal(
+        raise AddressRefused(
             f"no connection to `{address.host}` ({error})", "check the address and the network"
         ) from error
-
-
-def _checked_url(url: str) -> httpx2.URL:
-    """An address that may be asked, as far as its text says."""
-    hint = "give an http:// or https:// address"
-    try:
-        address = httpx2.URL(url)
-    except (httpx2.InvalidURL, ValueError) as error:
-        raise _Refusal("it is no valid address", hint) from error
-    if address.port is not None and not 0 < address.port < 2**16:
-        raise _Refusal("it is no valid address", hint)
-    if address.scheme not in ("http", "https") or not address.host:
-        raise _Refusal("it is no web address", hint)
-    if address.userinfo:
-        raise _Refusal(
-            "it holds a user name or password, which are not sent",
-            "give a public or signed link, or download it and give the file",
-        )
-    return address
 
 
 def _redirected(address: httpx2.URL, place: bytes) -> httpx2.URL:
     try:
         target = str(address.join(_text_of(place)))
     except (httpx2.InvalidURL, ValueError) as error:
-        raise _Refusal("it redirects to no valid address", "check the address") from error
+        raise AddressRefused("it redirects to no valid address", "check the address") from error
     try:
-        return _checked_url(target)
-    except _Refusal as refusal:
-        raise _Refusal(
+        return checked_url(target)
+    except AddressRefused as refusal:
+        raise AddressRefused(
             f"it redirects to `{shown_url(target)}`: {refusal.reason}", refusal.hint
         ) from refusal
 
@@ -424,7 +336,7 @@ def _written(
                 said, said_at = done, now
                 yield done, total
     except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-        raise _Refusal(
+        raise AddressRefused(
             f"the download stopped after {_progress(done, total)}",
             "try again, or download it and give the file",
         ) from error
@@ -432,9 +344,9 @@ def _written(
         yield done, total
 
 
-def _too_large(limit: int) -> _Refusal:
+def _too_large(limit: int) -> AddressRefused:
     size = f"{limit >> 30} GiB" if limit >= 2**30 else f"{limit >> 20} MiB"
-    return _Refusal(f"it is larger than {size}", "give fewer or smaller files")
+    return AddressRefused(f"it is larger than {size}", "give fewer or smaller files")
 
 
 def _header(response: httpcore2.Response, name: bytes) -> bytes | None:

@@ -42,6 +42,16 @@ def capitalized(value: object) -> object:
 Text = Annotated[str, Field(min_length=1)]
 NAMES_SCHEMA = {"type": ["array", "string"], "items": {"type": "string", "minLength": 1}}
 Names = Annotated[tuple[Text, ...], BeforeValidator(_split_commas), WithJsonSchema(NAMES_SCHEMA)]
+PreparationStep = Literal["face_crop_region", "face_restore", "resize"]
+# Their usual order.
+PREPARATION_STEPS: tuple[PreparationStep, ...] = ("face_crop_region", "face_restore", "resize")
+_STEPS_SCHEMA: JsonDict = {
+    "type": ["array", "string"],
+    "items": {"type": "string", "enum": list(PREPARATION_STEPS)},
+}
+PreparationSteps = Annotated[
+    tuple[PreparationStep, ...], BeforeValidator(_split_commas), WithJsonSchema(_STEPS_SCHEMA)
+]
 PhotoClass = Literal["Man", "Woman", "Person", "Boy", "Girl", "Baby"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

@@ -14,7 +14,7 @@ import click
 
 from trainer.config import LEAVES, SECTIONS, Leaf, TrainingConfig
 from trainer.config_files import read_config_file, read_mapping
-from trainer.dialects import load_dialect
+from trainer.dialects import layers_of
 from trainer.errors import InputError
 from trainer.leaves import allowed, flag_value, leaf_schema, shown
 from trainer.presets import load_preset
@@ -53,7 +53,7 @@ def configuration(
         raise InputError.of("--dialect", message, "trainer train request.json --dialect fal")
     layers: list[Layer] = []
     if request is not None and dialect is not None:
-        layers += load_dialect(dialect).to_layers(read_mapping(request))
+        layers += layers_of(dialect, read_mapping(request))
     elif request is not None:
         layers += read_config_file(request)
     if preset is not None:

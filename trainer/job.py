@@ -56,16 +56,19 @@ Role = Literal[
     "verification",
     "debug_dataset",
     "debug_masks",
+    "picture",
 ]
 
 
 # By suffix; the tables of operating systems differ. YAML: RFC 9512.
 _CONTENT_TYPES = {
     ".gz": "application/gzip",
+    ".jpeg": "image/jpeg",
     ".json": "application/json",
     ".md": "text/markdown",
     ".png": "image/png",
     ".tar": "application/x-tar",
+    ".webp": "image/webp",
     ".yaml": "application/yaml",
     ".zip": "application/zip",
 }
@@ -91,8 +94,21 @@ class ResultFile(BaseModel):
     content_type: str
 
 
+class ResultProblem(BaseModel):
+    """One thing that was wrong with what the user gave: field, message and hint of a `Problem`."""
+
+    model_config = ConfigDict(frozen=True)
+    field: str
+    message: str
+    hint: str = ""
+
+
 class Result(BaseModel):
-    """How a run ended: the neutral form from which dialects make their services' own shapes."""
+    """How a run ended: the neutral form from which dialects make their services' own shapes.
+
+    Args:
+        explicit: the options that somebody set on purpose.
+    """
 
     model_config = ConfigDict(frozen=True)
     status: Status
@@ -102,13 +118,16 @@ class Result(BaseModel):
     error_kind: str | None = None
     error: str | None = None
     hint: str | None = None
+    problems: tuple[ResultProblem, ...] = ()
     ignored_options: dict[str, str] = {}
+    explicit: tuple[str, ...] = ()
     files: tuple[ResultFile, ...] = ()
 
     @classmethod
     def of_error(cls, error: TrainerError, *, step: int = 0, total_steps: int = 0) -> Result:
         """The result of a run that ended in this error."""
         status: Status = "interrupted" if error.kind == "interrupted" else "failed"
+        problems = error.problems if isinstance(error, InputError) else ()
         return cls(
             status=status,
             exit_code=error.exit_code,
@@ -117,6 +136,9 @@ class Result(BaseModel):
             error_kind=error.kind,
             error=error.message,
             hint=error.hint or None,
+            problems=tuple(
+                ResultProblem(field=p.field, message=p.message, hint=p.hint) for p in problems
+            ),
         )
 
     def file(self, role: Role) -> ResultFile | None:

@@ -6,7 +6,7 @@ Everything here is read off the declarations in `trainer.sections`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -184,14 +184,16 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if "items" in schema:
-        return _list_in_words(items(schema))
+        return _list_in_words(items(schema), schema["items"].get("enum", ()))
     if parts(schema):
         return f"names with values: {_in_parts(schema)}"
     bounds = [words.format(schema[key]) for key, words in _BOUND_WORDS.items() if key in schema]
     return ", ".join([_TYPE_WORDS[schema["type"]], *bounds])
 
 
-def _list_in_words(item: Mapping[str, Any]) -> str:
+def _list_in_words(item: Mapping[str, Any], choices: Sequence[str]) -> str:
+    if choices:
+        return f"{', '.join(choices)}, as a list or separated by commas"
     if not item:
         return "names, as a list or separated by commas, none empty"
     return f"a list of {item['title'].lower()}s, each with {_in_parts(item)}"

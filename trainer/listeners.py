@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import time
 from collections.abc import Collection, Sequence
 from functools import singledispatchmethod
 from pathlib import Path
@@ -102,14 +103,15 @@ class EventLog(_Plain):
         return self
 
     def hear(self, event: Event) -> None:
-        """Appends the event as one line of JSON; NaN and infinity become null.
+        """Appends the event and its time as one line of JSON; NaN and infinity become null.
 
         Raises:
             DiskError: the line cannot be written.
         """
         if isinstance(event, RunEvent):
             self._folder.keep_events_through(event.start_step)
-        line = json.dumps({name: _finite(value) for name, value in event.as_dict().items()})
+        entry = {name: _finite(value) for name, value in event.as_dict().items()}
+        line = json.dumps({**entry, "time": round(time.time(), 3)})
         with disk_errors(self._folder.events), open(self._folder.events, "a") as file:
             file.write(line + "\n")
 

@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 
 from trainer.base_model import BaseModel, Precision
-from trainer.config import Note, RunConfig, TrainingConfig
+from trainer.config import ModelConfig, Note, RunConfig, TrainingConfig
 from trainer.data.buckets import largest_side
 from trainer.errors import InputError
 from trainer.fitting import fitted
@@ -144,3 +144,10 @@ def precision_of(config: TrainingConfig) -> Precision:
         vae=torch.float32 if config.model.upscale_vae_32bit else frozen,
         text_encoders=whole if whole_text_encoders else frozen,
     )
+
+
+def inference_precision(settings: ModelConfig) -> Precision:
+    """The number formats in which pictures are made here, where nothing learns."""
+    dtype = _DTYPES[mixed_precision_of(RunConfig())]
+    vae = torch.float32 if settings.upscale_vae_32bit else dtype
+    return Precision(frozen=dtype, denoiser=dtype, vae=vae, text_encoders=dtype)

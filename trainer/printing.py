@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.listeners import deserves_a_line
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
+
+
+def hush_libraries() -> None:
+    """Leaves only errors of libraries that remark on optional packages when they are loaded."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def talk() -> Console:

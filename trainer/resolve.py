@@ -6,8 +6,10 @@ together stands in `trainer.rules`; where layers come from is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,6 +33,8 @@ class Layer:
         notes: what the source itself left aside or had settled before.
         problems: what is wrong with the source beside its values.
         is_written: whether it is of a written configuration, see `Draft`.
+        wrong: leaves that the problems tell of under other names.
+        fields: leaf to what the source calls it, where it has another name there.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Layer:
     notes: Sequence[Note] = ()
     problems: Sequence[Problem] = ()
     is_written: bool = False
+    wrong: Collection[str] = ()
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def resolve(layers: Sequence[Layer]) -> TrainingConfig:
@@ -53,12 +59,24 @@ def resolve(layers: Sequence[Layer]) -> TrainingConfig:
     draft = _merge(layers)
     problems += _check_leaves(draft, layers)
     draft.wrong |= {problem.field for problem in problems}
+    draft.wrong |= {leaf for layer in layers for leaf in layer.wrong}
     settle(draft)
     config, clashes = _build(draft, _earlier_notes(layers, draft))
     problems += [*draft.problems, *clashes]
     if problems:
-        raise InputError(problems)
+        raise InputError([_as_source_says(problem, layers, draft) for problem in problems])
     return config
+
+
+def _as_source_says(problem: Problem, layers: Sequence[Layer], draft: Draft) -> Problem:
+    """A problem under its source's name of the option, unless a later source has set it."""
+    leaf = re.split(r"[.\[]", problem.field, maxsplit=1)[0]
+    naming = [number for number, layer in enumerate(layers, start=1) if leaf in layer.fields]
+    if not naming or draft.origins.get(leaf, 0) > naming[-1]:
+        return problem
+    field = layers[naming[-1] - 1].fields[leaf]
+    # What null means there is the source's own matter.
+    return replace(problem, field=field, message=problem.message.removesuffix(", or null"))
 
 
 def _unknown(layers: Sequence[Layer]) -> list[Problem]:

@@ -130,6 +130,7 @@ class Tally:
     def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
         self._began = False
         self._ignored = config.resolved.ignored_options
+        self._explicit = config.resolved.explicit
         self._folder = folder
         self._step = 0
         self._total_steps = 0
@@ -161,6 +162,7 @@ class Tally:
             step=self._step,
             total_steps=self._total_steps,
             ignored_options=self._ignored,
+            explicit=self._explicit,
             files=tuple(self._described()),
         )
 

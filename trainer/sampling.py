@@ -7,7 +7,7 @@ neighbours nor on who made them. Knows nothing of what the pictures are for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,20 +62,37 @@ def sample(
     Raises:
         NonFiniteError: the denoiser or the VAE overflows.
     """
-    generator = torch.Generator().manual_seed(randomness.key(seed, purpose, number))
+    options: dict[str, Any] = {
+        "width": sampler.width,
+        "height": sampler.height,
+        "num_inference_steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+    }
+    if negative_prompt is not None:
+        options["negative_prompt"] = negative_prompt
+    return drawn(family, prompt, options, key=randomness.key(seed, purpose, number))
+
+
+def drawn(family: Family, prompt: str, options: Mapping[str, Any], *, key: int) -> Image.Image:
+    """One picture in RGB, from what the pipeline's call is to be told beside the prompt.
+
+    Weights, scheduler and global random states stay as they are.
+
+    Args:
+        family: as for `sample`.
+        prompt: what the picture shows.
+        options: arguments of the pipeline's call.
+        key: of its random numbers.
+
+    Raises:
+        NonFiniteError: the denoiser or the VAE overflows.
+    """
+    generator = torch.Generator().manual_seed(key)
     pipeline = family.pipeline
-    guided = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     decoding = _checked_vae(pipeline.vae, prompt)
     with _scheduler_of_its_own(pipeline), _one_number_format(family), decoding:
         pixels: torch.Tensor = pipeline(
-            prompt=prompt,
-            width=sampler.width,
-            height=sampler.height,
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance_scale,
-            generator=generator,
-            output_type="pt",
-            **guided,
+            prompt=prompt, generator=generator, output_type="pt", **options
         ).images
     return _picture(pixels[0])
 

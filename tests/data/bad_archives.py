@@ -33,7 +33,7 @@ from asking import (
 from grid import zip_bytes
 
 from trainer.data.picture_set import PictureSet
-from trainer.fetch import ALLOWED_HOSTS
+from trainer.network import ALLOWED_HOSTS
 
 WEB_PAGE = "<!DOCTYPE html><html><body>404 Not Found</body></html>"
 

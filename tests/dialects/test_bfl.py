@@ -18,10 +18,10 @@ import pytest
 
 from trainer.config import LEAVES, TrainingConfig
 from trainer.config_files import as_layers, parse_yaml, read_config_file, write_config
-from trainer.dialects import load_dialect
+from trainer.dialects import LORA_ROLES, load_dialect, request_of
 from trainer.dialects.bfl import (
+    BASE,
     NOT_USED,
-    OUTPUT_ROLES,
     RENAMED,
     Input,
     to_layers,
@@ -174,14 +174,17 @@ MANY = [f"{number}.webp" for number in range(21)]
     ("field", "value", "said"),
     [
         ("iterations", 99, "got 99 (in request); allowed: a whole number, at least 100"),
+        ("iterations", 1001, "allowed: a whole number, at least 100, at most 1000"),
         ("iterations", "300", 'got "300" (in request); allowed: a whole number, at least 100'),
-        ("learning_rate", 0, "got 0 (in request); allowed: a number, above 0"),
+        ("learning_rate", 9e-7, "allowed: a number, at least 1e-06, at most 0.005"),
+        ("learning_rate", 6e-3, "allowed: a number, at least 1e-06, at most 0.005"),
         ("mode", "person", "allowed: one of character, product, style, general"),
         ("priority", "best", "allowed: one of speed, quality, high_res_only"),
         ("finetune_type", "dora", "allowed: one of full, lora"),
         ("lora_rank", 8, "got 8 (in request); allowed: one of 16, 32"),
         ("captioning", "no", "allowed: true or false"),
-        ("trigger_word", "", "allowed: text, not empty"),
+        ("trigger_word", "", "allowed: text, not blank"),
+        ("trigger_word", " \t", "allowed: text, not blank"),
         ("file_data", 7, "allowed: a zip archive in base64 of 1 to 20 pictures"),
         ("file_data", archive(MANY), "the archive holds 21 pictures; allowed: a zip archive"),
         ("file_data", archive(["a.txt", "__MACOSX/._a.jpg"]), "the archive holds 0 pictures"),
@@ -265,7 +268,7 @@ def test_what_the_service_cannot_say_is_named() -> None:
         to_request(resolve([Layer("train.yaml", ours, explicit=True)]))
 
     fields = {problem.field for problem in caught.value.problems}
-    assert fields == {"token_abstraction", "rank", "priority"}
+    assert fields == {"token_abstraction", "rank", "priority", "model_url", "images_data_url"}
 
 
 def test_a_written_configuration_remembers_what_the_request_asked() -> None:
@@ -293,7 +296,7 @@ def test_the_answer_is_ready_with_the_lora_and_what_was_not_made_is_null() -> No
         "status": "Ready",
         "progress": None,
     }
-    assert list(answer["result"]) == list(OUTPUT_ROLES)
+    assert list(answer["result"]) == list(LORA_ROLES)
     assert answer["result"]["kohya_lora_file"] is None
     assert answer["result"]["diffusers_lora_file"] == {
         "url": "https://here/outputs/diffusers_lora.x",
@@ -322,3 +325,73 @@ def test_the_shipped_example_is_the_smallest_request_and_its_trial_a_short_one()
 @pytest.mark.parametrize("name", ["bfl", "black-forest-labs"])
 def test_the_dialect_is_found_by_each_of_its_names(name: str) -> None:
     assert load_dialect(name).Input is Input
+
+
+# The way back reads and packs the pictures
+
+
+def asked(folder: Path, images: object) -> dict[str, Any]:
+    ours = {"images_data_url": str(images), "priority": "quality", "model_url": BASE}
+    return request_of("bfl", resolve([Layer("train.yaml", ours, explicit=True)]))
+
+
+def photographs(folder: Path) -> Path:
+    for name in ("b/two.txt", "b/two.png", "one.jpg", ".DS_Store", "notes.md"):
+        (folder / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "photographs" / name).write_bytes(name.encode())
+    return folder / "photographs"
+
+
+def test_a_folder_becomes_the_archive_that_the_service_takes(tmp_path: Path) -> None:
+    request = asked(tmp_path, photographs(tmp_path))
+
+    with ZipFile(BytesIO(base64.b64decode(request["file_data"], validate=True))) as packed:
+        content = {name: packed.read(name) for name in packed.namelist()}
+    assert content == {
+        "b/two.png": b"b/two.png",
+        "b/two.txt": b"b/two.txt",
+        "one.jpg": b"one.jpg",
+    }
+    assert request == asked(tmp_path, tmp_path / "photographs")
+
+
+@pytest.mark.parametrize("is_uri", [True, False])
+def test_an_archive_is_sent_as_it_is(tmp_path: Path, is_uri: bool) -> None:
+    (tmp_path / "a.zip").write_bytes(base64.b64decode(archive()))
+    images = f"data:application/zip;base64,{archive()}" if is_uri else tmp_path / "a.zip"
+
+    assert asked(tmp_path, images)["file_data"] == archive()
+
+
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        ("https://here/a.zip", "download them"),
+        ("nowhere", "give a folder"),
+        ("x" * 5000, "give a folder"),
+        ("data:application/gzip;base64,H4sIAAAA", "pack the pictures as .zip"),
+    ],
+)
+def test_pictures_that_cannot_be_sent_are_refused(tmp_path: Path, images: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        asked(tmp_path, images)
+
+    (problem,) = caught.value.problems
+    assert (problem.field, hint in problem.hint) == ("images_data_url", True)
+
+
+def test_an_archive_that_the_service_would_refuse_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.gif").write_bytes(b"")
+
+    with pytest.raises(InputError, match="the archive holds `a.gif`"):
+        asked(tmp_path, tmp_path / "pictures")
+
+
+def test_another_base_model_or_method_is_none_of_the_service() -> None:
+    ours = {"images_data_url": archive(), "priority": "quality", "lora_type": "lokr"}
+
+    with pytest.raises(InputError) as caught:
+        request_of("bfl", resolve([Layer("train.yaml", ours, explicit=True)]))
+
+    assert {problem.field for problem in caught.value.problems} == {"model_url", "lora_type"}

@@ -386,14 +386,13 @@ def test_the_answer_lists_the_files_in_the_order_of_the_service() -> None:
 
     answer = to_output(result, lambda file: f"https://here/{file.path}").model_dump()
 
-    assert list(answer) == list(Output.model_fields) == list(OUTPUT_ROLES)
-    assert len(answer) == 9
+    assert list(answer) == list(Output.model_fields) == [*OUTPUT_ROLES, "ignored_options"]
+    assert len(answer) == 10
     assert answer["diffusers_lora_file"] == {
         "url": "https://here/outputs/diffusers_lora.bin",
         "content_type": "application/octet-stream",
         "file_name": "diffusers_lora.bin",
         "file_size": 12,
-        "file_data": None,
     }
 
 
@@ -422,3 +421,14 @@ def test_every_dialect_has_names_of_its_own() -> None:
 def test_an_unknown_dialect_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="did you mean `fal_personalization`"):
         load_dialect("fal-personalisation")
+
+
+def test_a_file_has_the_fields_of_the_services_schema_and_never_its_content() -> None:
+    (file,) = [s for n, s in Output.model_json_schema()["$defs"].items() if n.startswith("File")]
+    result = Result(status="done", exit_code=0, files=(a_file("config", "config.yaml"),))
+
+    sent = to_output(result, lambda file: file.path).model_dump()["config_file"]
+
+    fields = ["url", "content_type", "file_name", "file_size", "file_data"]
+    assert list(file["properties"]) == fields
+    assert list(sent) == fields[:-1]

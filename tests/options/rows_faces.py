@@ -64,6 +64,48 @@ def is_cut_to(ratio: int) -> Shows:
     return shows
 
 
+def is_cut_out_of_the_middle_window(ratio: int) -> Shows:
+    """Asserts that pictures are squares about their faces as far as the middle window reaches."""
+
+    def shows(case: Case) -> None:
+        side = ratio * HEAD
+        for name, pixels in seen(case.after()).items():
+            (left, top), (height, width) = HEADS[name], SHAPES[name]
+            # The pictures' shorter side is as long as the window's.
+            first_row, first_column = (height - SIDE) // 2, (width - SIDE) // 2
+            left = min(max(left + (HEAD - side) // 2, first_column), first_column + SIDE - side)
+            top = min(max(top + (HEAD - side) // 2, first_row), first_row + SIDE - side)
+            region = Image.fromarray(person(name)).crop((left, top, left + side, top + side))
+            whole = np.asarray(region.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+            near(pixels, torch.tensor(whole).permute(2, 0, 1) / 127.5 - 1, rtol=0, atol=1e-6)
+
+    return shows
+
+
+def middle_window(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture that was resized to cover a window."""
+    factor = max(width / image.width, height / image.height)
+    size = round(image.width * factor), round(image.height * factor)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    return resized.crop((left, top, left + width, top + height))
+
+
+def comes_through(width: int, height: int) -> Shows:
+    """Asserts that pictures are cut to a window of this size, and that to what is trained."""
+
+    def shows(case: Case) -> None:
+        for name, pixels in seen(case.after()).items():
+            window = middle_window(Image.fromarray(person(name)), width, height)
+            trained = np.asarray(middle_window(window, SIDE, SIDE))
+            near(pixels, torch.tensor(trained).permute(2, 0, 1) / 127.5 - 1, rtol=0, atol=1e-6)
+        told = case.after().seen.time_ids
+        if told is not None:
+            assert told[:, :2].int().tolist() == [[height, width]] * 2
+
+    return shows
+
+
 def is_redrawn_in(place: str) -> Shows:
     """Asserts that each half of a face has its shade of a restorer, and the rest is as it was."""
 
@@ -156,6 +198,42 @@ FACE = [
         flipped={"face_crop_region": 2.0},
     ),
     refused("face_crop_region", {"face_crop_region": 0.0}, "above 0"),
+    acts(
+        "preparation_order",
+        "batch",
+        "resize first: the square about the face reaches no further than the middle window",
+        is_cut_out_of_the_middle_window(2),
+        base={**FACES, "face_crop_region": 2.0},
+        flipped={"preparation_order": ["resize", "face_crop_region"]},
+    ),
+    refused(
+        "preparation_order",
+        {"preparation_order": ["blur"]},
+        "face_crop_region, face_restore, resize, as a list",
+    ),
+    *idle(
+        "pictures are only resized",
+        base={"images_data_url": Place("people")},
+        preparation_order=["resize", "face_restore"],
+    ),
+    acts(
+        "resize_width",
+        ("batch", "conditioning"),
+        "32: pictures are cut to a window of half the width first",
+        comes_through(SIDE // 2, SIDE),
+        base=FACES,
+        flipped={"resize_width": SIDE // 2},
+    ),
+    refused("resize_width", {"resize_width": 16}, "at least 32"),
+    acts(
+        "resize_height",
+        ("batch", "conditioning"),
+        "32: pictures are cut to a window of half the height first",
+        comes_through(SIDE, SIDE // 2),
+        base=FACES,
+        flipped={"resize_height": SIDE // 2},
+    ),
+    refused("resize_height", {"resize_height": 16}, "at least 32"),
     acts(
         "face_restore",
         "batch",

@@ -10,14 +10,9 @@ import pytest
 from grid import grid_bytes, zip_bytes
 
 from trainer.errors import InputError
+from trainer.locations import content_of, is_web_address, shown_location
 from trainer.sources import location
-from trainer.sources.location import (
-    content_of,
-    is_web_address,
-    local_path,
-    read_captions_file,
-    shown_location,
-)
+from trainer.sources.location import local_path, read_captions_file
 
 FIELD = "images_data_url"
 LONG = bytes(range(256))

@@ -106,7 +106,7 @@ class Masking:
         if origin.kind == "given":
             assert given is not None
             whole = given_mask(given, view.picture_size, inverted=origin.inverted)
-            return Masked(resized_mask(_region_of(whole, view), view.size))
+            return Masked(_at_the_view(whole, view))
         if origin.kind == "alpha":
             alpha = rendering().alpha
             assert alpha is not None
@@ -159,12 +159,15 @@ class Masking:
         return SEGMENTERS[self.mask.segmenter].identity(self.mask)
 
 
-def _region_of(mask: Mask, view: View) -> Mask:
-    """The part of a mask of the whole picture that lies over the part that is used."""
-    left, top, width, height = view.region
+def _at_the_view(mask: Mask, view: View) -> Mask:
+    """What of a mask of the whole picture lies over the part that is used, at the view's size."""
+    left, top, width, height = view.part
     across, down = mask.shape[1] / view.picture_size[1], mask.shape[0] / view.picture_size[0]
+    if view.exact_region is not None:
+        part = left * across, top * down, width * across, height * down
+        return resized_mask(mask, view.size, part=part)
     rows = slice(round(top * down), max(round((top + height) * down), round(top * down) + 1))
     columns = slice(
         round(left * across), max(round((left + width) * across), round(left * across) + 1)
     )
-    return mask[rows, columns]
+    return resized_mask(mask[rows, columns], view.size)

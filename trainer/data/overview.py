@@ -218,8 +218,8 @@ def _window(picture: Prepared) -> Window:
 def _trained_box(picture: Prepared) -> tuple[float, float, float, float]:
     """Left, top, width and height of what is trained, in pixels of the whole picture."""
     view, window = picture.view, _window(picture)
-    scale = view.region[2] / view.size[1]
-    left, top = view.region[0] + window.left * scale, view.region[1] + window.top * scale
+    scale = view.part[2] / view.size[1]
+    left, top = view.part[0] + window.left * scale, view.part[1] + window.top * scale
     return left, top, window.width * scale, window.height * scale
 
 

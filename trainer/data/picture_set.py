@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from trainer.config import (
 )
 from trainer.data.buckets import bucket_of, bucket_sizes, smaller_shapes
 from trainer.data.inventory import Inventory, opened
+from trainer.fields import PREPARATION_STEPS, PreparationStep
 from trainer.images.crop import Size
+from trainer.sections.data import in_order
 from trainer.sections.subjects import ClassSource, class_data_of, data_of
 from trainer.sources.archive import Source
 
@@ -76,6 +78,28 @@ class PictureSet:
         return not self.of_class and self.face.face_restore is not None
 
     @property
+    def steps(self) -> tuple[PreparationStep, ...]:
+        """The steps of the preparation that are asked for, in their order."""
+        return self._asked(in_order(self.data.preparation_order))
+
+    @property
+    def passes_other_size(self) -> bool:
+        """Whether pictures come through another size than the trained one on their way."""
+        other = self.data.resize_width, self.data.resize_height
+        return not self.of_class and other != (None, None)
+
+    def passed_size(self, size: Size) -> Size:
+        """(height, width) that the resize among the steps brings a picture of this size to."""
+        height, width = self.targets(size)[0]
+        if not self.passes_other_size:
+            return height, width
+        return self.data.resize_height or height, self.data.resize_width or width
+
+    def _asked(self, steps: Sequence[PreparationStep]) -> tuple[PreparationStep, ...]:
+        asked = {"face_crop_region": self.cuts, "face_restore": self.restores, "resize": True}
+        return tuple(step for step in steps if asked[step])
+
+    @property
     def looks(self) -> Mapping[str, object]:
         """All that a picture's view depends on beside the picture itself."""
         sizes, *smaller = self.scales or ((),)
@@ -88,6 +112,11 @@ class PictureSet:
         }
         if smaller:
             ours["smaller"] = smaller
+        if self.steps != self._asked(PREPARATION_STEPS) or self.passes_other_size:
+            ours["steps"] = self.steps
+            ours["passed"] = (self.data.resize_width, self.data.resize_height)
+            # It places the window of a resize among the steps.
+            ours["face_aware_cropping"] = self.data.face_aware_cropping
         return {**ours, **(self.face.model_dump() if self.wants_faces else {})}
 
     def opened(

@@ -433,7 +433,7 @@ class _Preparation:
             return remarks
         others_count = mask is None or not mask.without_other_faces
         on_faces = remarks_on_faces(
-            view.faces_in_region(), view.original_size, others_count=others_count
+            view.faces_in_region(), view.region_size, others_count=others_count
         )
         return (*remarks, *on_faces)
 

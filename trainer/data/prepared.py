@@ -258,7 +258,7 @@ def read_rendering(picture: Prepared, folder: Path, content: Callable[[], bytes]
     if picture.restored is not None:
         before, after = picture.restored
         restored = (folder / before).read_bytes(), (folder / after).read_bytes()
-    alpha = alpha_of(decode(content()), view.region, view.size) if view.has_alpha else None
+    alpha = alpha_of(decode(content()), view) if view.has_alpha else None
     return Rendering(
         view=view,
         picture=(folder / picture.file).read_bytes(),

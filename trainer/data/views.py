@@ -19,21 +19,24 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.data.means import Means
 from trainer.data.picture_set import PictureSet
+from trainer.data.steps import (
+    Stage,
+    cut_out,
+    prepared_by_steps,
+    refuse_strip,
+    shrunk,
+    thumbnail_of,
+)
 from trainer.data.store import Store, key_of
-from trainer.images.crop import Mask, Size, Window, cover_size, face_region, resize_to_cover
+from trainer.images.crop import Box, Mask, Size, Window, cover_size, resize_to_cover
 from trainer.images.faces import Face
 from trainer.images.findings import Remark
 from trainer.images.masks import alpha_mask, resized_mask
-from trainer.images.pictures import BadPicture, Picture, decode
+from trainer.images.pictures import Picture, decode
 from trainer.images.quality import Measures, measure
-from trainer.images.restore import restored
 
-# What the contact sheet shows of a picture, and of a face before and after.
-THUMBNAIL = 360
 # Faces are looked for in a picture no longer than this: smaller ones teach nothing anyway.
 SEEN_SIDE = 1280
-# A panorama is a few windows long; what is longer is no photograph.
-_LONGEST_STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class View(BaseModel):
         request: digest of the source's bytes and of all options that it depends on.
         picture_size: (height, width) of the whole picture, upright.
         region: (left, top, width, height) of the part that is used, in the whole picture.
+        exact_region: the same, where it was cut out of a resized picture between two pixels.
+        detail: (height, width) of the part when it had the fewest pixels, where these were less
+            than it has in the whole picture and than it is trained at.
         size: (height, width) at the trained scale, which covers `target`.
         target: trained (height, width), the largest where there are several.
         smaller: other trained (height, width), the larger first.
@@ -71,6 +77,8 @@ class View(BaseModel):
     request: str
     picture_size: Size
     region: tuple[int, int, int, int]
+    exact_region: Box | None = None
+    detail: Size | None = None
     size: Size
     target: Size
     smaller: tuple[Size, ...] = ()
@@ -84,7 +92,17 @@ class View(BaseModel):
     @property
     def original_size(self) -> Size:
         """(height, width) of what is trained, before it is resized."""
+        return self.detail or self.region_size
+
+    @property
+    def region_size(self) -> Size:
+        """(height, width) of the part that is used, in the whole picture."""
         return self.region[3], self.region[2]
+
+    @property
+    def part(self) -> Box:
+        """(left, top, width, height) of the part that is used, exactly."""
+        return self.exact_region or self.region
 
     @property
     def scales(self) -> tuple[Scale, ...]:
@@ -94,7 +112,7 @@ class View(BaseModel):
 
     def faces_in_region(self) -> tuple[Face, ...]:
         """The faces whose middle is in the part that is used, in its pixels."""
-        left, top, width, height = self.region
+        left, top, width, height = self.part
         moved = (face.moved(-left, -top) for face in self.faces)
         return tuple(
             face for face in moved if 0 <= face.centre[0] <= width and 0 <= face.centre[1] <= height
@@ -102,7 +120,7 @@ class View(BaseModel):
 
     def faces_at(self, size: Size) -> tuple[Face, ...]:
         """Those in pixels of the picture at this size."""
-        factor = size[1] / self.region[2]
+        factor = size[1] / self.part[2]
         return tuple(face.scaled(factor) for face in self.faces_in_region())
 
 
@@ -208,31 +226,21 @@ class Darkroom:
 
     def _made(self, picture: Picture, request: str) -> Rendering:
         whole = picture.image
-        remarks = list(picture.remarks)
         means = self.means()
         looks_for_faces = means.detector is not None and self._needs_faces(whole)
         faces = self._faces(whole) if looks_for_faces else ()
-        thumbnail = _thumbnail(whole)
-        region = Window(0, 0, whole.height, whole.width)
-        ratio = self.wanted.face.face_crop_region
-        if self.wanted.cuts and ratio is not None and faces:
-            region = face_region(picture.size, faces[0].box, ratio)
-        used, before_and_after = _cut(whole, region), None
-        inside = tuple(face.moved(-region.left, -region.top) for face in faces)
-        if means.restorer is not None and inside:
-            before = used
-            upscale = self.wanted.face.face_restore_upscale
-            used, told = restored(used, inside, means.restorer[1], upscale=upscale)
-            remarks += told
-            if used is not before:
-                before_and_after = _face_of(before, inside[0]), _face_of(used, inside[0], before)
-        target, *smaller = self.wanted.targets((used.height, used.width))
-        _refuse_strip((used.height, used.width), target)
-        resized = resize_to_cover(used, target)
+        restorer = means.restorer[1] if means.restorer is not None else None
+        used = prepared_by_steps(Stage.of(whole, faces), self.wanted, restorer)
+        target, *smaller = self.wanted.targets(used.size)
+        refuse_strip(used.size, target)
+        resized = resize_to_cover(used.image, target)
+        region = _whole_pixels(used.part)
         view = View(
             request=request,
             picture_size=picture.size,
-            region=(region.left, region.top, region.width, region.height),
+            region=region,
+            exact_region=None if region == used.part else used.part,
+            detail=_least(used.detail, (region[3], region[2]), (resized.height, resized.width)),
             size=(resized.height, resized.width),
             target=target,
             smaller=tuple(smaller),
@@ -240,15 +248,15 @@ class Darkroom:
             faces_sought=looks_for_faces,
             is_makeshift=looks_for_faces and means.are_makeshift,
             faces=faces,
-            measures=measure(used),
-            remarks=tuple(remarks),
+            measures=measure(used.image),
+            remarks=(*picture.remarks, *used.remarks),
         )
         return Rendering(
             view=view,
             picture=_png(resized),
-            thumbnail=thumbnail,
-            alpha=alpha_of(picture, view.region, view.size),
-            restored=before_and_after,
+            thumbnail=thumbnail_of(whole),
+            alpha=alpha_of(picture, view),
+            restored=used.restored,
         )
 
     def _needs_faces(self, whole: Image.Image) -> bool:
@@ -260,20 +268,8 @@ class Darkroom:
     def _faces(self, whole: Image.Image) -> tuple[Face, ...]:
         detector = self.means().detector
         assert detector is not None
-        seen = _shrunk(whole, SEEN_SIDE)
+        seen = shrunk(whole, SEEN_SIDE)
         return tuple(face.scaled(whole.width / seen.width) for face in detector.find(seen))
-
-
-def _refuse_strip(size: Size, target: Size) -> None:
-    """Refuses what would have to be enlarged to a huge strip to cover a window.
-
-    Raises:
-        BadPicture: the covering picture is more than `_LONGEST_STRIP` windows.
-    """
-    height, width = cover_size(size, target)
-    if height * width > _LONGEST_STRIP * target[0] * target[1]:
-        aspect = max(size) / min(size)
-        raise BadPicture(f"it is {size[1]}x{size[0]} pixels, {aspect:.0f}:1; cut it to a window")
 
 
 def has_room(size: Size, target: Size) -> bool:
@@ -281,53 +277,28 @@ def has_room(size: Size, target: Size) -> bool:
     return cover_size(size, target) != target
 
 
-def _cut(image: Image.Image, window: Window) -> Image.Image:
-    if (window.width, window.height) == image.size:
-        # Not copied: a large photograph is hundreds of megabytes.
-        return image
-    right, bottom = window.left + window.width, window.top + window.height
-    return image.crop((window.left, window.top, right, bottom))
+def _whole_pixels(part: Box) -> tuple[int, int, int, int]:
+    """The pixels nearest to a part, at least one each way."""
+    left, top, width, height = part
+    return round(left), round(top), max(round(width), 1), max(round(height), 1)
 
 
-def _face_of(image: Image.Image, face: Face, before: Image.Image | None = None) -> bytes:
-    """JPEG of a face with a margin.
-
-    Args:
-        face: in pixels of the picture before restoring.
-        before: the picture before, where `image` may be an enlarged one.
-    """
-    factor = 1.0 if before is None else image.width / before.width
-    window = face_region((image.height, image.width), face.scaled(factor).box, 1.5)
-    return _thumbnail(_cut(image, window))
+def _least(detail: tuple[float, float], region: Size, size: Size) -> Size | None:
+    """The fewest pixels that a part had, if they are fewer than in the whole picture and now."""
+    height, width = (max(round(side), 1) for side in detail)
+    return (height, width) if height < min(region[0], size[0]) else None
 
 
-def _thumbnail(image: Image.Image) -> bytes:
-    encoded = BytesIO()
-    _shrunk(image, THUMBNAIL).save(encoded, format="JPEG", quality=90)
-    return encoded.getvalue()
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    """The picture, its longer side no longer than so many pixels."""
-    factor = side / max(image.size)
-    if factor >= 1:
-        return image
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
-
-
-def alpha_of(picture: Picture, region: tuple[int, int, int, int], size: Size) -> Mask | None:
-    """The opacity of a part of a picture, or nothing where every pixel is opaque.
-
-    Args:
-        region: (left, top, width, height) of the part.
-        size: (height, width) to resize it to.
-    """
+def alpha_of(picture: Picture, view: View) -> Mask | None:
+    """The opacity of the part of a picture that is used, or nothing where all of it is opaque."""
     if picture.alpha is None:
         return None
-    left, top, width, height = region
-    cut = _cut(picture.alpha, Window(top, left, height, width))
-    return resized_mask(alpha_mask(cut, inverted=False), size)
+    if view.exact_region is not None:
+        alpha = alpha_mask(picture.alpha, inverted=False)
+        return resized_mask(alpha, view.size, part=view.exact_region)
+    left, top, width, height = view.region
+    cut = cut_out(picture.alpha, Window(top, left, height, width))
+    return resized_mask(alpha_mask(cut, inverted=False), view.size)
 
 
 def _npy(values: Mask) -> bytes:

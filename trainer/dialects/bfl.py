@@ -9,22 +9,25 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from trainer import dialects
 from trainer.config import Note, TrainingConfig
-from trainer.dialects import left_aside
+from trainer.contracts import judged
 from trainer.errors import InputError, Problem
-from trainer.job import Result, ResultFile, Role
-from trainer.leaves import in_words, shown
+from trainer.job import Result, ResultFile
+from trainer.leaves import shown
+from trainer.locations import content_of, is_data_uri, is_gathered, shown_location
 from trainer.resolve import Layer
 
-NAMES = ("bfl", "black-forest-labs")
+NAMES: Mapping[str, Mapping[str, Any]] = {"bfl": {}, "black-forest-labs": {}}
 SERVICE = "BFL's finetuning"
 
 # Service field to leaf, and service field to the reason why it is not taken. Everything else is
@@ -39,15 +42,19 @@ RENAMED: Mapping[str, str] = {
     "lora_rank": "rank",
     "finetune_type": "use_lora",
 }
+FIELDS = dialects.named(RENAMED, {"extract_rank": "lora_rank", "instance_prompt": "trigger_word"})
 NOT_USED: Mapping[str, str] = {}
 _EXTRACTED = {"lora_rank": "extract_rank"}
 
 # The page recommends for `lora` values ten times those for `full`.
 FULL_RATE, LORA_RATE = 1e-5, 1e-4
+BASE = "black-forest-labs/FLUX.1-dev"
 # The trigger is a word of the captions, not a new token.
-_ALWAYS: Mapping[str, Any] = {
-    "model_url": "black-forest-labs/FLUX.1-dev",
+_ONLY: Mapping[str, Any] = {
     "train_text_encoder_ti": False,
+    "train_text_encoder": False,
+    "lora_type": "lora",
+    "use_dora": False,
 }
 # Twelve billion weights with their updates on one GPU of 80 GB.
 _BY_TYPE: Mapping[str, Mapping[str, Any]] = {
@@ -77,9 +84,18 @@ _ARCHIVE = (
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _ZIP = b"PK"
-# What `output_name` takes, see there.
-_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9._ -]+|^[^A-Za-z0-9]+")
-_LONGEST_NAME = 100
+# How an entry of an archive's list begins (APPNOTE 4.3.12), and how many there may be.
+_ENTRY = b"PK\x01\x02"
+_MOST_FILES = 5000
+# What Python's reader raises of damaged lists.
+_DAMAGE = (
+    *(binascii.Error, zipfile.BadZipFile, struct.error),
+    *(NotImplementedError, OSError, ValueError, LookupError, EOFError),
+)
+_IMAGES = "images_data_url"
+_WORDS = {"file_data": _ARCHIVE, "trigger_word": "text, not blank"}
+# The date of every file in an archive made here, so that a folder always gives the same one.
+_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 class Input(BaseModel):
@@ -89,14 +105,14 @@ class Input(BaseModel):
     file_data: str = Field(min_length=1, description="Zip archive of the pictures, in base64.")
     finetune_comment: str = Field(description="What the finetune is called in lists.")
     trigger_word: str = Field(
-        "TOK", min_length=1, description="Word or phrase for the concept in the captions."
+        "TOK", pattern=r"\S", description="Word or phrase for the concept in the captions."
     )
     mode: Literal["character", "product", "style", "general"] = Field(
         description="What captions tell, by the concept."
     )
-    iterations: int = Field(300, ge=100, description="Training steps.")
+    iterations: int = Field(300, ge=100, le=1000, description="Training steps.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate. None: 1e-5 for full, 1e-4 for lora."
+        None, ge=1e-6, le=5e-3, description="Learning rate. None: 1e-5 for full, 1e-4 for lora."
     )
     captioning: bool = Field(True, description="Write captions for pictures without one.")
     priority: Literal["speed", "quality", "high_res_only"] = Field(
@@ -108,37 +124,14 @@ class Input(BaseModel):
     )
 
 
-class File(BaseModel):
-    """A file of the result."""
-
-    url: str
-    content_type: str
-    file_name: str
-    file_size: int
-
-
-class Finetune(BaseModel):
-    """The files of a finetune: the service keeps its own, and the names are this project's."""
-
-    diffusers_lora_file: File | None = Field(None, description="The LoRA for diffusers.")
-    kohya_lora_file: File | None = Field(None, description="The LoRA for kohya-style programs.")
-    config_file: File = Field(description="The training configuration.")
-
-
 class Output(BaseModel):
     """What /v1/get_result answers for a finetune that is done."""
 
     id: str | None = Field(None, description="Of the finetune, where a server gives it one.")
     status: Literal["Ready"] = "Ready"
-    result: Finetune
+    result: dialects.LoraFiles
     progress: float | None = None
-
-
-OUTPUT_ROLES: Mapping[str, Role] = {
-    "diffusers_lora_file": "diffusers_lora",
-    "kohya_lora_file": "kohya_lora",
-    "config_file": "config",
-}
+    ignored_options: dialects.IGNORED = None
 
 
 def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
@@ -147,91 +140,51 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
     What the service would refuse becomes a problem of the request: a missing field, a value
     outside of its range, too many pictures or none.
     """
-    fields = Input.model_fields
-    missing = [
-        Problem(name, f"is missing, and {SERVICE} requires it; allowed: {_allowed(name)}")
-        for name, info in fields.items()
-        if info.is_required() and payload.get(name) is None
-    ]
-    given = {n: value for n, value in payload.items() if n in fields and value is not None}
-    problems = {
-        name: Problem(name, f"got {shown(given[name])} (in request); allowed: {_allowed(name)}")
-        for name in _refused(given)
-        if name in given
-    }
-    archive = given.get("file_data")
-    names = _names_in(archive) if isinstance(archive, str) else None
-    if names is not None and (problem := _problem_of_archive(names)):
-        problems["file_data"] = problem
-    given = {name: value for name, value in given.items() if name not in problems}
-    if "file_data" not in given:
-        # So that nothing else is said of pictures that are refused already.
-        given["file_data"] = SERVICE
-    filled = {name: info.default for name, info in fields.items() if not info.is_required()} | given
+    found = judged(payload, Input, SERVICE, words=_WORDS, not_used=NOT_USED)
+    given = dict(found.given)
+    names = _names_in(given.get("file_data", ""))
+    problems = [*_problems_of_archive(names)]
+    if problems:
+        del given["file_data"]
+    defaults = {n: v for n, v in found.defaults.items() if v is not None}
+    filled = {**defaults, **given}
     kind = filled["finetune_type"]
-    defaults = {n: v for n, v in filled.items() if n not in given and v is not None}
-    notes = [*left_aside(payload, Input, NOT_USED, SERVICE), *_unexpected(names or ())]
+    notes = _unexpected(names or ())
     if kind == "lora" and given.get("learning_rate") == FULL_RATE:
         message = f"{shown(FULL_RATE)} is the rate for `full`; ten times as much is recommended "
         message += f"for `lora`, {shown(LORA_RATE)}"
         notes.append(Note(kind="warning", field="request.learning_rate", message=message))
-    own = {**_ALWAYS, **_BY_TYPE[kind], "instance_prompt": filled["trigger_word"]}
-    return [
-        Layer(f"{SERVICE} defaults", {**own, **_placed(defaults, kind)}, explicit=False),
-        Layer(
-            "request",
-            _placed(given, kind),
-            explicit=True,
-            notes=notes,
-            problems=[*missing, *problems.values()],
-        ),
-    ]
+    own = {"model_url": BASE, **_ONLY, **_BY_TYPE[kind], "instance_prompt": filled["trigger_word"]}
+    request = Layer(
+        "request",
+        _placed(given, kind),
+        explicit=True,
+        notes=notes,
+        problems=problems,
+        wrong=["images_data_url"] if problems else [],
+    )
+    return dialects.two_layers(SERVICE, {**own, **_placed(defaults, kind)}, request, found, RENAMED)
 
 
 def to_output(result: Result, url_for: Callable[[ResultFile], str]) -> Output:
-    """The service's answer for a finished run.
-
-    Args:
-        url_for: the address under which a result file can be fetched.
-
-    Raises:
-        ValueError: the run delivered no configuration, so it did not finish.
-    """
-    files = {field: result.file(role) for field, role in OUTPUT_ROLES.items()}
-    if files["config_file"] is None:
-        raise ValueError(f"a run that ended as {result.status} has no answer")
-    described = {
-        field: File(
-            url=url_for(file),
-            content_type=file.content_type,
-            file_name=file.path.rsplit("/", maxsplit=1)[-1],
-            file_size=file.size,
-        )
-        for field, file in files.items()
-        if file is not None
-    }
-    return Output(result=Finetune.model_validate(described))
+    """The service's answer for a finished run."""
+    answer = dialects.described(result, dialects.LORA_ROLES, url_for, FIELDS)
+    ignored = answer.pop("ignored_options")
+    files = dialects.LoraFiles.model_validate(answer)
+    return Output(result=files, ignored_options=ignored)
 
 
 def to_request(config: TrainingConfig) -> dict[str, Any]:
-    """The request for the same training; options of ours that the service lacks stay out.
-
-    Raises:
-        InputError: a value that the service has no way to say.
-    """
+    """The request for the same training, see `Dialect`; its pictures are read and packed."""
     values = config.values()
-    trigger, *more = config.token.token_abstraction
-    unsayable = {"concepts": values["concepts"], "token_abstraction": more}
-    problems = [
-        Problem(leaf, f"got {shown(values[leaf])}, which {SERVICE} does not take", "train one")
-        for leaf, value in unsayable.items()
-        if value
-    ]
     kind = "lora" if config.adapter.use_lora else "full"
+    problems = dialects.only_one_subject(config, SERVICE)
+    problems += dialects.only_these(config, _ONLY, SERVICE)
+    problems += dialects.only_base(config, BASE, SERVICE)
     request = {
         "file_data": values["images_data_url"],
         "finetune_comment": values["output_name"],
-        "trigger_word": trigger,
+        "trigger_word": config.token.token_abstraction[0],
         # Both tell all that is seen.
         "mode": "general" if values["caption_mode"] == "plain" else values["caption_mode"],
         "iterations": values["max_train_steps"],
@@ -241,14 +194,20 @@ def to_request(config: TrainingConfig) -> dict[str, Any]:
         "lora_rank": values[_leaf("lora_rank", kind)],
         "finetune_type": kind,
     }
-    message = f"got {{}}, which {SERVICE} does not take; allowed: {{}}"
-    problems += [
-        Problem(_leaf(name, kind), message.format(shown(request[name]), _allowed(name)))
-        for name in _refused(request)
-    ]
-    if problems:
-        raise InputError(problems)
-    return request
+    if isinstance(request["file_data"], str):
+        try:
+            request["file_data"] = _packed(request["file_data"])
+            problems += _problems_of_archive(_names_in(request["file_data"]), "images_data_url")
+        except InputError as error:
+            problems += error.problems
+    return dialects.sayable(
+        request,
+        Input,
+        SERVICE,
+        words=_WORDS,
+        leaf_of=lambda name: _leaf(name, kind),
+        problems=problems,
+    )
 
 
 def _leaf(name: str, kind: str) -> str:
@@ -261,18 +220,13 @@ def _placed(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {
         _leaf(name, kind): _READ_AS[name](value) if name in _READ_AS else value
         for name, value in fields.items()
-        if name not in NOT_USED and (name != "finetune_comment" or _name_of(value))
+        if name not in NOT_USED and (name != "finetune_comment" or dialects.file_name_of(value))
     }
-
-
-def _name_of(comment: str) -> str:
-    """A comment as the name of files; empty where no letter of it can be in one."""
-    return _NOT_IN_NAME.sub("-", comment).strip("-. ")[:_LONGEST_NAME]
 
 
 # What a field's value is in its leaf, where that differs.
 _READ_AS: Mapping[str, Callable[[Any], Any]] = {
-    "finetune_comment": _name_of,
+    "finetune_comment": dialects.file_name_of,
     # A phrase may hold a comma, which parts names in a text.
     "trigger_word": lambda word: [word],
     "captioning": lambda wanted: not wanted,
@@ -280,31 +234,17 @@ _READ_AS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _allowed(name: str) -> str:
-    """What a field may hold, in words."""
-    if name == "file_data":
-        return _ARCHIVE
-    return in_words(Input.model_json_schema()["properties"][name]).removesuffix(", or null")
-
-
-def _refused(request: Mapping[str, Any]) -> list[str]:
-    """The fields of a request that the service does not take as they are, each once."""
-    try:
-        Input.model_validate(request)
-    except ValidationError as error:
-        return list(dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()))
-    return []
-
-
-def _problem_of_archive(names: Sequence[str]) -> Problem | None:
+def _problems_of_archive(names: Sequence[str] | None, field: str = "file_data") -> list[Problem]:
     """What the service would refuse of the files in an archive."""
+    if names is None:
+        return []
     pictures, others = _with_suffix(names, _PICTURES), _with_suffix(names, _OTHER_PICTURES)
     message = "the archive holds {}; allowed: " + _ARCHIVE
     if others:
-        return Problem("file_data", message.format(f"`{others[0]}`"), "convert or remove it")
+        return [Problem(field, message.format(f"`{others[0]}`"), "convert or remove it")]
     if _FEWEST_PICTURES <= len(pictures) <= _MOST_PICTURES:
-        return None
-    return Problem("file_data", message.format(f"{len(pictures)} pictures"), "pack it anew")
+        return []
+    return [Problem(field, message.format(f"{len(pictures)} pictures"), "pack it anew")]
 
 
 def _unexpected(names: Sequence[str]) -> list[Note]:
@@ -338,14 +278,67 @@ def _names_in(file_data: str) -> Sequence[str] | None:
         content = base64.b64decode(text)
         if not content.startswith(_ZIP):
             return None
+        # Counted in the bytes: what the archive says of itself may be false, and Python's reader
+        # takes seconds for a list of many.
+        if content.count(_ENTRY) > _MOST_FILES:
+            message = f"the archive holds more than {_MOST_FILES} files; allowed: {_ARCHIVE}"
+            raise InputError.of("file_data", message, "pack it anew")
         with zipfile.ZipFile(BytesIO(content)) as archive:
             names = archive.namelist()
-    except (binascii.Error, zipfile.BadZipFile):
+    except _DAMAGE:
         return None
     return [name for name in names if not name.endswith("/") and not _is_of_system(name)]
+
+
+def _packed(location: str) -> str:
+    """The pictures at a location as the service takes them: a zip archive in base64.
+
+    Raises:
+        InputError: they are elsewhere, are no zip archive and no folder, or cannot be read.
+    """
+    if is_gathered(location):
+        hint = "download them, and give their folder or archive"
+        raise _no_archive(location, hint)
+    if _names_in(location) is not None and not is_data_uri(location):
+        return location
+    try:
+        content = content_of(location, _IMAGES) if is_data_uri(location) else _read(location)
+    except (OSError, RuntimeError, ValueError) as error:
+        hint = "give a folder of pictures, or a .zip archive of them"
+        raise _no_archive(location, hint) from error
+    if not content.startswith(_ZIP):
+        raise _no_archive(location, "pack the pictures as .zip")
+    return base64.b64encode(content).decode()
+
+
+def _no_archive(location: str, hint: str) -> InputError:
+    message = (
+        f"got `{shown_location(location)}`, which {SERVICE} does not take; allowed: {_ARCHIVE}"
+    )
+    return InputError.of(_IMAGES, message, hint)
+
+
+def _read(location: str) -> bytes:
+    """An archive's bytes, or a folder as an archive: its pictures and captions.
+
+    Raises:
+        OSError: there is no such thing.
+    """
+    path = Path(location).expanduser()
+    if not path.is_dir():
+        return path.read_bytes()
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [file.relative_to(path).as_posix() for file in inside]
+    wanted = _with_suffix(names, (*_PICTURES, *_OTHER_PICTURES, ".txt"))
+    packed = BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in wanted:
+            if not _is_of_system(name):
+                archive.writestr(zipfile.ZipInfo(name, _DATE), (path / name).read_bytes())
+    return packed.getvalue()
 
 
 def _is_of_system(name: str) -> bool:
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return hidden or parts[-1].lower() in _SYSTEM_FILES
+    return hidden or not parts or parts[-1].lower() in _SYSTEM_FILES

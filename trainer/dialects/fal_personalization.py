@@ -10,21 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
+from trainer import dialects
 from trainer.config import TrainingConfig
-from trainer.dialects import left_aside
-from trainer.errors import InputError, Problem
+from trainer.contracts import left_aside, missing
+from trainer.errors import InputError
 from trainer.job import Result, ResultFile, Role
-from trainer.leaves import allowed, shown
+from trainer.leaves import allowed
 from trainer.resolve import Layer
 
-NAMES = ("fal_personalization", "fal", "fal-ai/personalization")
+NAMES: Mapping[str, Mapping[str, Any]] = {
+    "fal_personalization": {},
+    "fal": {},
+    "fal-ai/personalization": {},
+}
 SERVICE = "fal-ai/personalization"
 
-# Service field to leaf, and service field to the reason why it is not taken. Everything else
-# is placed by its name.
+# Service field to leaf, and service field to the reason why it is not taken: every field is
+# placed by its name.
 RENAMED: Mapping[str, str] = {}
+FIELDS = dialects.named(RENAMED, {})
 NOT_USED: Mapping[str, str] = {}
 # What null means in a field whose leaf knows no null: a mask of no prompt is no mask.
 NULL_MEANS: Mapping[str, Any] = {"clip_seg_mask_prompt": ""}
@@ -131,14 +137,10 @@ class Input(BaseModel):
     )
 
 
-class File(BaseModel):
-    """A file of the result."""
+class FileOrData(dialects.File):
+    """A file of a result; this service's schema has one field more."""
 
-    url: str
-    content_type: str | None = None
-    file_name: str | None = None
-    file_size: int | None = None
-    file_data: str | None = None
+    file_data: str | None = Field(None, exclude=True, description="Never sent: fetch `url`.")
 
 
 class Output(BaseModel):
@@ -148,15 +150,18 @@ class Output(BaseModel):
     trainers; the other names are this project's, in their manner.
     """
 
-    diffusers_lora_file: File | None = Field(None, description="The diffusers LoRA weights.")
-    kohya_lora_file: File | None = Field(None, description="The kohya LoRA weights.")
-    unet_file: File | None = Field(None, description="The weights of the trained denoiser.")
-    text_encoder_file: File | None = Field(None, description="The first text encoder's weights.")
-    text_encoder_2_file: File | None = Field(None, description="The second's weights.")
-    text_embeddings_file: File | None = Field(None, description="The new tokens' embeddings.")
-    config_file: File = Field(description="The training configuration.")
-    debug_dataset_file: File | None = Field(None, description="The pictures as trained.")
-    debug_masks_file: File | None = Field(None, description="The masks as used.")
+    diffusers_lora_file: FileOrData | None = Field(None, description="The diffusers LoRA weights.")
+    kohya_lora_file: FileOrData | None = Field(None, description="The kohya LoRA weights.")
+    unet_file: FileOrData | None = Field(None, description="The weights of the trained denoiser.")
+    text_encoder_file: FileOrData | None = Field(
+        None, description="The first text encoder's weights."
+    )
+    text_encoder_2_file: FileOrData | None = Field(None, description="The second's weights.")
+    text_embeddings_file: FileOrData | None = Field(None, description="The new tokens' embeddings.")
+    config_file: FileOrData = Field(description="The training configuration.")
+    debug_dataset_file: FileOrData | None = Field(None, description="The pictures as trained.")
+    debug_masks_file: FileOrData | None = Field(None, description="The masks as used.")
+    ignored_options: dialects.IGNORED = None
 
 
 OUTPUT_ROLES: Mapping[str, Role] = {
@@ -180,8 +185,8 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
     becomes a problem of its layer.
     """
     fields = Input.model_fields
-    missing = [
-        Problem(name, f"is missing, and {SERVICE} requires it; allowed: {_allowed(name)}")
+    problems = [
+        missing(name, SERVICE, _allowed(name))
         for name, info in fields.items()
         if info.is_required() and payload.get(name) is None
     ]
@@ -197,71 +202,31 @@ def to_layers(payload: Mapping[str, Any]) -> list[Layer]:
         if name in fields and (value is not None or name in defaults)
     }
     return [
-        Layer(f"{SERVICE} defaults", _placed(defaults), explicit=False),
-        Layer("request", _placed(given), explicit=True, notes=notes, problems=missing),
+        Layer(f"{SERVICE} defaults", defaults, explicit=False),
+        Layer("request", given, explicit=True, notes=notes, problems=problems),
     ]
 
 
 def to_output(result: Result, url_for: Callable[[ResultFile], str]) -> Output:
-    """The service's answer for a finished run.
-
-    Args:
-        url_for: the address under which a result file can be fetched.
-
-    Raises:
-        ValueError: the run delivered no configuration, so it did not finish.
-    """
-    files = {field: result.file(role) for field, role in OUTPUT_ROLES.items()}
-    if files["config_file"] is None:
-        raise ValueError(f"a run that ended as {result.status} has no answer")
-    return Output.model_validate(
-        {
-            field: File(
-                url=url_for(file),
-                content_type=file.content_type,
-                file_name=file.path.rsplit("/", maxsplit=1)[-1],
-                file_size=file.size,
-            )
-            for field, file in files.items()
-            if file is not None
-        }
-    )
+    """The service's answer for a finished run."""
+    return Output.model_validate(dialects.described(result, OUTPUT_ROLES, url_for, FIELDS))
 
 
 def to_request(config: TrainingConfig) -> dict[str, Any]:
-    """The request for the same training; options of ours that the service lacks stay out.
-
-    Raises:
-        InputError: a value that the service has no way to say.
-    """
-    concepts = config.data.concepts
-    if concepts is not None:
-        message = f"got {shown(concepts)}, which {SERVICE} does not take; allowed: null"
-        raise InputError.of("concepts", message, "train each concept by a request of its own")
+    """The request for the same training, see `Dialect`."""
+    problems = dialects.only_these(config, {"concepts": None}, SERVICE)
+    if problems:
+        # They bring pictures and class of their own.
+        raise InputError(problems)
     values = {**config.values(), "token_abstraction": ",".join(config.token.token_abstraction)}
     request = {
-        name: values[_leaf(name)]
+        name: values[name]
         for name, info in Input.model_fields.items()
-        if name not in NOT_USED and (values[_leaf(name)] is not None or info.default is not None)
+        if values[name] is not None or info.default is not None
     }
-    try:
-        Input.model_validate(request)
-    except ValidationError as error:
-        wrong = list(dict.fromkeys(str(detail["loc"][0]) for detail in error.errors()))
-        message = f"got {{}}, which {SERVICE} does not take; allowed: {{}}"
-        raise InputError(
-            [Problem(name, message.format(shown(request[name]), _allowed(name))) for name in wrong]
-        ) from error
-    return request
-
-
-def _leaf(name: str) -> str:
-    return RENAMED.get(name, name)
-
-
-def _placed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {_leaf(name): value for name, value in fields.items() if name not in NOT_USED}
+    words = {name: _allowed(name) for name in request}
+    return dialects.sayable(request, Input, SERVICE, words=words, leaf_of=str)
 
 
 def _allowed(name: str) -> str:
-    return allowed(_leaf(name)).removesuffix(", or null")
+    return allowed(name).removesuffix(", or null")

@@ -98,7 +98,7 @@ def _read_diffusers(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Re
         layer = _live_layer(layers, component, file_path)
         weight = _weight(layers[layer])
         scale = _stated_scale(config, component, file_path, _inner_dimension(parts))
-        yield Reading(*layer, weight, _peft_weight(weight, parts, scale), len(parts))
+        yield Reading(*layer, weight, adapted_weight(weight, parts, scale), len(parts))
 
 
 def _kohya_weight(
@@ -121,7 +121,17 @@ def _kohya_weight(
     return magnitude * changed / _norm_of_rows(divisor)
 
 
-def _peft_weight(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def adapted_weight(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
+    """A layer's weight with an adapter on it, in 32 bits.
+
+    Args:
+        weight: of the base model, fp32.
+        parts: the adapter's tensors by their names in a diffusers file, such as `lora_A.weight`.
+        scale: on their product.
+
+    Raises:
+        FormatError: they are not an adapter of such a weight.
+    """
     if "lora_A.weight" not in parts:
         return weight + _other_delta(parts, weight) * scale
     down, up = parts["lora_A.weight"].float(), parts["lora_B.weight"].float()

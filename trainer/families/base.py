@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -39,6 +39,23 @@ class LatentDistribution:
 
 
 @dataclass(frozen=True)
+class Guided:
+    """Checkpoints whose pictures follow another picture; nothing is trained on them.
+
+    Args:
+        pipeline_class: of diffusers; in `model_index.json` it tells these checkpoints.
+        denoiser: entries of the denoiser's configuration, in place of the family's.
+        image: what the pipeline's call names the guiding picture.
+        mask: what it names the mask; empty where it takes none.
+    """
+
+    pipeline_class: type[Any]
+    denoiser: Mapping[str, Any]
+    image: str
+    mask: str = ""
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """How a family's base models are known, and completed where they are one file.
 
@@ -53,6 +70,7 @@ class Checkpoints:
         vaes: hub ids of well-known VAEs that speak of this family's latents.
         unused: components of the pipeline that no training needs.
         side_step: pixels; both sides of a trained picture are whole numbers of them.
+        guided: what may guide a picture, such as `depth`, to the checkpoints for it.
     """
 
     denoiser: Mapping[str, Any]
@@ -63,6 +81,7 @@ class Checkpoints:
     vaes: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
     side_step: int = 8
+    guided: Mapping[str, Guided] = field(default_factory=dict)
 
     def difference(self, config: Mapping[str, Any]) -> str | None:
         """Where a denoiser's configuration is not of this family, in words."""
@@ -116,6 +135,20 @@ class Family(ABC):
             text: what `encode_text` gave for the captions.
             geometry: each example's sizes and crop.
         """
+
+
+def guided_by(family: type[Family], guide: str) -> type[Family]:
+    """The family as its checkpoints for a guiding picture have it; they keep its layers' names.
+
+    Raises:
+        KeyError: it has none for this guide.
+    """
+    guided = family.checkpoints.guided[guide]
+    checkpoints = replace(
+        family.checkpoints, denoiser=guided.denoiser, pipelines=frozenset(), unused=()
+    )
+    facts = {"pipeline_class": guided.pipeline_class, "checkpoints": checkpoints}
+    return cast(type[Family], type(family.__name__, (family,), facts))
 
 
 def adapted_encoders(family: type[Family] | Family) -> tuple[str, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxControlPipeline, FluxFillPipeline, FluxPipeline
 
 from trainer.families.base import (
     Checkpoints,
     Conditioning,
     Family,
     Geometry,
+    Guided,
     packed,
     unpacked,
 )
@@ -64,6 +65,18 @@ _FUSIONS = {
     "double_blocks.*.txt_mlp.0": {"transformer_blocks.*.ff_context.net.0.proj": 4},
 }
 
+_CLASS = "FluxTransformer2DModel"
+# The picture's latents beside the noisy ones, as channels of their own; a mask has 256 more.
+_CONTROLLED = Guided(
+    FluxControlPipeline, {"_class_name": _CLASS, "in_channels": 128}, image="control_image"
+)
+_FILLED = Guided(
+    FluxFillPipeline,
+    {"_class_name": _CLASS, "in_channels": 384},
+    image="image",
+    mask="mask_image",
+)
+
 
 class Flux1(Family):
     """FLUX.1 [dev], [schnell] and others of their architecture, such as [Krea] and [Kontext]."""
@@ -74,10 +87,11 @@ class Flux1(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     checkpoints = Checkpoints(
-        denoiser={"_class_name": "FluxTransformer2DModel", "in_channels": 64},
+        denoiser={"_class_name": _CLASS, "in_channels": 64},
         pipelines=frozenset({"FluxKontextPipeline"}),
         unused=("feature_extractor", "image_encoder"),
         side_step=16,
+        guided={"depth": _CONTROLLED, "canny": _CONTROLLED, "fill": _FILLED},
     )
     kohya = KohyaNames(
         denoiser_prefix="lora_unet",

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from trainer.config import MaskConfig
-from trainer.images.crop import Mask, Size
+from trainer.images.crop import Box, Mask, Size
 from trainer.images.pictures import BadPicture, decode_grey
 
 # An upright picture and a prompt to the logits of the prompt against nothing, (h, w) of any size.
@@ -173,9 +173,16 @@ def alpha_mask(alpha: Image.Image, *, inverted: bool) -> Mask:
     return np.asarray(1 - opacity if inverted else opacity, np.float32)
 
 
-def resized_mask(mask: Mask, size: Size) -> Mask:
-    """The mask at another size, bilinear; where it shrinks, every pixel of it counts."""
-    image = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+def resized_mask(mask: Mask, size: Size, part: Box | None = None) -> Mask:
+    """The mask at another size, bilinear; where it shrinks, every pixel of it counts.
+
+    Args:
+        part: left, top, width and height of what is taken of it; may lie between its pixels.
+    """
+    left, top, width, height = part or (0, 0, *reversed(mask.shape))
+    # Within the picture also where the sum of two fractions is not.
+    box = left, top, min(left + width, mask.shape[1]), min(top + height, mask.shape[0])
+    image = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
     return np.asarray(image, np.float32).clip(0, 1)
 
 

@@ -198,6 +198,11 @@ IDLE: _Idle = (
         "no faces are restored",
     ),
     (
+        ("preparation_order",),
+        lambda v: not (v["face_crop_region"] or v["face_restore"]),
+        "pictures are only resized",
+    ),
+    (
         ("captioner", "caption_mode", "captioner_load_in_4bit"),
         lambda v: bool(v["skip_caption_generation"]),
         "skip_caption_generation is true",

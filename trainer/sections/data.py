@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from trainer.fields import (
+    PREPARATION_STEPS,
     PhotoClass,
+    PreparationStep,
+    PreparationSteps,
     Section,
     Text,
     as_tuple,
@@ -122,6 +126,25 @@ class DataConfig(Section):
         description="Train each picture at the size nearest to its own aspect, of the same area. "
         "None: where neither width nor height is given (kohya).",
     )
+    preparation_order: PreparationSteps = Field(
+        PREPARATION_STEPS,
+        description="Order in which pictures are cut to their face, have faces redrawn and are "
+        "resized, comma-separated; a step that is left out takes its usual place. A picture that "
+        "is resized before it is cut to its face is cut to its window before (Novita).",
+    )
+    resize_width: int | None = Field(
+        None,
+        ge=32,
+        le=8192,
+        description="Width of the window that the resize of preparation_order brings pictures to, "
+        "from where they come to the trained one at the end. None: the trained width (Novita).",
+    )
+    resize_height: int | None = Field(
+        None,
+        ge=32,
+        le=8192,
+        description="Height of that window. None: the trained height (Novita).",
+    )
     center_crop: bool = Field(
         True,
         description="Take the middle window instead of a random one each time; fal's default is "
@@ -152,11 +175,33 @@ class DataConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _each_step_once(self) -> DataConfig:
+        steps = self.preparation_order
+        if len(set(steps)) < len(steps):
+            raise clash("preparation_order", ", ".join(steps), "each step once")
+        return self
+
+    @model_validator(mode="after")
     def _rotation_range(self) -> DataConfig:
         if self.random_rotation_start > self.random_rotation_end:
             allowed = f"at most random_rotation_end, {self.random_rotation_end}"
             raise clash("random_rotation_start", self.random_rotation_start, allowed)
         return self
+
+
+def in_order(steps: Sequence[PreparationStep]) -> tuple[PreparationStep, ...]:
+    """All steps in the order of these; one that is left out takes its usual place.
+
+    That is the first for the cut, after the cut for the restoration, and the last for the resize.
+    """
+    ordered = list(steps)
+    if "face_crop_region" not in ordered:
+        ordered.insert(0, "face_crop_region")
+    if "face_restore" not in ordered:
+        ordered.insert(ordered.index("face_crop_region") + 1, "face_restore")
+    if "resize" not in ordered:
+        ordered.append("resize")
+    return tuple(ordered)
 
 
 class MaskConfig(Section):

@@ -25,13 +25,8 @@ from urllib.parse import unquote, urlsplit
 from trainer.config import Note
 from trainer.errors import InputError
 from trainer.images.pictures import is_picture
-from trainer.sources.location import (
-    content_of,
-    is_web_address,
-    local_path,
-    open_file,
-    shown_location,
-)
+from trainer.locations import content_of, is_gathered, is_web_address, shown_location
+from trainer.sources.location import local_path, open_file
 from trainer.sources.packed import (
     MAX_ENTRY_BYTES,
     BadArchive,
@@ -220,7 +215,7 @@ def open_source(images_data_url: str | None, downloaded: Path | None = None) -> 
 
     Args:
         images_data_url: see the option.
-        downloaded: where the content of a web address was written; required for one.
+        downloaded: where the content of a web address or a list was written; required for one.
 
     Raises:
         InputError: missing, empty, damaged, encrypted, unsafe or of an unsupported type.
@@ -231,9 +226,9 @@ def open_source(images_data_url: str | None, downloaded: Path | None = None) -> 
     label = shown_location(images_data_url)
     path = local_path(images_data_url, FIELD)
     name = path.name if path else ""
-    if is_web_address(images_data_url):
-        assert downloaded is not None, "a web address is downloaded before it is opened"
-        path, name = downloaded, unquote(urlsplit(images_data_url).path)
+    if is_gathered(images_data_url):
+        assert downloaded is not None, "it becomes a file before it is opened"
+        path, name = downloaded, name_in_address(images_data_url)
     with ExitStack() as stack:
         if path is not None and path.is_dir():
             source = _read_folder(path, label)
@@ -256,7 +251,12 @@ def open_source(images_data_url: str | None, downloaded: Path | None = None) -> 
         yield source
 
 
-def _name_of_one(name: str) -> str:
+def name_in_address(address: str) -> str:
+    """The path in a web address, which ends with the name of a file; empty for other locations."""
+    return unquote(urlsplit(address).path) if is_web_address(address) else ""
+
+
+def name_of_one(name: str) -> str:
     """The name of a picture that is given by itself, which is never hidden or overlooked."""
     path = PurePosixPath(PurePosixPath(name.replace("\\", "/")).name.lstrip(".") or "image")
     # `download.php` may give a photograph; with such an ending it would be overlooked.
@@ -318,7 +318,7 @@ def _read_file(stack: ExitStack, file: BinaryIO, size: int, source: Source, name
     file.seek(0)
     # A tar archive begins with the name of its first file, which may begin like a picture (`BMW`).
     if is_picture(head) and not is_tar(head):
-        source.take(Member(_name_of_one(name), size, partial(_read_whole, file)))
+        source.take(Member(name_of_one(name), size, partial(_read_whole, file)))
         return
     try:
         for member in _members(stack, file, size, head):

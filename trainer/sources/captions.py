@@ -15,11 +15,12 @@ from typing import Literal
 
 from trainer.config import DataConfig, Note, TokenConfig
 from trainer.errors import InputError
+from trainer.locations import shown_location
 from trainer.sections.subjects import words
 from trainer.sources.archive import FIELD as PICTURES
 from trainer.sources.archive import BadEntry, Entry, Source
 from trainer.sources.caption_files import Table, listed, read_table, read_texts
-from trainer.sources.location import MAX_CAPTIONS_BYTES, read_captions_file, shown_location
+from trainer.sources.location import MAX_CAPTIONS_BYTES, read_captions_file
 
 __all__ = [
     "METADATA",

@@ -7,17 +7,15 @@ bytes by which base64 is told from a mistyped path.
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote_to_bytes
 
 from trainer.config_files import stands_for_content
 from trainer.errors import InputError
-from trainer.fetch import shown_url
 from trainer.images.pictures import is_picture
+from trainer.locations import content_of, is_data_uri, is_web_address, shown_location
 from trainer.sources.packed import is_archive
 
 MAX_CAPTIONS_BYTES = 64 * 2**20
@@ -61,18 +59,6 @@ def read_captions_file(captions_file_url: str, downloaded: Path | None = None) -
     return content
 
 
-def shown_location(location: str) -> str:
-    """A location as messages show it: a path as it is, an address without its query, data cut."""
-    if is_web_address(location):
-        return shown_url(location)
-    return location if len(location) <= 200 else f"{location[:40]}…"
-
-
-def is_web_address(location: str) -> bool:
-    """Whether the location is an http(s) address, to be downloaded before it can be read."""
-    return location[:8].lower().startswith(("http://", "https://"))
-
-
 def local_path(location: str, field: str) -> Path | None:
     """The existing path that is meant, or nothing for a web address, data: URI or base64.
 
@@ -86,7 +72,7 @@ def local_path(location: str, field: str) -> Path | None:
             "the content stood in the request and is not in this file, which has its digest alone",
             "give it again: a path, an http(s) URL, or the run folder's own `config.yaml`",
         )
-    if is_web_address(location) or _is_data_uri(location):
+    if is_web_address(location) or is_data_uri(location):
         return None
     shown = shown_location(location)
     if location[:7].lower() == "file://":
@@ -139,47 +125,6 @@ def open_file(path: Path, field: str) -> BinaryIO:
         reason = error.strerror or str(error)
         raise InputError.of(
             field, f"`{path}` cannot be read: {reason}", "check the path"
-        ) from error
-
-
-def content_of(location: str, field: str) -> bytes:
-    """The bytes in a data: URI (RFC 2397) or bare base64 text.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    if not _is_data_uri(location):
-        return _decoded(location, field, "the base64 text")
-    header, comma, payload = location.partition(",")
-    if not comma:
-        raise InputError.of(
-            field,
-            f"`{shown_location(location)}` has no comma before its content",
-            "write data:application/zip;base64,…",
-        )
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(payload)
-    return _decoded(payload, field, "the base64 text of the data: URI")
-
-
-def _is_data_uri(location: str) -> bool:
-    return location[:5].lower() == "data:"
-
-
-def _decoded(text: str, field: str, what: str) -> bytes:
-    # Encoders break lines; the place is told in the text as the user has it.
-    damage = re.search(r"[^A-Za-z0-9+/=\s]", text)
-    if damage:
-        raise InputError.of(
-            field,
-            f"{what} is damaged at character {damage.start()}",
-            "encode the file again with the standard alphabet",
-        )
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
-        raise InputError.of(
-            field, f"{what} is cut off or damaged ({error})", "encode the file again"
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""What BFL's protocol is made of beside its routes."""

@@ -1,0 +1,1 @@
+"""What fal's protocol is made of: apps, answers, queue, storage and the JavaScript route."""

@@ -1,0 +1,1 @@
+"""What Novita's protocol is made of beside its routes."""
