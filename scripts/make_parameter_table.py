@@ -26,13 +26,12 @@ HEAD = ("| option | default | allowed | acts on | meaning |", "|---|---|---|---|
 CONCEPT_HEAD = ("| option | default | allowed | meaning |", "|---|---|---|---|")
 # What stands there for an option that only ever refuses: what it asks for, or what it finds.
 ONLY_REFUSES = "refusal"
-# And for one that changes nothing but where weights lie.
-ONLY_SPARES = "memory"
 LEGEND = (
     "*acts on* is where tests show an option at work: **batch**, what the denoiser and the loss "
     "are given; **conditioning**, texts and sizes; **gradient**, of what is trained; **step**, "
     "what is trained, how far it moves and how often; **tensors** and **files**, the result; "
-    f"**{ONLY_SPARES}**, of the GPU alone; **{ONLY_REFUSES}**, nothing but what is refused."
+    f"**memory** and **arithmetic**, of the GPU alone; **{ONLY_REFUSES}**, nothing but what is "
+    "refused."
 )
 
 
@@ -63,7 +62,7 @@ def _sections() -> Iterator[str]:
         for name, leaf in LEAVES.items():
             if leaf.section == section:
                 default = leaf_schema(name)["default"]
-                elsewhere = ONLY_SPARES if name in ON_A_GPU else ONLY_REFUSES
+                elsewhere = ON_A_GPU.get(name, ONLY_REFUSES)
                 places = ", ".join(acts_on[name]) or elsewhere
                 yield _row(name, shown(default), allowed(name), places, str(leaf.info.description))
         yield ""

@@ -1,13 +1,11 @@
-"""Trains several configurations one after the other in each process that a launcher starts.
+"""Trains several configurations one after the other in each of the processes that do so together.
 
-Usage: several_processes.py FILE FOLDER. FILE is JSON, name to leaves; each process leaves its
-losses and everything it has learnt in FOLDER as NAME.PROCESS.json and .safetensors.
+Each leaves its losses and everything it has learnt as NAME.PROCESS.json and .safetensors.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,17 @@ from tiny import compose, losses, never
 
 from trainer.events import Event, StageEvent
 from trainer.job import RunFolder
+from trainer.processes import Launched
 from trainer.resolve import Layer, resolve
 
 
 def train_one(leaves: dict[str, Any], run: Path, result: Path) -> None:
     """Runs the steps of a configuration and writes what came of them in this process."""
     config = resolve([Layer("test", leaves, explicit=True)])
-    training, events = compose(config, run)
-    told: list[Event] = list(training.steps(RunFolder(run), never))
+    with Launched(config.run.rank_timeout, RunFolder(run), never) as processes:
+        training, events = compose(config, run, processes)
+        told: list[Event] = list(training.steps(RunFolder(run), never))
+        processes.wait()
     made = [e.done for e in events if isinstance(e, StageEvent) and e.stage == "class images"]
     process = training.accelerator.process_index
     result = result.with_name(f"{result.name}.{process}")
@@ -37,12 +38,8 @@ def train_one(leaves: dict[str, Any], run: Path, result: Path) -> None:
     save_file(tensors, result.with_name(f"{result.name}.safetensors"))
 
 
-def main() -> None:
+def train_all(file: str, folder: str) -> int:
     """Trains every configuration of the file."""
-    file, folder = map(Path, sys.argv[1:])
-    for name, leaves in json.loads(file.read_text()).items():
-        train_one(leaves, folder / f"{name}.run", folder / name)
-
-
-if __name__ == "__main__":
-    main()
+    for name, leaves in json.loads(Path(file).read_text()).items():
+        train_one(leaves, Path(folder) / f"{name}.run", Path(folder) / name)
+    return 0

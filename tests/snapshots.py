@@ -119,7 +119,7 @@ def gradient(training: Training, batch: Batch) -> torch.Tensor:
     """The gradient of one batch's loss with respect to everything that learns, in one vector."""
     for parameter in training.parameters:
         parameter.grad = None
-    training._loss(batch).backward()
+    training._loss(batch, training._timesteps(batch))[0].backward()
     return torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -21,7 +22,7 @@ import torch
 
 from trainer import checkpoint, durable
 from trainer.checkpoint import Checkpoint
-from trainer.errors import CheckpointError, DiskError
+from trainer.errors import CheckpointError, DiskError, NonFiniteError
 
 CONFIG: dict[str, Any] = {"rank": 4, "learning_rate": 1e-4, "snr_gamma": None, "names": ("a", "b")}
 FILES = ["weights.safetensors", "optimizer.pt", "state.json", "manifest.json"]
@@ -341,3 +342,15 @@ def test_an_optimizers_state_is_saved_as_torch_saves_it_a_tensor_at_a_time(tmp_p
     checkpoint._save(state, SimpleNamespace(write=write))  # type: ignore[arg-type]
     assert sum(largest) == file.stat().st_size
     assert max(largest) <= 4 * (1 << 16)
+
+
+def test_weights_that_are_not_finite_leave_the_old_checkpoint_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    spoilt = Checkpoint(2, {"weight": torch.tensor([1.0, math.nan])}, {}, {})
+
+    with pytest.raises(NonFiniteError):
+        checkpoint.publish(tmp_path, spoilt, config_values=CONFIG, keep=1)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

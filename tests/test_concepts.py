@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import snapshots
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from skimage import data as photographs
 from tiny import compose, configuration, digests, never, train
@@ -21,6 +20,7 @@ from trainer.errors import CheckpointError, InputError
 from trainer.events import Event, NoteEvent
 from trainer.inspection import inspect_pictures
 from trainer.job import RunFolder
+from trainer.processes import ALONE
 from trainer.resolve import Layer, resolve
 from trainer.training import Training
 
@@ -215,7 +215,7 @@ def test_one_concept_trains_what_the_single_form_trains(
 
 def prepared_with(config: TrainingConfig, folder: Path) -> list[Event]:
     """What is said while pictures are prepared."""
-    return list(prepare_concepts(config, RunFolder(folder), Accelerator(cpu=True)))
+    return list(prepare_concepts(config, RunFolder(folder), ALONE))
 
 
 BAD_FIELDS = {

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +161,36 @@ def test_a_finished_file_gets_its_name_in_place_of_the_old_one(tmp_path: Path) -
 def test_a_finished_file_that_is_gone_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="could not be written"):
         durable.publish_file(tmp_path / ".tmp-a", tmp_path / "a")
+
+
+# Makes a folder as a user without rights of its own.
+AS_ANYBODY = """
+import os, sys
+from pathlib import Path
+from trainer import durable
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+durable.make_folder(Path(sys.argv[1]))
+"""
+
+
+def test_a_folder_is_made_in_one_that_can_be_written_to_and_not_read() -> None:
+    # Below pytest's own folder nobody else may look.
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o711)
+        parent = Path(place) / "drop"
+        parent.mkdir()
+        parent.chmod(0o333)
+        command = [sys.executable, "-c", AS_ANYBODY, str(parent / "runs" / "me")]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert done.returncode == 0, done.stderr
+        parent.chmod(0o755)
+        assert (parent / "runs" / "me").is_dir()

@@ -10,7 +10,7 @@ import pytest
 from trainer import errors
 from trainer.errors import InputError, Problem, TrainerError
 
-# reliability contract: 0 ok, 2 input, 3 non-finite, 4 memory, 5 disk, 6 checkpoint, 75 = the
+# 0 ok, 2 input, 3 non-finite, 4 memory, 5 disk, 6 checkpoint, 7 process, 75 = the
 # system's EX_TEMPFAIL, for whatever may simply be started again.
 EXIT_CODES = {
     "VerificationError": ("verification", 1),
@@ -19,6 +19,7 @@ EXIT_CODES = {
     "OutOfMemoryError": ("memory", 4),
     "DiskError": ("disk", 5),
     "CheckpointError": ("checkpoint", 6),
+    "ProcessError": ("process", 7),
     "Interrupted": ("interrupted", 75),
 }
 

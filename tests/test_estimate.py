@@ -115,11 +115,12 @@ def real_peak(config: TrainingConfig) -> tuple[int, int]:
         kept = family.encode_text(captions)
         shape = family.encode_image(pixels).mean.shape[1:]
     narrow = family.denoiser.dtype
+    allowed = torch.ones((), dtype=torch.bool)
     with LiveBytes() as counter:
         for module in (family.denoiser, *(encoders if live else ())):
             counter.hold(module)
         for step in range(2):
-            updates.begin(step)
+            updates.begin(step, allowed)
             text = family.encode_text(captions) if live else kept
             text = {name: states[rows] for name, states in text.items()}
             latents = torch.zeros(len(rows), *shape)
@@ -132,7 +133,7 @@ def real_peak(config: TrainingConfig) -> tuple[int, int]:
                 )
             (prediction.float() - latents).square().mean().backward()
             del text, prediction
-            (updates.apply if updates.is_piecewise else updates.optimizer.step)()
+            updates.apply(allowed)
             updates.optimizer.zero_grad(set_to_none=True)
     return counter.peak, sum(p.numel() for p in trained)
 
@@ -357,6 +358,7 @@ def test_without_a_price_there_is_no_cost() -> None:
         epochs=1.0,
         device="",
         footprint=None,
+        advice=None,
         seconds=3600.0,
         hourly=None,
         notes=(),

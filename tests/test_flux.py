@@ -61,7 +61,7 @@ def asked_by(training: Training, batch: Batch) -> dict[str, Any]:
     hook = training.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    training._loss(batch)
+    training._loss(batch, training._timesteps(batch))[0]
     hook.remove()
     return seen[0]
 
@@ -266,9 +266,9 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
             answer: torch.Tensor = of(*given)
             return answer + by
 
-        before = training._loss(batch).item()
+        before = training._loss(batch, training._timesteps(batch))[0].item()
         training.objective.target = other  # type: ignore[method-assign]
-        gains[place] = training._loss(batch).item() - before
+        gains[place] = training._loss(batch, training._timesteps(batch))[0].item() - before
         training.objective.target = target  # type: ignore[method-assign]
     assert gains[0, 0] == 0
     assert gains[1, 0] > 1
@@ -302,7 +302,10 @@ def test_a_kontext_checkpoint_trains_as_flux(
     training, _ = compose(configuration(kontext, subject, max_train_steps=1), tmp_path / "run")
     plain, _ = compose(configuration(flux_folder, subject, max_train_steps=1), tmp_path / "plain")
     batch = plain.dataset[0][0]
-    assert training._loss(batch).item() == plain._loss(batch).item()
+    assert (
+        training._loss(batch, training._timesteps(batch))[0].item()
+        == plain._loss(batch, plain._timesteps(batch))[0].item()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """What only a GPU can show: half precision, its scaler, 8-bit state, resume on the device.
 
-And that it agrees with the processor: frozen weights in few bits, offloading, updates by chance.
+And that it agrees with the processor: frozen weights in few bits, offloading, updates by chance;
+and that it is as reliable: the same bytes where asked for, no waiting, no memory, no numbers.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import compose, configuration, losses, never, steps, train
+from tiny import SMALL, compose, configuration, digests, losses, never, steps, train
 from torch.nn import Linear, Parameter
 
 from trainer import base_model, engine
@@ -27,6 +31,7 @@ from trainer.events import StepEvent, VerifyEvent
 from trainer.frozen import FrozenLinear, frozen_layers
 from trainer.job import RunFolder
 from trainer.optim import ParameterGroup
+from trainer.runner import supervise
 from trainer.sampling import Sampler
 from trainer.updates import Updates, rounded_by_chance
 
@@ -372,3 +377,101 @@ def test_a_training_whose_models_took_turns_goes_on_as_any_other(
         config = configuration(flux_folder, photo_folder, offload_models=offload, **leaves)
         found.append(losses(steps(config, tmp_path / str(offload))))
     assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+# Reliability
+
+
+def commanded(output: Path, cache: Path, **leaves: Any) -> subprocess.CompletedProcess[str]:
+    """A training as a program of its own: torch asks for cuBLAS's workspace once in a process."""
+    flags = []
+    for name, value in leaves.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        flags += [f"--{name.replace('_', '-')}", text]
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "train", "--output", str(output), *flags],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("form", ["lora", "uncached", "text encoders", "all weights"])
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_two_deterministic_trainings_on_the_gpu_leave_the_same_bytes(
+    family: str, form: str, photo_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    leaves = {**SMALL, **FORMS[form], "deterministic": True, "mixed_precision": "bf16"}
+    leaves |= {"model_url": request.getfixturevalue(f"{family}_folder")}
+    found = []
+    for turn in range(2):
+        run = tmp_path / f"run {turn}"
+        # Each prepares its pictures itself.
+        done = commanded(run, tmp_path / f"cache {turn}", images_data_url=photo_folder, **leaves)
+        assert done.returncode == 0, done.stderr
+        found.append((digests(run / "outputs"), digests(run / "checkpoints")))
+    assert found[0] == found[1]
+    assert all(found[0])
+
+
+def test_a_step_does_not_wait_for_the_gpu(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"mixed_precision": "bf16", "max_train_steps": 8, "optimizer": "adamw"}
+    training, _ = compose(configuration(sdxl_folder, photo_folder, **leaves), tmp_path)
+    list(training._enter_phase(training.schedule.parts_at(0)))
+    for _ in range(3):
+        training._one_step(training.dataset[training.step])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            training._one_step(training.dataset[training.step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(training.readings.read()) == 7
+
+
+def test_a_gpu_without_memory_ends_a_run_with_exit_code_4_and_the_same_command_goes_on(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"resolution_width": 1024, "resolution_height": 1024, "mixed_precision": "bf16"}
+    config = configuration(sd15_folder, photo_folder, **leaves)
+    folder = RunFolder(tmp_path / "run")
+    gc.collect()
+    torch.cuda.empty_cache()
+    # The VAE of the tiny model alone needs more for a picture of this size.
+    room = torch.cuda.memory_reserved() + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        result = supervise(config, folder, [], engine=engine.run, stop=never)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (result.exit_code, result.error_kind) == (4, "memory"), result.error
+    assert folder.read_result() == result
+    assert supervise(config, folder, [], engine=engine.run, stop=never).status == "done"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_leaves_weights_on_the_gpu_finite(
+    weights_dtype: torch.dtype, optimizer: Any
+) -> None:
+    if weights_dtype == torch.bfloat16 and optimizer == "prodigy":
+        pytest.skip("adapters alone learn with Prodigy, in 32 bits")
+    torch.manual_seed(0)
+    weight = Parameter(torch.randn(64, 128, dtype=weights_dtype, device=GPU))
+    group = ParameterGroup("denoiser", [weight], learning_rate=0.1, weight_decay=0.1)
+    updates = Updates([group], OptimConfig(optimizer=optimizer), seed=0, in_backward=False)
+    for step in range(4):
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight)
+        if step == 3:
+            weight.grad[5, 7] = math.nan
+        allowed = torch.tensor(step < 3, device=GPU)
+        updates.begin(step, allowed)
+        updates.apply(allowed)
+        if step < 3 or optimizer in ("adamw", "prodigy"):
+            assert torch.equal(weight.detach(), before) == (step == 3)
+    assert weight.isfinite().all()

@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": (
         {
             *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
+            "transfers",
             *("fetch", "network", "stages"),
         },
         set(),
@@ -35,7 +36,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "job": ({"job", "generation"}, {"foundation", "configuration"}),
     "objectives": ({"objectives", "densities"}, {"foundation", "configuration"}),
     "mathematics": (
-        {"loss", "optim", "updates", "adapters", "frozen", "schedule", "tokens"},
+        {"loss", "optim", "shards", "updates", "adapters", "frozen", "schedule", "tokens"},
         {"foundation", "configuration", "objectives"},
     ),
     "families": ({"families"}, {"foundation", "configuration", "objectives"}),
@@ -45,8 +46,17 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "export": ({"export"}, {"foundation", "configuration", "job"}),
     "pipeline": (
         {
-            *("base_model", "model_files", "vae", "machine", "encoding", "checkpoint"),
-            *("sampling", "class_images", "concepts", "trainables", "fitting"),
+            *(
+                "base_model",
+                "model_files",
+                "vae",
+                "machine",
+                "encoding",
+                "checkpoint",
+                "determinism",
+            ),
+            *("sampling", "class_images", "concepts", "trainables", "sharding", "fitting"),
+            *("processes", "watch", "stores", "spread", "identity"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -54,7 +64,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "forecast": (
-        {"estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"},
+        {
+            *("estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"),
+            *("remedies", "dataless"),
+        },
         {
             "foundation",
             "configuration",
@@ -66,14 +79,17 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "engine": (
-        {"engine", "training", "results", "artifacts", "remedies"},
+        {
+            *("engine", "training", "readings", "faults", "results", "artifacts"),
+            *("out_of_memory", "remarks"),
+        },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
             *("data", "sources", "images", "export", "pipeline", "forecast"),
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
-    "listeners": ({"listeners"}, {"foundation", "configuration", "job"}),
+    "listeners": ({"listeners", "curves"}, {"foundation", "configuration", "job"}),
     "compat": ({"compat"}, {"foundation"}),
     "server": ({"server"}, {"foundation", "configuration", "job", "dialects"}),
     "inference": (

@@ -204,6 +204,35 @@ def test_tensorboard_shows_a_step_that_was_computed_again_once(tmp_path: Path) -
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
 
 
+def test_a_resumed_run_goes_on_in_the_same_file_from_its_last_whole_point(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path))
+    (path,) = tmp_path.iterdir()
+    # A crash in the middle of the second step's points.
+    path.write_bytes(path.read_bytes()[:-7])
+
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+
+    assert list(tmp_path.iterdir()) == [path]
+    assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
+
+
+@pytest.mark.parametrize("lost", [300_000, 7], ids=["records", "content"])
+def test_a_file_that_a_power_cut_filled_with_zeros_is_gone_on_from_its_last_whole_point(
+    lost: int, tmp_path: Path
+) -> None:
+    tell(TensorBoard(tmp_path))
+    (path,) = tmp_path.iterdir()
+    # A file system knew its new size before the bytes; of the last point, or beyond it.
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(lost) if lost > 7 else whole[:-lost] + bytes(lost))
+
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+
+    assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
+
+
 def test_a_missing_wandb_is_said_with_the_line_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

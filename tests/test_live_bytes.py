@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import base_model, memory
+from trainer import base_model, dataless, live_bytes, memory
 from trainer.base_model import Precision
 from trainer.live_bytes import LiveBytes, shorten
 from trainer.memory import Footprint, training_footprint
@@ -154,7 +154,7 @@ def changed(part: Path, **values: Any) -> Path:
 @pytest.fixture
 def all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes no block out."""
-    monkeypatch.setattr(memory, "shorten", lambda model, blocks: ())
+    monkeypatch.setattr(dataless, "shorten", lambda *_: ())
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +197,52 @@ def test_few_blocks_of_a_transformer_count_to_the_byte_as_all_do(
     short = forecast(long_flux, **leaves)
     request.getfixturevalue("all_blocks")
     assert forecast(long_flux, **leaves) == short
+
+
+@pytest.mark.parametrize("leaves", [LORA[0], {"quantization": "nf4", "mixed_precision": "bf16"}])
+def test_operations_without_data_that_are_asked_directly_count_to_the_byte_as_all(
+    flux_folder: Path, leaves: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = forecast(flux_folder, **leaves)
+    monkeypatch.setattr(live_bytes, "QUICK", frozenset())
+    assert forecast(flux_folder, **leaves) == quick
+
+
+@pytest.mark.parametrize("leaves", [LORA[0], {"use_lora": False, "max_grad_norm": 0.0}])
+def test_further_passes_take_their_gradients_beside_those_of_the_first(
+    flux_folder: Path, leaves: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two passes of real operations, against one beside gradients that are there before.
+    leaves = {**leaves, "rank": 16}
+    once = forecast(flux_folder, **leaves)
+    twice = forecast(flux_folder, **leaves, gradient_accumulation_steps=2)
+    predict = memory._predict
+
+    def after_another(family: Any, latents: torch.Tensor, text: Any) -> torch.Tensor:
+        (predict(family, latents, text).float() - latents).square().mean().backward()
+        return predict(family, latents, text)
+
+    monkeypatch.setattr(memory, "_predict", after_another)
+    assert forecast(flux_folder, **leaves) == twice
+    assert twice.peak_bytes > once.peak_bytes
+
+
+def test_a_forecast_made_after_others_is_as_if_it_were_the_first(
+    flux_folder: Path, photo_folder: Path
+) -> None:
+    def footprints(*all_leaves: dict[str, Any]) -> list[Footprint]:
+        made = None
+        found = []
+        for leaves in all_leaves:
+            given = {"model_url": str(flux_folder), "images_data_url": "photos", "rank": 4}
+            given |= {"resolution_width": 64, "resolution_height": 64, **leaves}
+            config = resolve([Layer("test", given, explicit=True)])
+            made = made or memory.Forecast(base_model.locate(config.model), torch.device("cpu"))
+            found.append(made.footprint(config, Precision(*[torch.float32] * 4)))
+        return found
+
+    several = [{}, {"gradient_checkpointing": True, "batch_size": 4}, {"batch_size": 4}, {}]
+    assert footprints(*several) == [footprints(leaves)[0] for leaves in several]
 
 
 @pytest.mark.slow

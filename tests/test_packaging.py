@@ -124,7 +124,13 @@ def test_the_launcher_files_are_ones_that_accelerate_reads() -> None:
     paths = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
     processes = {path.stem: ClusterConfig.from_yaml_file(str(path)).num_processes for path in paths}
 
-    assert processes == {"eight_gpus": 8, "one_gpu": 1}
+    assert processes == {
+        "eight_gpus": 8,
+        "fsdp2": 8,
+        "fsdp2_two_nodes": 16,
+        "one_gpu": 1,
+        "two_nodes": 16,
+    }
     assert all(yaml.safe_load(path.read_text())["mixed_precision"] == "no" for path in paths)
 
 
@@ -152,29 +158,6 @@ def small_training(model: Path, photos: Path, run: Path) -> list[str]:
         *["--resolution-width", "64", "--resolution-height", "64"],
         *["--target-unet-modules", ",".join(TWO_LAYERS["target_unet_modules"])],
     ]
-
-
-@pytest.mark.slow
-def test_accelerate_launches_two_processes_of_which_one_writes(
-    sd15_folder: Path, photo_folder: Path, tmp_path: Path
-) -> None:
-    launcher = [
-        *["--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
-        *["--mixed_precision", "no", "--dynamo_backend", "no"],
-    ]
-    training = small_training(sd15_folder, photo_folder, tmp_path / "run")
-
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, *launcher, "-m", "trainer", *training],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=WITHOUT_GPU,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert processes_of(tmp_path / "run") == 2
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +198,21 @@ def test_the_sdist_carries_tests_scripts_and_pins(built: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate_launches_a_training_from_the_installed_wheel(
+def test_accelerate_launches_two_processes_of_the_installed_wheel_of_which_one_writes(
     built: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     (wheel,) = built.glob("*.whl")
     python = _fresh_environment(tmp_path / "fresh", wheel)
     command = [
-        *[str(python), *LAUNCH, "--config_file", str(ROOT / "configs/accelerate/one_gpu.yaml")],
-        *["-m", "trainer", *small_training(sd15_folder, photo_folder, Path("run")), "--json"],
+        *[str(python), *LAUNCH, "--config_file", str(ROOT / "configs/accelerate/eight_gpus.yaml")],
+        *[
+            "--num_processes",
+            "2",
+            "-m",
+            "trainer",
+            *small_training(sd15_folder, photo_folder, Path("run")),
+            "--json",
+        ],
     ]
 
     origin = subprocess.run(
@@ -239,7 +229,7 @@ def test_accelerate_launches_a_training_from_the_installed_wheel(
     assert str(tmp_path) in origin
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "done"
-    assert processes_of(tmp_path / "run") == 1
+    assert processes_of(tmp_path / "run") == 2
     presets = [str(python.with_name("trainer")), "presets", "list", "--json"]
     listed = subprocess.run(presets, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "person" in json.loads(listed.stdout)

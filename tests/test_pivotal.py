@@ -221,9 +221,9 @@ def test_rows_are_retracted_once_an_update_and_never_after_the_pivot(
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     retract = tokens.retract
 
-    def listen(new: tokens.NewTokens, exponent: float) -> None:
+    def listen(new: tokens.NewTokens, exponent: float, allowed: torch.Tensor) -> None:
         before = new.rows.detach().clone()
-        retract(new, exponent)
+        retract(new, exponent, allowed)
         calls.append((before, new.rows.detach().clone()))
 
     monkeypatch.setattr(tokens, "retract", listen)

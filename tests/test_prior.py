@@ -97,7 +97,7 @@ def test_a_batch_is_the_subject_then_its_class_each_with_its_own_words_and_pictu
     pipeline = fresh(sdxl_folder).pipeline
     for size in (1, 2, 3):
         batch = with_batch_size(training, size)[0][0]
-        training._loss(batch)
+        training._loss(batch, training._timesteps(batch))
         latents, timesteps, text = given.pop()
 
         assert batch.is_class.tolist() == [False] * size + [True] * size

@@ -71,7 +71,7 @@ PRIOR_AND_MASKS = {
 }
 FLOW = {"denoiser": "transformer", "steps": 10, "learning_rate": 1e-3}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "plain LoRA": ({}, {}, 1e-6),
+    "plain LoRA": ({"max_train_steps": 10}, {"steps": 10}, 1e-6),
     "pivotal with prior and masks": (
         PIVOTAL,
         {"use_dora": True, "pivot": 10, "masked": True, "rotation": 2, "snr_gamma": 0.5},

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from trainer import cli
 from trainer.config import TrainingConfig
 from trainer.errors import (
     CheckpointError,
@@ -46,6 +49,15 @@ def finishing(_: TrainingConfig, folder: RunFolder, stop: Callable[[], bool]) ->
     folder.outputs.mkdir()
     (folder.outputs / "lora.safetensors").write_bytes(b"12345")
     yield FileEvent("diffusers_lora", "outputs/lora.safetensors")
+
+
+def telling(*events: Event) -> Callable[..., Iterator[Event]]:
+    """An engine that says these events."""
+
+    def engine(*_: object) -> Iterator[Event]:
+        yield from events
+
+    return engine
 
 
 def run(folder: RunFolder, engine: Callable[..., Iterator[Event]] = finishing) -> Result:
@@ -259,10 +271,28 @@ def test_the_first_signal_is_a_wish_to_stop(number: signal.Signals) -> None:
     assert (before, after) == (False, True)
 
 
-def test_a_second_ctrl_c_ends_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), stop_on_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+def test_where_no_result_can_be_written_the_first_failure_is_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def failing(*_: object) -> Iterator[Event]:
+        yield BEGIN
+        (folder.result / "in the way").mkdir(parents=True)
+        raise NonFiniteError("loss nan")
+
+    assert run(folder, failing).exit_code == NonFiniteError.exit_code
+
+
+def test_a_result_that_cannot_be_written_is_a_failure_of_a_training_without_another(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+
+    def blocking(*_: object) -> Iterator[Event]:
+        yield BEGIN
+        (folder.result / "in the way").mkdir(parents=True)
+
+    with pytest.raises(DiskError, match="result.json"):
+        run(folder, blocking)
 
 
 def test_a_repeated_sigterm_changes_nothing() -> None:
@@ -284,9 +314,9 @@ def test_the_handlers_of_before_come_back() -> None:
 
 def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    run(folder, lambda *_: iter([BEGIN, step(1), step(2)]))
+    run(folder, telling(BEGIN, step(1), step(2)))
 
-    run(folder, lambda *_: iter([RunEvent(1, 3, 1, 5, {}), step(2), step(3)]))
+    run(folder, telling(RunEvent(1, 3, 1, 5, {}), step(2), step(3)))
 
     steps = [event["step"] for event in folder.read_events() if event["event"] == "step"]
     assert steps == [1, 2, 3]
@@ -297,7 +327,85 @@ def test_a_log_line_cut_short_by_a_crash_is_dropped(tmp_path: Path) -> None:
     whole = json.dumps(step(1).as_dict())
     folder.events.write_text(f'{whole}\n{{"event": "run", "details": {{}}')
 
-    run(folder, lambda *_: iter([RunEvent(1, 3, 1, 5, {}), step(2)]))
+    run(folder, telling(RunEvent(1, 3, 1, 5, {}), step(2)))
 
     lines = folder.events.read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["step", "run", "step"]
+
+
+def test_a_first_ctrl_c_shows_the_terminals_cursor_again() -> None:
+    # The second one ends the program while a progress bar still hides it.
+    terminal, screen = os.openpty()
+    real = os.dup(2)
+    os.dup2(screen, 2)
+    try:
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+        os.close(screen)
+    with open(terminal, "rb", buffering=0) as shown:
+        assert shown.read(20) == b"\x1b[?25h"
+
+
+def test_a_signal_while_a_finished_run_is_told_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unheard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: unheard.append(number))
+
+    def paper() -> Console:
+        signal.raise_signal(signal.SIGTERM)
+        return Console()
+
+    monkeypatch.setattr(cli, "_engine", finishing)
+    monkeypatch.setattr(cli, "paper", paper)
+    try:
+        code = cli.run(["train", "--images-data-url", ".", "--output", str(tmp_path / "run")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert (code, unheard) == (0, [])
+    assert "Files are in" in capsys.readouterr().out
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where the package is, with signals as a terminal leaves them."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        # What runs in the background of a shell ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+# A signal comes after the command, while Python ends.
+AT_THE_END = """
+import atexit, os, signal
+from trainer.cli import main
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+main()
+"""
+
+
+def test_a_signal_while_python_ends_leaves_the_exit_code() -> None:
+    refused = python("-c", AT_THE_END, "train", "--rank", "0", "--json")
+
+    assert refused.returncode == InputError.exit_code
+    assert json.loads(refused.stdout)["error_kind"] == InputError.kind
+
+
+def test_ctrl_c_while_the_program_loads_ends_it_with_one_line(tmp_path: Path) -> None:
+    # Stands for a library that takes its time.
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+
+    done = python("-m", "trainer", "version", PYTHONPATH=str(tmp_path))
+
+    assert done.returncode == 130
+    assert done.stderr == "stopped at once; nothing was begun\n"

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from copies import drawing_once
+
 from trainer import engine
 from trainer.config import TrainingConfig
 from trainer.events import Event, StepEvent
 from trainer.job import RunFolder
+from trainer.processes import ALONE, Processes
 from trainer.resolve import Layer, resolve
 from trainer.training import Training
 
@@ -38,18 +41,22 @@ def never() -> bool:
 
 def train(config: TrainingConfig, folder: Path, stop: Callable[[], bool] = never) -> list[Event]:
     """Runs a training in this process and returns what it said."""
-    return list(engine.run(config, RunFolder(folder), stop))
+    with drawing_once():
+        return list(engine.run(config, RunFolder(folder), stop))
 
 
-def compose(config: TrainingConfig, folder: Path) -> tuple[Training, list[Event]]:
+def compose(
+    config: TrainingConfig, folder: Path, processes: Processes = ALONE
+) -> tuple[Training, list[Event]]:
     """A training before its first step, and what was said on the way there."""
-    composing = engine.compose(config, RunFolder(folder))
+    composing = engine.compose(config, RunFolder(folder), processes)
     events: list[Event] = []
-    while True:
-        try:
-            events.append(next(composing))
-        except StopIteration as end:
-            return end.value.training, events
+    with drawing_once():
+        while True:
+            try:
+                events.append(next(composing))
+            except StopIteration as end:
+                return end.value.training, events
 
 
 def steps(config: TrainingConfig, folder: Path) -> list[Event]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer import durable, tensorfile
-from trainer.errors import CheckpointError, DiskError
+from trainer.errors import CheckpointError, DiskError, NonFiniteError
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
     "weights.safetensors",
@@ -85,20 +85,45 @@ def publish(
 
     Raises:
         DiskError: it could not be written; older checkpoints are untouched.
+        NonFiniteError: weights are not finite; older checkpoints are untouched.
     """
     final = folder / f"{_PREFIX}{checkpoint.step}"
     if not _is_intact(final, config_values):
         temporary = durable.fresh_folder(folder / f".tmp-{checkpoint.step}")
         try:
             _write(temporary, checkpoint, config_values)
-            if final.exists():
+            if os.path.lexists(final):
                 durable.remove_folder(final)
             durable.publish_folder(temporary, final)
-        except DiskError:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except (DiskError, NonFiniteError):
+            durable.discard(temporary)
             raise
-    _prune(folder, checkpoint.step, keep)
+    # Numbers above this one are damaged leftovers: a whole one would have been gone on from.
+    for step in _steps(folder):
+        if step > checkpoint.step:
+            durable.remove_folder(folder / f"{_PREFIX}{step}")
+    tidy(folder, checkpoint.step, keep=keep)
     return final
+
+
+def tidy(folder: Path, step: int, *, keep: int) -> bool:
+    """Removes what was replaced, and what a run that was killed left half written.
+
+    Args:
+        folder: the run's `checkpoints/`, which need not exist.
+        step: of the newest checkpoint that is whole; newer ones stay as they are.
+        keep: checkpoints to leave, that one included.
+
+    Returns:
+        Whether anything was there to be removed.
+    """
+    replaced = [number for number in _steps(folder) if number <= step][keep:]
+    for number in replaced:
+        durable.remove_folder(folder / f"{_PREFIX}{number}")
+    leftovers = list(folder.glob(".tmp-*"))
+    for leftover in leftovers:
+        durable.discard(leftover)
+    return bool(replaced or leftovers)
 
 
 def load_newest(folder: Path, *, config_values: Mapping[str, Any]) -> Loaded | None:
@@ -198,18 +223,6 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
         raise telling.failure or error from error
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    # Numbers above the published one are damaged leftovers: a whole one would have been
-    # gone on from.
-    steps = _steps(folder)
-    kept = [number for number in steps if number <= step][:keep]
-    for number in steps:
-        if number not in kept:
-            durable.remove_folder(folder / f"{_PREFIX}{number}")
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _steps(folder: Path) -> list[int]:
     """The numbers of published checkpoints, newest first."""
     numbers = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
@@ -220,6 +233,8 @@ def _is_intact(path: Path, config_values: Mapping[str, Any]) -> bool:
     """Whether a resumed run that comes by this step again may leave its checkpoint as it is."""
     try:
         manifest = _verify(path)
+        # What fits its manifest and still cannot be loaded was passed over when the run began.
+        _read(path, manifest["step"])
     except _DamageError:
         return False
     return bool(manifest["config"] == _as_json(config_values))

@@ -7,8 +7,9 @@ Data goes to stdout, talk to stderr; `--json` makes the data JSON. A failure is 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer import __version__
-from trainer.errors import InputError, TrainerError
+from trainer.errors import DiskError, InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.leaves import nearest
@@ -28,6 +29,7 @@ from trainer.printing import (
     emit,
     hush_libraries,
     json_option,
+    open_streams,
     pairs,
     paper,
     prepared,
@@ -38,16 +40,12 @@ from trainer.serving import serve
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
-    from trainer.events import Event
     from trainer.job import Result, RunFolder
     from trainer.listeners import Summary
-    from trainer.runner import Stop
+    from trainer.runner import Events, Stop
 
 PROGRAM = "trainer"
 INTERRUPTED_AT_ONCE = 130
-
-# Failures that each process of a training meets alike: said by the main one alone.
-MET_BY_EVERY_PROCESS = ("input", "interrupted", "checkpoint")
 
 request_argument = click.argument("request", required=False, type=click.Path(path_type=Path))
 overrides_argument = click.argument("overrides", nargs=-1, type=click.Path(path_type=Path))
@@ -108,10 +106,8 @@ def train(
         logs = logs_for(config, folder) if is_main_process() else []
         displays = [progress_for(talk(), config.resolved.explicit), summary]
         result = supervise(config, folder, [*logs, *displays], engine=engine, stop=stop)
-    if is_main_process():
-        _report(result, folder, summary, dialect=dialect, as_json=as_json)
-    elif result.error_kind not in (None, *MET_BY_EVERY_PROCESS):
-        _say_error(str(result.error_kind), f"{result.error}", result.hint or "")
+        if is_main_process():
+            _report(result, folder, summary, dialect=dialect, as_json=as_json)
     return result.exit_code
 
 
@@ -308,8 +304,15 @@ def version(as_json: bool) -> None:
 
 def main() -> None:
     """The console script."""
+    from trainer.runner import hurry_on_signals
+
     sys.excepthook = _report_bug
-    sys.exit(run(sys.argv[1:]))
+    data = open_streams()
+    code = run(sys.argv[1:])
+    if (failure := data.failure) is not None and code == 0:
+        code = _complain(_unwritten(failure), as_json=False)
+    hurry_on_signals(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -327,7 +330,7 @@ def run(arguments: Sequence[str]) -> int:
     return code or 0
 
 
-def _engine(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
+def _engine(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
     """The engine; torch takes seconds to import, so a folder in use is refused before."""
     hush_libraries()
     from trainer import engine
@@ -384,11 +387,20 @@ def _usage_problem(error: click.UsageError) -> InputError:
 
 def _complain(error: TrainerError, as_json: bool) -> int:
     from trainer.job import Result
+    from trainer.runner import is_main_process
 
-    click.echo(str(error), err=True)
-    if as_json:
+    # Of the processes of one machine, all find the same wrong with what they all are given.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        click.echo(str(error), err=True)
+    if as_json and is_main_process():
         print_json(Result.of_error(error).model_dump(mode="json"))
     return error.exit_code
+
+
+def _unwritten(failure: OSError) -> DiskError:
+    """What a command says that did its work but could not print its data."""
+    hint = "make room where it goes, then run the same command again"
+    return DiskError(f"stdout could not be written: {failure.strerror}", hint)
 
 
 def _say_error(kind: str, message: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
 
 from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
@@ -27,6 +27,7 @@ from trainer.durable import disk_errors
 from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
+from trainer.processes import Processes
 from trainer.sampling import Sampler
 from trainer.sections.subjects import (
     ClassSource,
@@ -42,7 +43,7 @@ ClassPictures = Mapping[ClassSource, tuple[Example, ...]]
 
 
 def prepare_concepts(
-    config: TrainingConfig, folder: RunFolder, accelerator: Accelerator
+    config: TrainingConfig, folder: RunFolder, processes: Processes
 ) -> Generator[
     Event, None, tuple[list[tuple[Example, ...]], dict[ClassSource, tuple[Example, ...]]]
 ]:
@@ -58,7 +59,7 @@ def prepare_concepts(
     classes: dict[ClassSource, tuple[Example, ...]] = {}
     concepts = config.subjects()
     said: set[Event] = set()
-    if accelerator.is_main_process:
+    if processes.is_main:
         _remove_others(config, folder)
     folders = prepared_folders(config, folder)
     # A training on what was prepared goes on with just that.
@@ -67,11 +68,11 @@ def prepare_concepts(
         wanted = pictures_of(config, concept)
         preparing = prepare(wanted, folders[place], store(), settled=settled)
         told = _told_as(preparing, fields_of_concept(config.data.concepts, place))
-        instances.append((yield from _one_process_first(_said_once(told, said), accelerator)))
+        instances.append((yield from _one_process_first(_said_once(told, said), processes)))
     for source in class_sources(concepts):
         if source.url is not None:
             classes[source] = yield from _prepare_class(
-                config, folder, accelerator, source, source.url
+                config, folder, processes, source, source.url
             )
     return instances, classes
 
@@ -79,15 +80,17 @@ def prepare_concepts(
 def make_classes(
     config: TrainingConfig,
     folder: RunFolder,
-    accelerator: Accelerator,
+    processes: Processes,
     family: Family,
     base_contents: str,
+    device: torch.device,
 ) -> Generator[Event, None, dict[ClassSource, tuple[Example, ...]]]:
     """Makes with the base model the class pictures that the user did not give, and prepares them.
 
     Args:
         family: just loaded, without an adapter.
         base_contents: digest of the base model.
+        device: where pictures are made.
 
     Raises:
         NonFiniteError: the base model overflows.
@@ -117,13 +120,13 @@ def make_classes(
             wanted,
             cache_folder(),
             folder.class_images / _number(config, source),
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            device=accelerator.device,
-            in_turns=config.run.offload_models and accelerator.device.type == "cuda",
+            process_index=processes.index,
+            num_processes=processes.count,
+            device=device,
+            in_turns=config.run.offload_models and device.type == "cuda",
         )
-        accelerator.wait_for_everyone()
-        classes[source] = yield from _prepare_class(config, folder, accelerator, source, str(made))
+        processes.wait()
+        classes[source] = yield from _prepare_class(config, folder, processes, source, str(made))
     return classes
 
 
@@ -225,7 +228,7 @@ def _number(config: TrainingConfig, source: ClassSource) -> str:
 def _prepare_class(
     config: TrainingConfig,
     folder: RunFolder,
-    accelerator: Accelerator,
+    processes: Processes,
     source: ClassSource,
     url: str,
 ) -> Generator[Event, None, tuple[Example, ...]]:
@@ -234,7 +237,7 @@ def _prepare_class(
     settled = folder.checkpoints.exists()
     preparing = prepare(wanted, place, store(), settled=settled)
     fields = fields_of_class(source, config.data.concepts, config.subjects())
-    return (yield from _one_process_first(_told_as(preparing, fields), accelerator))
+    return (yield from _one_process_first(_told_as(preparing, fields), processes))
 
 
 def _told_as(
@@ -270,14 +273,14 @@ def _said_once(
 
 
 def _one_process_first(
-    stage: Generator[Event, None, Value], accelerator: Accelerator
+    stage: Generator[Event, None, Value], processes: Processes
 ) -> Generator[Event, None, Value]:
     """A stage in one process; the others then find its work done."""
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
+    if not processes.is_main:
+        processes.wait()
     value = yield from stage
-    if accelerator.is_main_process:
-        accelerator.wait_for_everyone()
+    if processes.is_main:
+        processes.wait()
     return value
 
 

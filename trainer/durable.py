@@ -6,6 +6,7 @@ appended to where they are. A failed write becomes a `DiskError`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -62,7 +63,7 @@ def write_with(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """`write_chunks` for content that a function puts into a file piece by piece."""
     temporary = path.with_name(f".tmp-{path.name}")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -108,18 +109,34 @@ def publish_folder(temporary: Path, final: Path) -> None:
 def fresh_folder(path: Path) -> Path:
     """An empty folder at this path, whatever stood there before."""
     with disk_errors(path):
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        discard(path)
+        _make(path.parent)
+        path.mkdir()
     return path
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where it is missing, its parents too, with names that outlast a power cut."""
+    with disk_errors(path):
+        _make(path)
 
 
 def remove_folder(path: Path) -> None:
     """Removes a folder so that a crash leaves it whole or under a `.tmp-` name, never in part."""
     hidden = path.with_name(f".tmp-old-{path.name}")
     with disk_errors(path):
-        shutil.rmtree(hidden, ignore_errors=True)
+        discard(hidden)
         os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        discard(hidden)
+
+
+def discard(path: Path) -> None:
+    """Removes what nobody relies on as far as it can be removed; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_all(target: BinaryIO, content: bytes, what: str, needed: int | None = None) -> None:
@@ -164,10 +181,25 @@ def unit_of(size: int) -> tuple[int, str]:
     return next((unit, name) for unit, name in _UNITS if size >= unit or unit == 1)
 
 
+def sync_file(path: Path) -> None:
+    """Makes what was written to a file so far durable, whoever wrote it."""
+    with disk_errors(path):
+        _sync(path)
+
+
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     with disk_errors(path):
         _sync(path)
+
+
+def _make(path: Path) -> None:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        # A folder may be one to write to and not to read; then the system syncs its names in time.
+        with contextlib.suppress(PermissionError):
+            _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:

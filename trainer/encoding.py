@@ -26,8 +26,10 @@ from trainer.families.base import (
     token_encoders,
 )
 from trainer.names import tokenizer_name
+from trainer.processes import ALONE, Processes
 from trainer.rules.ordinary import is_ordinary
 from trainer.tokens import TokenNames
+from trainer.transfers import moved
 
 # Caption to its conditioning, rows of one, on the processor.
 EncodedCaptions = Mapping[str, Conditioning]
@@ -50,6 +52,7 @@ class Text:
         names: of the new tokens in them, if there are any.
         device: of the text encoders while they are needed.
         autocast: makes the context that sets the number formats of encoding.
+        processes: those that share the encoding of what is kept.
     """
 
     def __init__(
@@ -60,12 +63,14 @@ class Text:
         device: torch.device,
         *,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        processes: Processes = ALONE,
     ) -> None:
         self._family = family
         self._captions = tuple(captions)
         self._names = names
         self._device = device
         self._autocast = autocast
+        self._processes = processes
         self._kept: EncodedCaptions | None = None
         self._move_encoders(device)
 
@@ -79,7 +84,7 @@ class Text:
         if self._kept is not None:
             return stack_conditioning(self._kept, captions, self._device)
         unique = list(dict.fromkeys(captions))
-        rows = torch.tensor([unique.index(caption) for caption in captions], device=self._device)
+        rows = moved(torch.tensor([unique.index(caption) for caption in captions]), self._device)
         with self._autocast():
             conditioning = self._encode(unique)
         return {name: states.index_select(0, rows) for name, states in conditioning.items()}
@@ -91,21 +96,25 @@ class Text:
             NonFiniteError: a text encoder overflows.
         """
         kept: dict[str, Conditioning] = {}
-        for done, caption in enumerate(self._captions, start=1):
-            with torch.no_grad(), self._autocast():
-                conditioning = self._encode([caption])
-            if not all(bool(states.isfinite().all()) for states in conditioning.values()):
-                raise NonFiniteError(
-                    f"a text encoder gives no finite states for `{_start_of(caption)}`",
-                    "set mixed_precision: bf16 or no",
-                )
-            kept[caption] = {name: states.cpu() for name, states in conditioning.items()}
+        encoded = self._processes.shared(self._captions, self._encode_to_keep)
+        for done, (caption, conditioning) in enumerate(encoded, start=1):
+            kept[caption] = conditioning
             yield StageEvent("encode captions", done, len(self._captions))
         self._kept = kept
         # Trained ones are held elsewhere, and read again when the result is written.
         for name in {*adapted_encoders(self._family), *token_encoders(self._family)}:
             self._family.pipeline.components[name].to("cpu")
         self._family.pipeline.register_modules(**dict.fromkeys(self._family.text_encoder_names))
+
+    def _encode_to_keep(self, caption: str) -> Conditioning:
+        with torch.no_grad(), self._autocast():
+            conditioning = self._encode([caption])
+        if not all(bool(states.isfinite().all()) for states in conditioning.values()):
+            raise NonFiniteError(
+                f"a text encoder gives no finite states for `{_start_of(caption)}`",
+                "set mixed_precision: bf16 or no",
+            )
+        return {name: states.cpu() for name, states in conditioning.items()}
 
     def _encode(self, captions: Sequence[str]) -> Conditioning:
         names = self._names
@@ -200,9 +209,12 @@ def _is_common(word: str, tokenizer: Any) -> bool:
 
 
 def encode_pictures(
-    family: Family, dataset: Dataset, device: torch.device
+    family: Family, dataset: Dataset, device: torch.device, processes: Processes = ALONE
 ) -> Generator[Event, None, EncodedPictures]:
     """Encodes every picture, and its mirror image where flips are drawn; gives up the VAE.
+
+    Args:
+        processes: those that share the work.
 
     Raises:
         NonFiniteError: the VAE overflows on a picture.
@@ -210,31 +222,32 @@ def encode_pictures(
     family.pipeline.vae.to(device)
     views = dataset.all_views()
     encoded: dict[tuple[int, bool], LatentDistribution] = {}
-    for done, (number, flipped) in enumerate(views, start=1):
-        pixels = dataset.pixels_of(number, flipped)[None].to(device)
-        latents = encode(family, pixels, [dataset.examples[number].name])
-        encoded[number, flipped] = LatentDistribution(latents.mean.cpu(), latents.std.cpu())
+
+    def encoded_view(view: tuple[int, bool]) -> LatentDistribution:
+        pixels = dataset.pixels_of(*view)[None].to(device)
+        latents = _checked(encode(family, pixels), dataset.examples[view[0]].name)
+        return LatentDistribution(latents.mean.cpu(), latents.std.cpu())
+
+    for done, (view, latents) in enumerate(processes.shared(views, encoded_view), start=1):
+        encoded[view] = latents
         yield StageEvent("encode pictures", done, len(views))
     family.pipeline.register_modules(vae=None)
     return encoded
 
 
-def encode(family: Family, pixels: torch.Tensor, names: Sequence[str]) -> LatentDistribution:
-    """The family's latents of pixels, checked.
+def encode(family: Family, pixels: torch.Tensor) -> LatentDistribution:
+    """The family's latents of pixels (B, 3, H, W) in [-1, 1], on the VAE's device."""
+    with torch.no_grad():
+        return family.encode_image(pixels)
 
-    Args:
-        family: with its VAE on the pixels' device.
-        pixels: (B, 3, H, W) in [-1, 1].
-        names: of the pictures, for the message.
+
+def _checked(latents: LatentDistribution, name: str) -> LatentDistribution:
+    """The latents of a picture of this name.
 
     Raises:
         NonFiniteError: the VAE overflows.
     """
-    with torch.no_grad():
-        latents = family.encode_image(pixels)
-    finite = torch.isfinite(latents.mean).flatten(1).all(1)
-    if not bool(finite.all()):
-        name = names[int((~finite).nonzero()[0])]
+    if not bool((latents.mean.isfinite() & latents.std.isfinite()).all()):
         raise NonFiniteError(
             f"the VAE gives no finite latents for `{name}`",
             "set upscale_vae_32bit: true, or give a vae_url made for half precision",
@@ -247,7 +260,7 @@ def stack_conditioning(
 ) -> Conditioning:
     """The conditioning of a batch, in the order of its captions."""
     rows = [encoded[caption] for caption in captions]
-    return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+    return {name: moved(torch.cat([row[name] for row in rows]), device) for name in rows[0]}
 
 
 def stack_latents(
@@ -256,6 +269,6 @@ def stack_latents(
     """The latent distributions of a batch, in the order of its views."""
     rows = [encoded[view] for view in views]
     return LatentDistribution(
-        torch.cat([row.mean for row in rows]).to(device),
-        torch.cat([row.std for row in rows]).to(device),
+        moved(torch.cat([row.mean for row in rows]), device),
+        moved(torch.cat([row.std for row in rows]), device),
     )

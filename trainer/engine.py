@@ -26,16 +26,15 @@ from trainer.data.buckets import bucket_table
 from trainer.data.dataset import Dataset
 from trainer.data.plan import Plan, Portion
 from trainer.data.prepared import Example
+from trainer.determinism import deterministic
 from trainer.durable import write_text
 from trainer.encoding import (
     Encodings,
     Text,
-    common_identifiers,
-    cut_captions,
     encode_pictures,
     tokenizer_of,
 )
-from trainer.errors import InputError, Interrupted, OutOfMemoryError
+from trainer.errors import Interrupted
 from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
 from trainer.families.base import Family, token_encoders
 from trainer.job import RunFolder
@@ -47,18 +46,18 @@ from trainer.machine import (
     refuse_updates_in_backward,
 )
 from trainer.measurements import measurement_key, record_measurement
-from trainer.remedies import remedies
+from trainer.out_of_memory import Place, out_of_memory, ran_out_of_memory
+from trainer.processes import ALONE, Launched, Processes
+from trainer.remarks import notes_on_captions, notes_on_views, notes_on_words, pool_at_end
 from trainer.schedule import Schedule
-from trainer.sources.captions import listed
+from trainer.sharding import asked_for, refuse_in_shards
+from trainer.spread import Spread
 from trainer.stages import Value, retold
-from trainer.tokens import TokenNames, pool_at_end_of_text, refuse_taken, token_names
+from trainer.tokens import TokenNames, refuse_taken, token_names
 from trainer.trainables import build as trainables_of
-from trainer.training import Training, identity
+from trainer.training import WARM_UP_STEPS, Training
 
 Stop = Callable[[], bool]
-
-# Steps that still pay for allocations and caches: not counted when the usual time is taken.
-_WARM_UP_STEPS = 3
 
 
 def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
@@ -72,33 +71,54 @@ def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event
     Raises:
         TrainerError: of the kind that tells what went wrong.
     """
+    with Launched(config.run.rank_timeout, folder, stop) as processes:
+        for event in _run_here(config, folder, processes.wishing(stop), processes):
+            processes.hear(event)
+            yield event
+
+
+def _run_here(
+    config: TrainingConfig, folder: RunFolder, stop: Stop, processes: Processes
+) -> Iterator[Event]:
+    place = Place()
     try:
-        yield from _run(config, folder, stop)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ", maxsplit=1)[0]
-        raise OutOfMemoryError(reason, remedies(config)) from error
+        with deterministic(config.run.deterministic and torch.cuda.is_available()):
+            for event in _run(config, folder, stop, processes):
+                place.hear(event)
+                yield event
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        ending = yield from out_of_memory(
+            error, config, where=place.words, num_processes=processes.count
+        )
+        raise ending from error
 
 
-def _run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
-    composing = compose(config, folder)
+def _run(
+    config: TrainingConfig, folder: RunFolder, stop: Stop, processes: Processes
+) -> Iterator[Event]:
+    composing = compose(config, folder, processes)
     composed = yield from _interruptible(composing, stop, "stopped before the first step")
     training = composed.training
     yield from training.resume(folder)
+    processes.wait()
     if training.accelerator.is_main_process:
         write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
     yield from _timed(training.steps(folder, stop), composed)
-    # The others would wait for files and readers longer than their communication allows.
-    is_main_process = training.accelerator.is_main_process
-    training.accelerator.wait_for_everyone()
+    training.put_together()
+    processes.wait()
+    # Nothing more is computed together; that of a launcher of one process ends here too.
     training.accelerator.end_training()
-    if is_main_process:
+    if processes.is_main:
         delivery = results.deliver(
             composed.config, composed.base, composed.precision, training, folder
         )
         yield from _interruptible(
             delivery, stop, "stopped before all files were written and verified"
         )
+    processes.wait()
 
 
 @dataclass(frozen=True)
@@ -118,37 +138,38 @@ class Composition:
     training: Training
 
 
-def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None, Composition]:
+def compose(
+    config: TrainingConfig, folder: RunFolder, processes: Processes = ALONE
+) -> Generator[Event, None, Composition]:
     """Everything up to the first step: pictures, base model, encodings, adapter, optimizer."""
-    accelerator = accelerator_of(config.run)
+    spread = Spread(accelerator_of(config.run), processes, asked_for())
+    accelerator = spread.accelerator
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
-    config = completed(config, base)
-    refuse_updates_in_backward(config, accelerator)
-    _refuse_early(config, base)
-    checkpoint.refuse_other(folder.checkpoints, identity(config, accelerator))
+    config = _settled(config, base, spread)
+    checkpoint.refuse_other(folder.checkpoints, spread.identity_of(config))
     yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
         folder.create()
     notes: list[Note] = []
-    preparing = prepare_concepts(config, folder, accelerator)
+    preparing = prepare_concepts(config, folder, processes)
     instances, classes = yield from _noted(preparing, notes)
     names = token_names(config.token)
     given, portions = joined(config.subjects(), instances, classes)
-    notes += [] if names is None else _notes_on_captions(names, given)
+    notes += [] if names is None else notes_on_captions(names, given)
     plan = _plan(config.run, accelerator, portions, given)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     schedule = Schedule.of(config.token, config.adapter, total_steps)
     family, contents = _loaded(config, base, accelerator.device, names)
     # Quantised, a base model makes other class pictures.
     maker = f"{contents} {config.model.quantization}"
-    classes |= yield from make_classes(config, folder, accelerator, family, maker)
+    classes |= yield from make_classes(config, folder, processes, family, maker, accelerator.device)
     examples, portions = joined(config.subjects(), instances, classes)
     plan = replace(plan, portions=portions, sizes=tuple(e.target for e in examples))
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
     trainables = trainables_of(config, family, names)
-    notes += [*_notes_on_views(dataset), *trainables.notes]
+    notes += [*notes_on_views(dataset), *trainables.notes]
     if names is not None and config.token.ti_pooling == "eos":
-        notes += _pool_at_end(family, names)
+        notes += pool_at_end(family, names)
     text = Text(
         family,
         dataset.all_captions(),
@@ -156,19 +177,18 @@ def compose(config: TrainingConfig, folder: RunFolder) -> Generator[Event, None,
         accelerator.device,
         # Weights of one format need none, and some of T5's must not be narrowed to fp16.
         autocast=accelerator.autocast if config.adapter.train_text_encoder else nullcontext,
+        processes=processes,
     )
-    yield from cut_captions(family, dataset.all_captions(), names, config.data.instance_prompt)
-    if names is None:
-        yield from common_identifiers(family, [c.token for c in config.subjects() if c.token])
+    yield from notes_on_words(config, family, dataset, names)
     if not schedule.text_learns_at(0):
         yield from text.keep()
     pictures = None
     if config.data.cache_latents:
-        pictures = yield from encode_pictures(family, dataset, accelerator.device)
+        pictures = yield from encode_pictures(family, dataset, accelerator.device, processes)
     training = Training(
         config,
         family,
-        accelerator,
+        spread,
         dataset,
         trainables=trainables,
         schedule=schedule,
@@ -237,93 +257,23 @@ def _plan(
     )
 
 
-def _refuse_early(config: TrainingConfig, base: BaseModel) -> None:
-    """What would only fail in the first step, found before any weights are read."""
+def _settled(config: TrainingConfig, base: BaseModel, spread: Spread) -> TrainingConfig:
+    """The configuration with what checkpoint, machine and launcher decide.
+
+    Raises:
+        InputError: something that would only fail later, before any weights are read.
+    """
+    config = completed(config, base)
+    refuse_updates_in_backward(config, spread.accelerator.num_processes)
+    if spread.sharding is not None:
+        refuse_in_shards(config, spread.accelerator.num_processes)
+        config = config.with_notes(*spread.sharding.notes)
     base_model.objective_of(base, config.loss).check_maximum(config.loss.max_timestep_trained)
     optim.refuse_unavailable(config.optim)
     denoiser = base_model.skeleton(base, base.family.denoiser_name)
     frozen.refuse_unavailable(config.model.quantization)
     frozen.refuse_too_many(denoiser, config.run.offload_blocks)
-
-
-def _notes_on_captions(names: TokenNames, examples: Sequence[Example]) -> list[Note]:
-    """Pictures that teach new tokens nothing, and class pictures that teach them the class.
-
-    Raises:
-        InputError: no picture teaches them anything.
-    """
-    identifiers = " or ".join(f"`{name}`" for name in names.identifiers)
-    # Each picture once, at whatever sizes it is trained.
-    examples = [example for example in examples if example.scale == 0]
-    own = [e for e in examples if not e.is_class]
-    without = [e.name for e in own if not names.occurs_in(e.caption)]
-    if len(without) == len(own):
-        raise InputError.of(
-            "token_abstraction",
-            f"no caption has {identifiers}, so the new tokens would learn nothing",
-            "write it into the captions or the instance_prompt, give the word that stands there, "
-            "or set `train_text_encoder_ti: false`",
-        )
-    of_class = [e.name for e in examples if e.is_class and names.occurs_in(e.caption)]
-    remarks = {
-        f"pictures have captions without {identifiers} and teach the new tokens nothing": without,
-        f"class pictures have captions with {identifiers}, which then learns the class": of_class,
-    }
-    return [
-        Note(
-            kind="warning",
-            field="token_abstraction",
-            message=f"{len(found)} {remark}: {listed(found)}",
-        )
-        for remark, found in remarks.items()
-        if found
-    ]
-
-
-def _notes_on_views(dataset: Dataset) -> list[Note]:
-    """Pictures of which the masks leave nothing to see, and offsets without room.
-
-    Raises:
-        InputError: nothing is left of any picture.
-    """
-    unseen = dataset.unseen()
-    if len(unseen) == sum(not example.is_class for example in dataset.examples):
-        raise InputError.of(
-            "images_data_url",
-            "the masks keep nothing of what is seen of any picture",
-            "paint white what lies in the middle window, or set `center_crop: false`",
-        )
-    notes = [
-        Note(kind="ignored", field=option, message="no picture is longer than its window there")
-        for option in dataset.offsets_without_room()
-    ]
-    if dataset.plan.filled:
-        message = (
-            f"{dataset.plan.filled} places an epoch are filled with pictures of the same size, "
-            "which then count more; to fill none, set `batch_size: 1` with "
-            "`gradient_accumulation_steps`"
-        )
-        field = "enable_bucket" if dataset.data.enable_bucket else "priority"
-        notes.append(Note(kind="warning", field=field, message=message))
-    if unseen:
-        which = listed(list(dict.fromkeys(unseen)))
-        message = f"the masks keep nothing of what is seen of {which}: they teach nothing"
-        notes.append(Note(kind="warning", field="images_data_url", message=message))
-    return notes
-
-
-def _pool_at_end(family: Family, names: TokenNames) -> list[Note]:
-    """Pools at the end of the text from now on; a note where that changes no conditioning."""
-    caption = "".join(names.all_tokens())
-    with torch.no_grad():
-        before = family.encode_text([caption])
-        for name in token_encoders(family):
-            pool_at_end_of_text(family.pipeline.components[name], tokenizer_of(family, name))
-        after = family.encode_text([caption])
-    if any(not torch.equal(before[name], after[name]) for name in before):
-        return []
-    message = "this base model takes nothing from a pooled vector that new tokens could move"
-    return [Note(kind="ignored", field="ti_pooling", message=message)]
+    return config
 
 
 def _as_event(note: Note) -> NoteEvent:
@@ -344,7 +294,9 @@ def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
             phases[-1].append(event.seconds)
         yield event
     accelerator = composed.training.accelerator
-    usual = _usual_seconds(phases)
+    # Steps that are read together are told with their mean: none of the first such.
+    warm_up = max(WARM_UP_STEPS, composed.config.run.report_steps or 0)
+    usual = _usual_seconds(phases, warm_up)
     if usual is not None and is_whole and accelerator.is_main_process:
         key = measurement_key(
             composed.config,
@@ -355,9 +307,9 @@ def _timed(steps: Iterator[Event], composed: Composition) -> Iterator[Event]:
         record_measurement(key, usual)
 
 
-def _usual_seconds(phases: Sequence[Sequence[float]]) -> float | None:
+def _usual_seconds(phases: Sequence[Sequence[float]], warm_up: int) -> float | None:
     """The mean over the phases of each one's usual time of a step, weighted by their steps."""
-    settled = [phase[_WARM_UP_STEPS:] for phase in phases if len(phase) > _WARM_UP_STEPS]
+    settled = [phase[warm_up:] for phase in phases if len(phase) > warm_up]
     if not settled:
         return None
     steps = sum(map(len, settled))

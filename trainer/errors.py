@@ -106,6 +106,13 @@ class CheckpointError(TrainerError):
     exit_code = 6
 
 
+class ProcessError(TrainerError):
+    """One of the processes of a training died, hangs or never came; the others end with it."""
+
+    kind = "process"
+    exit_code = 7
+
+
 class Interrupted(TrainerError):
     """Stopped on request; every step done is in a checkpoint, and the same command goes on."""
 

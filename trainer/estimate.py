@@ -20,7 +20,8 @@ from trainer.images.crop import Size
 from trainer.inspection import inspect_concepts
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
-from trainer.memory import Footprint, training_footprint
+from trainer.memory import Footprint, Forecast
+from trainer.remedies import Advice, advise, device_memory, fits
 from trainer.sections.subjects import class_sources
 
 
@@ -34,7 +35,8 @@ class Estimate:
         steps: optimizer steps.
         epochs: passes over the pictures, the last one perhaps in part.
         device: what the figures hold for.
-        footprint: memory on that device and trained parameters.
+        footprint: memory on that device and trained parameters, of each process.
+        advice: what would save memory, where the device has too little.
         seconds: for all steps, without loading, class pictures, encoding and writing.
         hourly: price of this machine per hour, where it was given.
         notes: why something is unknown or left out.
@@ -45,6 +47,7 @@ class Estimate:
     epochs: float
     device: str
     footprint: Footprint | None
+    advice: Advice | None
     seconds: float | None
     hourly: float | None
     notes: tuple[str, ...]
@@ -68,6 +71,9 @@ class Estimate:
             "peak_memory_gib": round(footprint.peak_bytes / 2**30, 3) if footprint else None,
             "seconds": None if self.seconds is None else round(self.seconds, 1),
         }
+        if self.advice is not None:
+            values["advice"] = self.advice.lines()
+            values["saved_gib"] = self.advice.saved_gib()
         if self.hourly is not None:
             values["cost"] = None if self.cost is None else round(self.cost, 4)
         return values | {"notes": list(self.notes)}
@@ -84,12 +90,16 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         InputError: the pictures cannot be used.
     """
     notes = _notes_on_class_images(config.subjects())
-    base, footprint, seconds = None, None, None
+    given, base, footprint, advice, seconds = config, None, None, None, None
     try:
         base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
         config = completed(config, base)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        footprint = training_footprint(base, precision_of(config), device, config)
+        forecast = Forecast(base, device)
+        footprint = forecast.footprint(config, precision_of(config))
+        capacity = device_memory(device)
+        if not fits(footprint.peak_bytes, capacity):
+            advice = advise(given, base, capacity=capacity, device=device, forecast=forecast)
     except (InputError, OSError) as error:
         reason = str(error).removeprefix("error[input]: ")
         notes.append(f"memory and time are unknown: {reason}")
@@ -110,6 +120,7 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         epochs=steps / plan.steps_per_epoch,
         device=device_name(),
         footprint=footprint,
+        advice=advice,
         seconds=seconds,
         hourly=hourly,
         notes=tuple(notes),

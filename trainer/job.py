@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.durable import disk_errors, write_text
+from trainer.durable import disk_errors, make_folder, sync_file, write_text
 from trainer.errors import InputError, Problem, TrainerError
 
 Status = Literal["done", "failed", "interrupted"]
@@ -210,8 +210,7 @@ class RunFolder:
             DiskError: it cannot be made.
         """
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         return made
 
     def take_back(self, made: Sequence[Path]) -> None:
@@ -259,6 +258,11 @@ class RunFolder:
             return []
         whole_lines = self.events.read_bytes().rpartition(b"\n")[0]
         return [json.loads(line) for line in whole_lines.splitlines()]
+
+    def sync_events(self) -> None:
+        """Makes the events so far durable: no checkpoint outlives the log of its steps."""
+        if self.events.exists():
+            sync_file(self.events)
 
     def keep_events_through(self, step: int) -> None:
         """Drops what was logged after a step, so that a run resumed there logs each step once."""

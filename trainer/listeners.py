@@ -294,11 +294,11 @@ class TensorBoard(_Plain):
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._writer: Any = None
+        self._curves: Any = None
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._curves is not None:
+            self._curves.close()
 
     @singledispatchmethod
     def hear(self, event: Event) -> None:
@@ -306,15 +306,12 @@ class TensorBoard(_Plain):
 
     @hear.register
     def _(self, event: RunEvent) -> None:
-        module = importlib.import_module("torch.utils.tensorboard")
-        with disk_errors(self._logs):
-            self._writer = module.SummaryWriter(str(self._logs), purge_step=event.start_step + 1)
+        module = importlib.import_module("trainer.curves")
+        self._curves = module.CurveFile(self._logs, first_step=event.start_step + 1)
 
     @hear.register
     def _(self, event: StepEvent) -> None:
-        with disk_errors(self._logs):
-            for name, value in scalars(event).items():
-                self._writer.add_scalar(name, value, event.step)
+        self._curves.add(event.step, scalars(event))
 
 
 class WeightsAndBiases(_Plain):
@@ -348,7 +345,8 @@ class WeightsAndBiases(_Plain):
     @hear.register
     def _(self, event: RunEvent) -> None:
         place = f"{self._config.fingerprint()} {self._folder.root.resolve()}"
-        self._folder.logs.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self._folder.logs):
+            self._folder.logs.mkdir(parents=True, exist_ok=True)
         try:
             self._run = self._wandb.init(
                 project="tok-trainer",

@@ -5,30 +5,29 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from trainer.base_model import BaseModel, Precision
 from trainer.config import ModelConfig, Note, RunConfig, TrainingConfig
 from trainer.data.buckets import largest_side
 from trainer.errors import InputError
 from trainer.fitting import fitted
+from trainer.sharding import kept_from_accelerate
 
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-# How long processes wait for the one that prepares the pictures.
-_PREPARATION_LIMIT = timedelta(minutes=30)
 
-# Options that mean something on a GPU alone, switched off.
-_OFFLOADING: Mapping[str, bool | int] = {"offload_models": False, "offload_blocks": 0}
 NO_GPU = "there is no GPU here to take memory from"
+SAME_ANYWAY = "a processor computes the same bits each time anyway"
+# Options that mean something on a GPU alone: switched off, and why elsewhere.
+_ON_A_GPU: Mapping[str, tuple[bool | int, str]] = {
+    "offload_models": (False, NO_GPU),
+    "offload_blocks": (0, NO_GPU),
+    "deterministic": (False, SAME_ANYWAY),
+}
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of weights that are all trained.
@@ -67,14 +66,14 @@ def accelerator_of(run: RunConfig) -> Accelerator:
         InputError: they were launched in a way that is not there yet.
     """
     precision = mixed_precision_of(run)
-    # Accelerate keeps the precision per process; a second training here may want another.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=not torch.cuda.is_available(),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PREPARATION_LIMIT)],
-    )
+    # Accelerate keeps precision and group per process; a second training here may have others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with kept_from_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=not torch.cuda.is_available(),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     if accelerator.distributed_type not in _LAUNCHES:
         raise InputError.of(
             "accelerate launch",
@@ -91,27 +90,27 @@ def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
     for field in ("resolution_width", "resolution_height"):
         if config.leaf(field) is None:
             config = config.with_leaf(field, largest_side(base.native_size, config.data.priority))
-    config = _without_offloading(config)
+    config = _for_a_processor(config)
     return config.model_copy(update={"model": base.settings}).with_notes(*base.notes)
 
 
-def _without_offloading(config: TrainingConfig) -> TrainingConfig:
-    """Nothing is offloaded where all of it is in the computer's memory already."""
+def _for_a_processor(config: TrainingConfig) -> TrainingConfig:
+    """Without what is for GPUs, where there is none."""
     if torch.cuda.is_available():
         return config
-    for field, off in _OFFLOADING.items():
+    for field, (off, reason) in _ON_A_GPU.items():
         if config.leaf(field) != off:
-            note = Note(kind="ignored", field=field, message=NO_GPU)
+            note = Note(kind="ignored", field=field, message=reason)
             config = config.with_leaf(field, off).with_notes(note)
     return config
 
 
-def refuse_updates_in_backward(config: TrainingConfig, accelerator: Accelerator) -> None:
+def refuse_updates_in_backward(config: TrainingConfig, num_processes: int) -> None:
     """Finds out early whether weights can be updated in the middle of the backward pass.
 
     Args:
         config: completed.
-        accelerator: of this training.
+        num_processes: of this training.
 
     Raises:
         InputError: gradients must be kept for a scaler or for other processes.
@@ -124,11 +123,10 @@ def refuse_updates_in_backward(config: TrainingConfig, accelerator: Accelerator)
             "true with `mixed_precision` fp16, whose scaler must see all gradients first",
             "give `mixed_precision: bf16` or `no`, or `fused_backward: false`",
         )
-    if accelerator.num_processes > 1:
+    if num_processes > 1:
         raise InputError.of(
             "fused_backward",
-            f"true with {accelerator.num_processes} processes, which average gradients before an "
-            "update",
+            f"true with {num_processes} processes, which average gradients before an update",
             "launch one process, or give `fused_backward: false`",
         )
 

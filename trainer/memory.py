@@ -1,84 +1,236 @@
 """Peak memory of a training, counted on tensors that have shapes but no data.
 
 The base model's parts are built from their configurations alone, so that nothing large is
-downloaded or allocated; then what a training does runs over them once, up to a real forward and
-backward pass, and every storage is counted from its making to its end. Of a row of equal blocks
-few are run; `live_bytes` counts what the others add.
+downloaded or allocated; then what a training does runs over them, up to a real forward and backward
+pass, and every storage is counted. Of equal blocks few are run; `live_bytes` adds the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
-from trainer import adapters, base_model
+from trainer import base_model
 from trainer.base_model import BaseModel, Precision
-from trainer.config import AdapterConfig, DataConfig, TokenConfig, TrainingConfig
-from trainer.families.base import Conditioning, Family, adapted_encoders, token_encoders
-from trainer.frozen import freeze, frozen_layers, repeated_blocks
-from trainer.live_bytes import LiveBytes, StandIn, repeated, shorten
+from trainer.config import DataConfig, TokenConfig, TrainingConfig
+from trainer.dataless import (
+    Model,
+    able_encoders,
+    give_tensors,
+    make_text_trainable,
+    prepare_denoiser,
+)
+from trainer.families.base import Conditioning, Family
+from trainer.live_bytes import LiveBytes
 from trainer.sections.subjects import class_sources
-from trainer.tokens import NewTokens
 from trainer.trainables import recompute_activations
 from trainer.update_memory import UpdateMemory
+
+Made = TypeVar("Made")
+
+
+# What a training does that may take the most memory.
+CLASS_PICTURES, ENCODING, STEPS = "class pictures", "encoding", "steps"
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a training takes.
+    """What a training takes on the training device.
 
     Args:
-        peak_bytes: most memory that tensors hold at one time on the training device.
+        stages: most memory that tensors hold at one time while it does each of these.
+        weights_bytes: of that in the steps, the weights of what runs in them.
+        state_bytes: likewise, what the optimizer keeps.
         trained_parameters: how many numbers learn.
     """
 
-    peak_bytes: int
+    stages: Mapping[str, int]
+    weights_bytes: int
+    state_bytes: int
     trained_parameters: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that tensors hold at one time."""
+        return max(self.stages.values())
 
 
 def training_footprint(
     base: BaseModel, precision: Precision, device: torch.device, config: TrainingConfig
 ) -> Footprint:
-    """The footprint of training a base model on one device.
+    """The footprint of one training, see `Forecast`."""
+    return Forecast(base, device).footprint(config, precision)
+
+
+class Forecast:
+    """Foresees trainings of a base model on one device; what they share is made once.
 
     Left out are what the device's driver takes for itself and memory lost to fragmentation.
 
     Args:
         base: as found; its weights are not touched.
-        precision: number formats of its parts.
-        device: where the training would run; it decides what autocast widens.
-        config: with both resolutions set.
-
-    Raises:
-        OSError: a configuration or tokenizer is neither here nor on the hub.
+        device: where the trainings would run; it decides what autocast widens.
     """
-    sources = class_sources(config.subjects())
-    makes_class_images = any(source.url is None for source in sources)
-    update = _update_of(config, precision, device)
-    peaks = []
-    with FakeTensorMode():
-        if makes_class_images:
-            untrained = _model_without_data(base, precision, device, config, learns=False)
-            peaks.append(_peak_of_class_images(untrained, config))
-        model = _model_without_data(base, precision, device, config, learns=True)
-        learning = _learning(model.family)
-        if config.run.gradient_checkpointing:
-            _recompute_activations(model.family, learning)
-        peaks += [
-            _peak_of_encoding(model.family, config.data, text_stays=len(learning) > 1),
-            *(
-                _peak_of_steps(model, config, precision, parts, update)
+
+    def __init__(self, base: BaseModel, device: torch.device) -> None:
+        self._base, self._device = base, device
+        self._mode = FakeTensorMode()
+        self._made: dict[Hashable, object] = {}
+
+    def footprint(self, config: TrainingConfig, precision: Precision) -> Footprint:
+        """The footprint of one training.
+
+        Args:
+            config: with both resolutions set.
+            precision: number formats of the base model's parts.
+
+        Raises:
+            InputError: this model or machine cannot be trained so.
+            OSError: a configuration or tokenizer is neither here nor on the hub.
+        """
+        sources = class_sources(config.subjects())
+        update = _update_of(config, precision, self._device)
+        stages = {}
+        with _uncollected(), self._mode:
+            if any(source.url is None for source in sources):
+                untrained = self._model(precision, config, learns=False)
+                stages[CLASS_PICTURES] = _peak_of_class_images(untrained, config)
+            model = self._model(precision, config, learns=True)
+            learning = _learning(model.family)
+            if config.run.gradient_checkpointing:
+                _recompute_activations(model.family, learning)
+            else:
+                model.family.denoiser.disable_gradient_checkpointing()
+            stages[ENCODING] = self._peak_of_encoding(model.family, config, precision, learning)
+            kept = self._captions_of_frozen(model.family, precision, learning)
+            steps = [
+                _peak_of_steps(model, config, precision, parts, update, kept)
                 for parts in _phases(config.token, learning)
-            ),
-        ]
-    trained = sum(map(model.count, learning.values()))
-    return Footprint(peak_bytes=max(peaks), trained_parameters=trained)
+            ]
+            _freeze_all_but(model.family, [p for group in learning.values() for p in group])
+        most = max(steps, key=lambda phase: phase.peak)
+        stages[STEPS] = most.peak
+        trained = sum(map(model.count, learning.values()))
+        return Footprint(stages, most.weights, most.state, trained)
+
+    def _once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    def _model(self, precision: Precision, config: TrainingConfig, *, learns: bool) -> Model:
+        """The base model, made anew only where something of it differs."""
+        able = able_encoders(self._base.family, config) if learns else ()
+        kept = config.model.quantization, config.run.offload_blocks
+        # Sections hold lists. What recomputes in a text encoder cannot be undone.
+        parts = config.adapter.model_dump_json(), config.token.model_dump_json()
+        learnt = (*parts, config.run.gradient_checkpointing if able else None) if learns else ()
+        return self._once(
+            ("model", precision, *kept, *learnt),
+            lambda: self._made_anew(precision, config, learns=learns),
+        )
+
+    def _made_anew(self, precision: Precision, config: TrainingConfig, *, learns: bool) -> Model:
+        """The base model around its real tokenizers.
+
+        Args:
+            precision: number formats of the parts.
+            config: what is made to learn, and how frozen weights are kept.
+            learns: whether anything is made to learn yet.
+        """
+        family = self._base.family
+        dtypes = precision.of_text_encoders(family) | {"vae": precision.vae}
+        able = able_encoders(family, config) if learns else ()
+        parts = {
+            name: self._text_encoder(name, dtype, config)
+            if name in able
+            else self._once((name, dtype), lambda n=name, d=dtype: self._part(n, d))  # type: ignore[misc]
+            for name, dtype in dtypes.items()
+        }
+        # Layers are made faster on the meta device alone.
+        with unset_fake_temporarily():
+            denoiser = base_model.skeleton(self._base, family.denoiser_name)
+            denoiser = torch.nn.Module.to(denoiser, precision.denoiser)
+            stand_ins = prepare_denoiser(self._base, denoiser, config, learns=learns)
+        parts[family.denoiser_name] = denoiser
+        give_tensors(denoiser, self._device)
+        pipeline = copy(self._once("pipeline", lambda: self._pipeline(parts)))
+        pipeline.register_modules(**parts)
+        return Model(family(pipeline), stand_ins)
+
+    def _pipeline(self, parts: Mapping[str, torch.nn.Module]) -> Any:
+        source, family = self._base.configurations, self._base.family
+        unused = dict.fromkeys(family.checkpoints.unused)
+        diffusers_logging.disable_progress_bar()
+        # Noise schedules compute with their numbers as they are made.
+        with unset_fake_temporarily():
+            return family.pipeline_class.from_pretrained(
+                source.url, revision=source.revision, **parts, **unused
+            )
+
+    def _part(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        """A part in which nothing learns."""
+        with unset_fake_temporarily():
+            # Only numbers change: diffusers and transformers warn of it.
+            part = torch.nn.Module.to(base_model.skeleton(self._base, name), dtype)
+        give_tensors(part, self._device)
+        return part
+
+    def _text_encoder(
+        self, name: str, dtype: torch.dtype, config: TrainingConfig
+    ) -> torch.nn.Module:
+        """A text encoder that learns."""
+        with unset_fake_temporarily():
+            part = torch.nn.Module.to(base_model.skeleton(self._base, name), dtype)
+            make_text_trainable(self._base.family, part, name, config)
+        give_tensors(part, self._device)
+        return part
+
+    def _peak_of_encoding(
+        self, family: Family, config: TrainingConfig, precision: Precision, learning: _Learning
+    ) -> int:
+        def make() -> int:
+            return _peak_of_encoding(family, config.data, text_stays=len(learning) > 1)
+
+        if len(learning) > 1:
+            return make()
+        size = config.data.resolution_height, config.data.resolution_width
+        narrow = precision.vae, precision.frozen, precision.text_encoders
+        return self._once((ENCODING, *size, *narrow), make)
+
+    def _captions_of_frozen(
+        self, family: Family, precision: Precision, learning: _Learning
+    ) -> Conditioning | None:
+        """What text encoders say of one caption, where none of them learns."""
+        if any(name in learning for name in family.text_encoder_names):
+            return None
+
+        def make() -> Conditioning:
+            with torch.no_grad(), _autocast(family, precision):
+                return family.encode_text([""])
+
+        return self._once(("text", precision.frozen, precision.text_encoders), make)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for cycles among millions of small objects, which frees nothing here."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _update_of(config: TrainingConfig, precision: Precision, device: torch.device) -> UpdateMemory:
@@ -94,103 +246,6 @@ def _update_of(config: TrainingConfig, precision: Precision, device: torch.devic
 
 # Component to the parameters that learn in it, for components in which any do.
 _Learning = dict[str, list[torch.nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A base model that has shapes but no data.
-
-    Args:
-        family: its real tokenizers around models whose rows of equal blocks are shortened.
-        stand_ins: the blocks that stand for those taken out.
-    """
-
-    family: Family
-    stand_ins: tuple[StandIn, ...]
-
-    def count(self, parameters: Sequence[torch.nn.Parameter]) -> int:
-        """How many numbers these are, those of the blocks taken out included."""
-        times = repeated(self.stand_ins)
-        return sum(times.get(parameter, 1) * parameter.numel() for parameter in parameters)
-
-
-def _model_without_data(
-    base: BaseModel,
-    precision: Precision,
-    device: torch.device,
-    config: TrainingConfig,
-    *,
-    learns: bool,
-) -> _Model:
-    """The base model around its real tokenizers.
-
-    Args:
-        base: as found.
-        precision: number formats of the parts.
-        device: of the models.
-        config: what is made to learn, and how frozen weights are kept.
-        learns: whether anything is made to learn yet.
-    """
-    dtypes = precision.of_text_encoders(base.family)
-    dtypes |= {"vae": precision.vae, base.family.denoiser_name: precision.denoiser}
-    parts: dict[str, torch.nn.Module] = {}
-    diffusers_logging.disable_progress_bar()
-    # Layers are made faster on the meta device alone; noise schedules compute with their numbers
-    # as they are made.
-    with unset_fake_temporarily():
-        for name, dtype in dtypes.items():
-            # Only numbers change: diffusers and transformers warn of it.
-            parts[name] = torch.nn.Module.to(base_model.skeleton(base, name), dtype)
-            if name != base.family.denoiser_name and learns:
-                _make_text_trainable(base.family, parts[name], name, config)
-        denoiser = parts[base.family.denoiser_name]
-        stand_ins = _prepare_denoiser(base, denoiser, config, learns=learns)
-        unused = dict.fromkeys(base.family.checkpoints.unused)
-        pipeline = base.family.pipeline_class.from_pretrained(
-            base.configurations.url, revision=base.configurations.revision, **parts, **unused
-        )
-    for part in parts.values():
-        _give_tensors(part, device)
-    return _Model(base.family(pipeline), stand_ins)
-
-
-def _prepare_denoiser(
-    base: BaseModel, denoiser: torch.nn.Module, config: TrainingConfig, *, learns: bool
-) -> tuple[StandIn, ...]:
-    freeze(
-        denoiser,
-        quantization=config.model.quantization,
-        offload_blocks=config.run.offload_blocks,
-        device=torch.device("meta"),
-    )
-    if learns:
-        targets = config.adapter.target_unet_modules
-        _make_trainable(denoiser, base.family.denoiser_name, config.adapter, targets)
-    return shorten(denoiser, repeated_blocks(denoiser))
-
-
-def _make_text_trainable(
-    family: type[Family], text_encoder: Any, name: str, config: TrainingConfig
-) -> None:
-    adapter, token = config.adapter, config.token
-    if token.train_text_encoder_ti and name in token_encoders(family):
-        table = text_encoder.get_input_embeddings()
-        count = len(token.token_abstraction) * token.num_new_tokens_per_abstraction
-        rows = torch.empty(count, table.embedding_dim, device="meta")
-        new = NewTokens(table, rows, first_id=table.num_embeddings, deviation=1.0)
-        text_encoder.set_input_embeddings(new)
-    if adapter.train_text_encoder and name in adapted_encoders(family):
-        targets = adapter.target_text_encoder_modules
-        _make_trainable(text_encoder, name, adapter.for_text_encoders(), targets)
-
-
-def _make_trainable(
-    module: torch.nn.Module, name: str, adapter: AdapterConfig, targets: tuple[str, ...]
-) -> None:
-    with torch.device("meta"):
-        adapters.make_trainable(
-            module, adapter, targets, field="", component=name, seed=0, must_match=False
-        )
 
 
 def _learning(family: Family) -> _Learning:
@@ -210,27 +265,6 @@ def _phases(token: TokenConfig, learning: _Learning) -> list[_Learning]:
     return [{name: learning[name] for name in text_encoders}, {denoiser: learning[denoiser]}]
 
 
-def _give_tensors(model: torch.nn.Module, device: torch.device) -> None:
-    """Puts tensors without data on a device in the place of those without a device."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
-
-    def make(like: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # Text encoders look words up in the table that they know as two.
-            if parameter not in made:
-                made[parameter] = torch.nn.Parameter(
-                    make(parameter), requires_grad=parameter.requires_grad
-                )
-            setattr(module, name, made[parameter])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, make(buffer))
-    for layer in frozen_layers(model):
-        layer.rebuild(make)
-
-
 def _recompute_activations(family: Family, learning: _Learning) -> None:
     # States of random generators are data, which fake tensors do not have.
     def recompute(module: torch.nn.Module, *inputs: Any) -> Any:
@@ -241,7 +275,7 @@ def _recompute_activations(family: Family, learning: _Learning) -> None:
         recompute_activations(family.pipeline.components[name], preserve_rng_state=False)
 
 
-def _peak_of_class_images(model: _Model, config: TrainingConfig) -> int:
+def _peak_of_class_images(model: Model, config: TrainingConfig) -> int:
     """Making one class picture: text, a step of denoising, decoding.
 
     All parts are on the device all the time, or each in its turn.
@@ -296,14 +330,28 @@ def _peak_of_encoding(family: Family, data: DataConfig, *, text_stays: bool) -> 
     return max(int(text_stage.peak), int(picture_stage.peak))
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Bytes of steps: the most at one time, and of these what weights and optimizer hold."""
+
+    peak: int
+    weights: int
+    state: int
+
+
 def _peak_of_steps(
-    model: _Model,
+    model: Model,
     config: TrainingConfig,
     precision: Precision,
     learning: _Learning,
     update: UpdateMemory,
-) -> int:
-    """Forward and backward passes while these parameters learn, beside the optimizer's state."""
+    frozen_text: Conditioning | None,
+) -> _Steps:
+    """Forward and backward passes while these parameters learn, beside the optimizer's state.
+
+    Args:
+        frozen_text: of one caption, where text encoders never learn.
+    """
     family = model.family
     encoders = [family.pipeline.components[n] for n in family.text_encoder_names if n in learning]
     parameters = [p for group in learning.values() for p in group]
@@ -311,8 +359,10 @@ def _peak_of_steps(
     latents = _encode_pictures(family, config.data, 1)
     kept = None
     if not encoders:
-        with torch.no_grad():
-            kept = _encode_captions(family, precision, 1, rows)
+        if frozen_text is None:
+            with torch.no_grad(), _autocast(family, precision):
+                frozen_text = family.encode_text([""])
+        kept = _in_rows(frozen_text, rows)
     _freeze_all_but(family, parameters)
     hooks = update.in_backward(parameters) if config.optim.fused_backward else []
     with LiveBytes(model.stand_ins) as steps:
@@ -320,9 +370,13 @@ def _peak_of_steps(
             steps.hold(module)
         if not config.data.cache_latents:
             steps.hold(family.pipeline.vae)
-        steps.add(round(update.state * model.count(parameters)))
-        # From the second pass on, the gradients of the first are there from the start.
-        for _ in range(min(2, config.run.gradient_accumulation_steps)):
+        weights, state = steps.now, round(update.state * model.count(parameters))
+        steps.add(state)
+        # From the second pass on, the gradients of the first are there from the start, unless each
+        # is given up at once. What of a text encoder gets none is not known before.
+        accumulates = config.run.gradient_accumulation_steps > 1 and not hooks
+        steps.add(model.give_gradients(parameters if accumulates and not encoders else ()))
+        for _ in range(1 + (accumulates and bool(encoders))):
             if not config.data.cache_latents:
                 _encode_pictures(family, config.data, rows)
             noisy_latents = torch.empty(rows, *latents.shape[1:], device=latents.device)
@@ -337,7 +391,7 @@ def _peak_of_steps(
         hook.remove()
     for parameter in parameters:
         parameter.grad = None
-    return int(steps.peak)
+    return _Steps(int(steps.peak), int(weights), state)
 
 
 def _forward_pass(config: TrainingConfig) -> tuple[int, int]:
@@ -365,10 +419,16 @@ def _encode_captions(
     family: Family, precision: Precision, num_captions: int, rows: int
 ) -> Conditioning:
     """Each caption is encoded once, and stands in as many rows as there are examples."""
-    places = torch.zeros(rows, dtype=torch.int64, device=family.denoiser.device)
     with _autocast(family, precision):
         text = family.encode_text([""] * num_captions)
-    return {name: states.index_select(0, places) for name, states in text.items()}
+    return _in_rows(text, rows)
+
+
+def _in_rows(text: Conditioning, rows: int) -> Conditioning:
+    def repeat(states: torch.Tensor) -> torch.Tensor:
+        return states.index_select(0, torch.zeros(rows, dtype=torch.int64, device=states.device))
+
+    return {name: repeat(states) for name, states in text.items()}
 
 
 def _encode_pictures(family: Family, data: DataConfig, count: int) -> torch.Tensor:

@@ -206,14 +206,20 @@ class Ddpm(Objective):
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """alphas_cumprod / (1 - alphas_cumprod), fp32; 0 where no signal is left."""
-        share = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        share = self._share_of_signal(timesteps)
         return (share / (1 - share)).float()
+
+    def _share_of_signal(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.alphas_cumprod.device != timesteps.device:
+            # For good: each copy to a GPU is waited for.
+            self.alphas_cumprod = self.alphas_cumprod.to(timesteps.device)
+        return self.alphas_cumprod[timesteps]
 
     def _levels(
         self, latents: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Amplitudes of signal and noise, of the latents' dtype and shaped to multiply them."""
-        share = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        share = self._share_of_signal(timesteps)
         share = share.view(-1, *[1] * (latents.ndim - 1))
         return share.sqrt().to(latents), (1 - share).sqrt().to(latents)
 

@@ -17,6 +17,7 @@ from prodigyopt import Prodigy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
+from trainer import shards
 from trainer.config import OptimConfig
 from trainer.errors import InputError
 
@@ -45,12 +46,8 @@ OptimizerGroups = list[dict[str, Any]]
 
 
 def _adamw(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
-    on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
     return torch.optim.AdamW(
-        groups,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        fused=on_gpu or None,
+        groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon, fused=True
     )
 
 
@@ -104,6 +101,52 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Op
     "adafactor": _adafactor,
     "prodigy": _prodigy,
 }
+
+
+def _leave_out_in_kernel(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
+    # The names by which torch's gradient scaler tells a fused kernel to change nothing.
+    gated: Any = optimizer
+    gated.grad_scale, gated.found_inf = None, (~allowed).float()
+    optimizer.step()
+    del gated.grad_scale, gated.found_inf
+
+
+def _leave_out_step(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
+    # Prodigy waits for the device in each step anyway, to learn its own step size.
+    if bool(allowed):
+        optimizer.step()
+
+
+def _leave_out_gradients(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~allowed, 0.0)
+    optimizer.step()
+
+
+# How each optimizer's step is kept from a gradient that is not finite. The first two change
+# nothing at all then; the last goes on with its momentum, in a run that ends at the next reading.
+_GATES: Mapping[str, Callable[[torch.optim.Optimizer, torch.Tensor], None]] = {
+    "adamw": _leave_out_in_kernel,
+    "adamw8bit": _leave_out_gradients,
+    "adafactor": _leave_out_gradients,
+    "prodigy": _leave_out_step,
+}
+
+
+def step_where(optimizer: torch.optim.Optimizer, name: str, allowed: torch.Tensor | None) -> None:
+    """One step of an optimizer, kept from the weights where it is not allowed.
+
+    Args:
+        optimizer: with its gradients in place.
+        name: a key of `OPTIMIZERS`.
+        allowed: () bool on the device; only Prodigy waits for it. None: it is.
+    """
+    if allowed is None:
+        optimizer.step()
+    else:
+        _GATES[name](optimizer, allowed)
 
 
 def refuse_unavailable(optim: OptimConfig) -> None:
@@ -251,13 +294,20 @@ def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Ten
     """Scales all gradients together down to a norm, and returns the norm they had.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are passed over; of sharded ones, all parts count.
         max_norm: largest L2 norm; 0: leave the gradients alone.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = total_norm(norm_of(p.grad) for p in parameters if p.grad is not None)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [gradient for gradient in gradients if shards.is_sharded(gradient)]
+    norms = [norm_of(gradient) for gradient in gradients if not shards.is_sharded(gradient)]
+    norm = total_norm([*norms, shards.norm(sharded)] if sharded else norms)
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for gradient in sharded:
+            # As `clip_grads_with_norm_` does, which cannot mix them with others.
+            shards.part(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        others = [p for p in parameters if not shards.is_sharded(p)]
+        torch.nn.utils.clip_grads_with_norm_(others, max_norm, norm)
     return norm
 
 

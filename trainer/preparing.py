@@ -18,7 +18,8 @@ from trainer.data import overview
 from trainer.errors import InputError, Interrupted, OutOfMemoryError, TrainerError
 from trainer.events import Event, NoteEvent
 from trainer.job import RunFolder
-from trainer.machine import accelerator_of, completed
+from trainer.machine import completed
+from trainer.processes import ALONE
 from trainer.runner import Stop
 
 _MEMORY_HINT = (
@@ -44,7 +45,6 @@ def prepare(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[E
     if folder.checkpoints.exists():
         message = f"`{folder.root}` holds a training already"
         raise InputError.of("--output", message, "give another folder")
-    accelerator = accelerator_of(config.run)
     if config.data.resolution_width is None:
         base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
         config = completed(config, base)
@@ -52,7 +52,7 @@ def prepare(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[E
         yield NoteEvent(note.kind, note.field, note.message)
     notes: list[NoteEvent] = []
     try:
-        for event in prepare_concepts(config, folder, accelerator):
+        for event in prepare_concepts(config, folder, ALONE):
             if isinstance(event, NoteEvent):
                 notes.append(event)
             else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -21,6 +23,77 @@ def hush_libraries() -> None:
     """Leaves only errors of libraries that remark on optional packages when they are loaded."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class _Unfailing(io.RawIOBase):
+    """A file that may be closed at its other end, or full: what is written then is lost."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, content: Any) -> int:
+        try:
+            return os.write(self._descriptor, content)
+        except OSError as error:
+            self.failure = error
+        return memoryview(content).nbytes
+
+
+class Unfailing(io.TextIOWrapper):
+    """A standard stream: nobody's listening is no reason to end a training.
+
+    Ctrl-C ends `tee` too, and a terminal that closes cannot be written to.
+
+    Args:
+        descriptor: of the stream.
+        encoding: of its text.
+    """
+
+    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
+        self._file = _Unfailing(descriptor)
+        writer = io.BufferedWriter(self._file)
+        super().__init__(writer, encoding, "backslashreplace", line_buffering=True)
+
+    @property
+    def failure(self) -> OSError | None:
+        """Why something could not be written, unless it is that its reader had enough."""
+        self.flush()
+        return None if isinstance(self._file.failure, BrokenPipeError) else self._file.failure
+
+
+def open_streams() -> Unfailing:
+    """Puts streams that do not fail in the place of stderr and stdout, and gives the latter.
+
+    A stream, stdin too, that was closed when the program began becomes the null device: the next
+    file that is opened would have its number, and what libraries say would be written into that.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # It gets the lowest free number.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - until the end
+    sys.stderr = _instead_of(sys.stderr, 2)
+    sys.stdout = data = _instead_of(sys.stdout, 1)
+    return data
+
+
+def _instead_of(stream: TextIO | None, descriptor: int) -> Unfailing:
+    if stream is None:
+        return Unfailing(os.open(os.devnull, os.O_WRONLY))
+    return Unfailing(descriptor, stream.encoding)
 
 
 def talk() -> Console:

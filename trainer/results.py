@@ -124,8 +124,11 @@ def _extracted(
 
 def _records(config: TrainingConfig, training: Training, folder: RunFolder) -> Iterator[Event]:
     """What tells of the training beside its weights."""
-    shared = write_config(config, with_contents=False)
-    write_text(folder.outputs / "config.yaml", shared)
+    # How many processes read pictures changes no byte of the result: not this one either.
+    explicit = tuple(name for name in config.resolved.explicit if name != "num_workers")
+    resolved = config.resolved.model_copy(update={"explicit": explicit})
+    told = config.with_leaf("num_workers", 0).model_copy(update={"resolved": resolved})
+    write_text(folder.outputs / "config.yaml", write_config(told, with_contents=False))
     yield _written(folder, "config", folder.outputs / "config.yaml")
     losses = list(enumerate(training.losses, start=1))
     write_loss_plot(folder.outputs / "loss.png", losses, config.output.output_name)

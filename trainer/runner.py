@@ -9,14 +9,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import cast
 
 from trainer.config import TrainingConfig
-from trainer.errors import CheckpointError, InputError, TrainerError
+from trainer.errors import CheckpointError, DiskError, InputError, TrainerError
 from trainer.events import Event, FileEvent, RunEvent, StepEvent
 from trainer.job import Result, ResultFile, Role, RunFolder
 from trainer.listeners import EarlierResult, Listener
@@ -24,8 +24,15 @@ from trainer.listeners import EarlierResult, Listener
 # Failures that refuse what was given: before a run begins, they change nothing.
 REFUSALS = (InputError.kind, CheckpointError.kind)
 
+# Signals that are a wish to stop.
+_WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# Makes a terminal's cursor visible.
+_CURSOR = b"\x1b[?25h"
+
 Stop = Callable[[], bool]
-Engine = Callable[[TrainingConfig, RunFolder, Stop], Iterator[Event]]
+Events = Generator[Event, None, None]
+Engine = Callable[[TrainingConfig, RunFolder, Stop], Events]
 
 
 def is_main_process() -> bool:
@@ -51,9 +58,10 @@ def way_on() -> tuple[str, str]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Turns the first Ctrl-C and every SIGTERM into a wish to stop that the engine asks for.
+    """Turns the first Ctrl-C, every SIGTERM and a closed terminal into a wish to stop.
 
-    A second Ctrl-C ends the program at once.
+    The engine asks for it between steps. A second Ctrl-C ends the program at once, wherever it is:
+    the system does that itself, as Python would wait for the end of what torch is computing.
     """
     wished = False
 
@@ -61,14 +69,40 @@ def stop_on_signals() -> Iterator[Stop]:
         nonlocal wished
         wished = True
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _ending())
+            _show_cursor()
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup a closed terminal is no reason to stop.
+    heard = [n for n in _WISHES if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, wish) for number in heard}
     try:
         yield lambda: wished
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hurry_on_signals(code: int) -> None:
+    """From here on a wish to stop hurries Python's own end, which takes a while."""
+    for number in _WISHES:
+        signal.signal(number, lambda *_: os._exit(code))
+
+
+def _ending() -> Callable[[int, FrameType | None], None] | signal.Handlers:
+    """What ends this process at once when a signal comes.
+
+    The system protects the first process of a container from signals that it does not handle.
+    """
+    if os.getpid() != 1:
+        return signal.SIG_DFL
+    return lambda number, _: os._exit(128 + number)
+
+
+def _show_cursor() -> None:
+    """Shows the cursor that a progress bar hides: the next Ctrl-C leaves no time for it."""
+    with suppress(OSError):
+        if os.isatty(2):
+            os.write(2, _CURSOR)
 
 
 def supervise(
@@ -98,8 +132,17 @@ def supervise(
         if made and not tally.began and result.error_kind in REFUSALS:
             folder.take_back(made)
         elif tally.began or folder.read_result() is None:
-            folder.write_result(result)
+            _write_result(folder, result)
     return result
+
+
+def _write_result(folder: RunFolder, result: Result) -> None:
+    """Says how the run ended; where that cannot be written, the first failure is still told."""
+    try:
+        folder.write_result(result)
+    except DiskError:
+        if result.status == "done":
+            raise
 
 
 def watched(events: Iterator[Event], folder: RunFolder, listeners: Sequence[Listener]) -> None:
@@ -175,11 +218,13 @@ class Tally:
             yield self._folder.describe(role, self._folder.root / path)
 
 
-def _listen(tally: Tally, events: Iterator[Event], listeners: Sequence[Listener]) -> Result:
+def _listen(tally: Tally, events: Events, listeners: Sequence[Listener]) -> Result:
     try:
         with ExitStack() as stack:
             for listener in listeners:
                 stack.enter_context(listener)
+            # A listener's failure ends the engine too, and with it the other processes.
+            stack.enter_context(closing(events))
             for event in events:
                 for listener in listeners:
                     listener.hear(event)

@@ -11,16 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
 from functools import cache
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from trainer.config import TrainingConfig
 from trainer.errors import InputError
-from trainer.events import Event, RunEvent
+from trainer.events import RunEvent
 from trainer.job import RunFolder
-from trainer.runner import Engine, Stop
+from trainer.runner import Engine, Events, Stop
 
 FLAG = "--seal-network"
 
@@ -45,7 +44,7 @@ def sealed(engine: Engine, config: TrainingConfig) -> Engine:
             FLAG, "shuts out Weights & Biases, which is on", f"leave out --wandb or {FLAG}"
         )
 
-    def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Iterator[Event]:
+    def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
         for event in engine(config, folder, stop):
             if isinstance(event, RunEvent):
                 seal()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trainer.durable import write_chunks
+from trainer.errors import NonFiniteError
 
 _DTYPES = {
     torch.float64: "F64",
@@ -44,6 +45,10 @@ def write(
         tensors: name to tensor, on any device, of any stride.
         metadata: strings for the header's `__metadata__`.
         dtype: number format of floating-point tensors. None: their own.
+
+    Raises:
+        DiskError: it could not be written.
+        NonFiniteError: a value is not finite, perhaps in this number format only.
     """
     write_chunks(path, _chunks(tensors, metadata, dtype))
 
@@ -97,7 +102,22 @@ def _chunks(
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        yield _raw(tensors[name].detach().to(formats[name]))
+        yield _raw(_finite(tensors[name].detach().to(formats[name]), name))
+
+
+def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A tensor as it is written.
+
+    Raises:
+        NonFiniteError: it has values that are not finite, perhaps in this number format only.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise NonFiniteError(
+            f"`{name}` has values that are not finite as {_DTYPES[tensor.dtype]}, so no file is "
+            "written",
+            "give save_dtype: fp32 or bf16, or lower learning_rate",
+        )
+    return tensor
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

@@ -170,7 +170,7 @@ def add_new_tokens(
 
 
 @torch.no_grad()
-def retract(tokens: NewTokens, exponent: float) -> None:
+def retract(tokens: NewTokens, exponent: float, allowed: torch.Tensor | None = None) -> None:
     """Pulls the deviation of the new vectors towards the table's, in place.
 
     rows ← rows · (deviation of the table / deviation of the rows) ** exponent, with one
@@ -181,12 +181,14 @@ def retract(tokens: NewTokens, exponent: float) -> None:
     Args:
         tokens: changed in place.
         exponent: share of the way on a logarithmic scale, in [0, 1]; 0: nothing is touched.
+        allowed: () bool on the device: where false, nothing is touched. None: true.
     """
     if exponent == 0 or tokens.rows.numel() < 2:
         return
     spread = tokens.rows.std()
     factor = (tokens.deviation / spread) ** exponent
-    tokens.rows.mul_(torch.where(spread > 0, factor, 1.0))
+    pulls = spread > 0 if allowed is None else allowed & (spread > 0)
+    tokens.rows.mul_(torch.where(pulls, factor, 1.0))
 
 
 def pool_at_end_of_text(text_encoder: Any, tokenizer: Any) -> None:

@@ -7,13 +7,13 @@ beside them. Which part learns in which step is `trainer.schedule`'s to say; kno
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer import adapters, tokens
+from trainer import adapters, shards, tokens
 from trainer.config import Note, OptimConfig, TrainingConfig
 from trainer.encoding import tokenizer_of
 from trainer.families.base import Family, adapted_encoders, token_encoders
@@ -85,7 +85,7 @@ class Trainables:
         ]
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Everything learnt so far, new tokens included, as a checkpoint keeps it."""
+        """Everything learnt so far, new tokens included; sharded weights as parts."""
         learnt = self.weights()
         if self.new_tokens:
             learnt[_TOKENS] = {name: new.rows.detach() for name, new in self.new_tokens.items()}
@@ -97,10 +97,10 @@ class Trainables:
         return {name: read(module) for name, module in self.modules.items()}
 
     def load(self, tensors: Tensors) -> None:
-        """Puts back what `tensors` gave."""
+        """Puts back what `tensors` gave, every tensor whole."""
         for name, module in self.modules.items():
             if self.whole:
-                module.load_state_dict(dict(tensors[name]))
+                shards.put(tensors[name], _whole_tensors(module))
             else:
                 adapters.load_adapter_tensors(module, tensors[name])
         for name, new in self.new_tokens.items():
@@ -153,6 +153,14 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
             "tokens": {name: (new.rows,) for name, new in new_tokens.items()},
         },
         notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def gathered_anew(trainables: Trainables) -> Trainables:
+    """What learns after the denoiser, which learns wholly, was given other parameters."""
+    name, denoiser = trainables.denoiser
+    return replace(
+        trainables, parameters={**trainables.parameters, "denoiser": {name: _learning(denoiser)}}
     )
 
 

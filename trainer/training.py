@@ -7,49 +7,52 @@ depends on nothing but its number and the weights it starts from.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from trainer import checkpoint, encoding, loss, objectives, optim, tokens
+from trainer import checkpoint, encoding, faults, loss, objectives, optim, shards, tokens
 from trainer.config import Note, TrainingConfig
-from trainer.data.dataset import Batch, Dataset
+from trainer.data.dataset import Batch, Dataset, leave_signals_to_the_training
 from trainer.encoding import Encodings
 from trainer.errors import Interrupted, NonFiniteError
 from trainer.events import CheckpointEvent, Event, NoteEvent, PhaseEvent, StepEvent
 from trainer.families.base import Family, LatentDistribution
+from trainer.identity import identity_of_contents
 from trainer.job import RunFolder
+from trainer.readings import (
+    Figures,
+    Reading,
+    Readings,
+    Seen,
+    all_finite,
+    finite_examples,
+    non_finite,
+)
 from trainer.schedule import Part, Schedule
+from trainer.sharding import put_together, shard
+from trainer.spread import Spread
 from trainer.trainables import Trainables
+from trainer.transfers import moved
 from trainer.updates import Updates
 
 # Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
 _MOST_ATTEMPTS = 24
 
-# Leaves that say where pictures and base model are; what they hold has digests of its own.
-_PLACES = (
-    *("images_data_url", "captions_file_url", "class_images_url"),
-    *("face_detector_path", "face_restorer_path", "clipseg_url"),
-    *("model_url", "model_family", "single_file_config", "revision", "variant", "vae_url"),
+_NOTHING_WHOLE = (
+    "an earlier run in this folder ended before its first checkpoint was whole: this one starts "
+    "from step 0"
 )
 
+# Steps of a phase that still pay for allocations and caches: their times are told apart.
+WARM_UP_STEPS = 3
 
-def identity(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """What of a run's identity is known before its pictures are read."""
-    left_out = {*_PLACES, *config.resolved.ignored_options}
-    values = {name: v for name, v in config.result_values().items() if name not in left_out}
-    if values.get("concepts"):
-        values["concepts"] = [
-            {name: value for name, value in concept.items() if name not in _PLACES}
-            for concept in values["concepts"]
-        ]
-    return values | {"number of processes": accelerator.num_processes}
+# Steps whose figures are read from a GPU at once; a processor has nothing to wait for.
+_STEPS_PER_READING = 10
 
 
 class Training:
@@ -58,7 +61,7 @@ class Training:
     Args:
         config: the resolved configuration.
         family: the loaded base model.
-        accelerator: device, processes and precision.
+        spread: device, precision and processes.
         dataset: the batches of this process.
         trainables: what learns in it.
         schedule: which part learns in which step.
@@ -70,7 +73,7 @@ class Training:
         self,
         config: TrainingConfig,
         family: Family,
-        accelerator: Accelerator,
+        spread: Spread,
         dataset: Dataset,
         *,
         trainables: Trainables,
@@ -80,9 +83,11 @@ class Training:
     ) -> None:
         self.config = config
         self.family = family
-        self.accelerator = accelerator
+        self.spread = spread
+        self.accelerator = accelerator = spread.accelerator
         self.dataset = dataset
-        self.trainables = trainables
+        self.sharding = sharding = spread.sharding
+        self.processes = spread.processes
         self.schedule = schedule
         self.text = encodings.text
         self.pictures = encodings.pictures
@@ -95,8 +100,15 @@ class Training:
         )
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
+        # What comes next is communication, which must not wait for one that loads slowly.
+        self.processes.wait()
+        if sharding is None:
+            self._spread_denoiser = accelerator.prepare_model(self.denoiser)
+        else:
+            trainables = shard(trainables, sharding, accelerator)
+            self._spread_denoiser = self.denoiser
+        self.trainables = trainables
         self.parameters = trainables.of(trainables.parameters)
-        self._spread_denoiser = accelerator.prepare_model(self.denoiser)
         if self.pictures is None:
             family.pipeline.vae.to(accelerator.device)
         self.updates = Updates(
@@ -108,6 +120,8 @@ class Training:
         self.optimizer = self.updates.optimizer
         self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
         self.accelerated_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.readings = Readings(accelerator.device, self._steps_per_reading())
+        self._fault = faults.wanted_fault()
 
     @property
     def total_steps(self) -> int:
@@ -123,13 +137,20 @@ class Training:
         """Goes to the newest usable checkpoint in the run folder, if there is one.
 
         Raises:
-            CheckpointError: none is usable, or they belong to another configuration.
+            CheckpointError: none is usable, they belong to another configuration, or not all
+                processes can read the same one.
         """
         loaded = checkpoint.load_newest(folder.checkpoints, config_values=self._identity())
         if loaded is not None:
             for warning in loaded.warnings:
                 yield NoteEvent("warning", "checkpoints", warning)
             self._restore(loaded.checkpoint)
+        self.spread.refuse_several_steps(self.step, () if loaded is None else loaded.warnings)
+        if self.accelerator.is_main_process:
+            keep = self.config.run.checkpoints_total_limit
+            removed = checkpoint.tidy(folder.checkpoints, self.step, keep=keep)
+            if removed and loaded is None:
+                yield NoteEvent("warning", "checkpoints", _NOTHING_WHOLE)
 
     def steps(self, folder: RunFolder, stop: Callable[[], bool]) -> Iterator[Event]:
         """The remaining steps; publishes checkpoints on the way, at the end and when stopped.
@@ -144,20 +165,29 @@ class Training:
             sampler=range(self.step, self.total_steps),
             num_workers=self.config.run.num_workers if self.pictures is None else 0,
             collate_fn=list,
+            worker_init_fn=leave_signals_to_the_training,
         )
         self.denoiser.train()
         every = self.config.run.checkpointing_steps
         loading = iter(batches_of_steps)
         parts: frozenset[Part] | None = None
+        started, warm_at = time.perf_counter(), self.step
         while self.step < self.total_steps:
             earlier, parts = parts, self.schedule.parts_at(self.step)
             if parts != earlier:
+                yield from self._read(started)
                 yield from self._enter_phase(parts)
-            started = time.perf_counter()
-            yield self._one_step(next(loading), started)
-            stopping = self.step < self.total_steps and self._any_process(stop())
+                started, warm_at = time.perf_counter(), self.step + WARM_UP_STEPS
+            self._one_step(next(loading))
+            warming_up = self.config.run.report_steps is None and self.step <= warm_at
+            if self.readings.due or warming_up:
+                yield from self._read(started)
+                started = time.perf_counter()
+            stopping = self.step < self.total_steps and self.processes.any(stop())
             if stopping or self.step % every == 0 or self.step == self.total_steps:
+                yield from self._read(started)
                 yield from self._publish(folder)
+                started = time.perf_counter()
             if stopping:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; its checkpoint is kept",
@@ -195,97 +225,124 @@ class Training:
         )
         return (Note(kind="warning", field="lr_warmup_steps", message=message),)
 
-    def _one_step(self, batches: Sequence[Batch], started: float) -> StepEvent:
+    def _steps_per_reading(self) -> int:
+        """How many steps are taken between two readings of their figures."""
+        if self.accelerator.scaler is not None:
+            # Whether its gradients overflow is asked in each step.
+            return 1
+        on_processor = self.accelerator.device.type == "cpu"
+        return self.config.run.report_steps or (1 if on_processor else _STEPS_PER_READING)
+
+    def _one_step(self, batches: Sequence[Batch]) -> None:
+        """Takes a step; its figures stay on the device."""
+        self.processes.begin(self.step + 1)
         learning_rate = float(self.course.get_last_lr()[0])
-        for _ in range(_MOST_ATTEMPTS):
-            step_loss, grad_norm, updated = self._attempt(batches)
-            if updated:
+        scaler = self.accelerator.scaler
+        for _ in range(1 if scaler is None else _MOST_ATTEMPTS):
+            figures = self._attempt(batches)
+            # With a scaler, gradients that overflowed change nothing: once more, scaled less.
+            if scaler is None or bool(figures.healthy | ~figures.loss.isfinite()):
                 break
-        else:
-            raise self._non_finite(step_loss, grad_norm, batches)
+        allowed = self.readings.allow(figures)
         if "tokens" in self.schedule.parts_at(self.step):
             for new_tokens in self.trainables.new_tokens.values():
-                tokens.retract(new_tokens, self.config.token.token_retraction)
+                tokens.retract(new_tokens, self.config.token.token_retraction, allowed)
         self.course.step()
         self.step += 1
-        self.losses.append(step_loss)
-        return StepEvent(
-            step=self.step,
-            epoch=self.dataset.plan.epoch_of(self.step - 1),
-            loss=step_loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            seconds=time.perf_counter() - started,
-        )
+        seen = [
+            Seen(self.dataset.examples[number].name, caption)
+            for batch in batches
+            for number, caption in zip(batch.numbers, batch.captions, strict=True)
+        ]
+        self.readings.take(self.step, learning_rate, figures, seen)
 
-    def _attempt(self, batches: Sequence[Batch]) -> tuple[float, float, bool]:
-        """Gradients and update of a step; fp16's scaler skips the update where they overflow.
+    def _read(self, started: float) -> Iterator[StepEvent]:
+        """The events of all steps that were not read yet.
 
-        Returns:
-            The step's loss, the norm of its gradients before clipping, and whether the
-            weights were updated.
+        Args:
+            started: when the first of them began.
 
         Raises:
-            NonFiniteError: the loss, or without a scaler the gradient, is not finite.
+            NonFiniteError: one of them had no finite loss or gradients.
         """
+        readings = self.readings.read()
+        seconds = (time.perf_counter() - started) / max(1, len(readings))
+        for reading in readings:
+            if not reading.healthy:
+                raise self._non_finite(reading)
+            self.losses.append(reading.loss)
+            yield StepEvent(
+                step=reading.step,
+                epoch=self.dataset.plan.epoch_of(reading.step - 1),
+                loss=reading.loss,
+                learning_rate=reading.learning_rate,
+                grad_norm=reading.grad_norm,
+                seconds=seconds,
+            )
+
+    def _attempt(self, batches: Sequence[Batch]) -> Figures:
+        """Gradients and update of a step; no update where they are not finite."""
         total = torch.zeros((), device=self.accelerator.device)
-        self.updates.begin(self.step)
+        finite: list[torch.Tensor] = []
+        timesteps: list[torch.Tensor] = []
+        self.updates.begin(self.step, self.readings.healthy)
         for batch in batches:
             last = batch is batches[-1]
             waiting = self.accelerator.no_sync(self.family.denoiser)
             with contextlib.nullcontext() if last else waiting:
-                batch_loss = self._loss(batch)
+                timesteps.append(moved(self._timesteps(batch), self.accelerator.device))
+                batch_loss, batch_finite = self._loss(batch, timesteps[-1])
                 self.accelerator.backward(batch_loss)
             total += batch_loss.detach()
-        self._average_text_gradients()
-        step_loss = float(self.accelerator.reduce(total, "mean"))
+            finite.append(batch_finite)
+        self.spread.average_gradients(self.trainables)
+        step_loss = self.accelerator.reduce(total, "mean")
         self.accelerator.unscale_gradients(self.accelerated_optimizer)
         if self.updates.in_backward:
-            grad_norm = float(self.updates.norm())
+            grad_norm = self.updates.norm()
         else:
-            grad_norm = float(optim.clip(self.parameters, self.config.optim.max_grad_norm))
-        scaler = self.accelerator.scaler
-        if not math.isfinite(step_loss) or (scaler is None and not math.isfinite(grad_norm)):
-            raise self._non_finite(step_loss, grad_norm, batches)
-        if self.updates.is_piecewise:
-            self.updates.apply()
+            grad_norm = optim.clip(self.parameters, self.config.optim.max_grad_norm)
+        figures = Figures(step_loss, grad_norm, torch.cat(finite), torch.cat(timesteps))
+        if self.accelerator.scaler is None or self.updates.is_piecewise:
+            self.updates.apply(self.readings.healthy & figures.healthy)
         else:
             self.accelerated_optimizer.step()
             self.accelerated_optimizer.zero_grad(set_to_none=True)
-        # With a scaler, gradients that overflowed change nothing: the update is left out.
-        return step_loss, grad_norm, math.isfinite(grad_norm)
+        return figures
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch, and what of each example is finite, see `Figures`."""
         device, seed, settings = self.accelerator.device, self.config.run.seed, self.config.loss
         distribution = self._distribution(batch)
         shape = distribution.mean.shape[1:]
-        draw = objectives.normal(seed, "posterior", batch.positions, shape).to(device)
+        draw = moved(objectives.normal(seed, "posterior", batch.positions, shape), device)
         latents = distribution.mean + distribution.std * draw
-        noise = objectives.noise_for(seed, batch.positions, shape, settings.noise_offset).to(device)
-        timesteps = self._timesteps(batch).to(device)
+        noise = objectives.noise_for(seed, batch.positions, shape, settings.noise_offset)
+        noise = moved(noise, device)
         noisy_latents = self.objective.add_noise(latents, noise, timesteps)
         text = self.text.of(batch.captions)
-        geometry = {name: sizes.to(device) for name, sizes in batch.geometry.items()}
+        geometry = {name: moved(sizes, device) for name, sizes in batch.geometry.items()}
         geometry["guidance"] = torch.full((len(latents),), settings.guidance_scale, device=device)
         prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
-        return loss.diffusion_loss(
+        batch_loss = loss.diffusion_loss(
             prediction,
             self.objective.target(latents, noise, timesteps),
-            shares=batch.weights.to(device),
-            is_class=batch.is_class.to(device),
-            mask=None if batch.masks is None else batch.masks.to(device),
+            shares=moved(batch.weights, device),
+            is_class=moved(batch.is_class, device),
+            mask=None if batch.masks is None else moved(batch.masks, device),
             snr=self.objective.snr(timesteps),
             snr_gamma=settings.snr_gamma,
             prediction_type=self.objective.prediction_type,
         )
-
-    def _average_text_gradients(self) -> None:
-        """The mean over the processes of gradients that the denoiser's wrapper does not see."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.trainables.of(("text_encoders", "tokens")):
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self._fault is not None:
+            batch_loss = self._fault.strike(
+                batch_loss,
+                step=self.step + 1,
+                is_last_process=self.accelerator.is_last_process,
+            )
+        text_is_finite = torch.stack([finite_examples(states) for states in text.values()]).all(0)
+        causes = (finite_examples(latents), text_is_finite, finite_examples(prediction))
+        return batch_loss, torch.stack(causes, 1)
 
     def _distribution(self, batch: Batch) -> LatentDistribution:
         device = self.accelerator.device
@@ -293,8 +350,7 @@ class Training:
             views = list(zip(batch.numbers, batch.flipped, strict=True))
             return encoding.stack_latents(self.pictures, views, device)
         assert batch.pixels is not None
-        names = [self.dataset.examples[number].name for number in batch.numbers]
-        return encoding.encode(self.family, batch.pixels.to(device), names)
+        return encoding.encode(self.family, moved(batch.pixels, device))
 
     def _timesteps(self, batch: Batch) -> torch.Tensor:
         # All pictures of a batch have one size.
@@ -308,26 +364,10 @@ class Training:
             latent_size=(height // side, width // side),
         )
 
-    def _non_finite(
-        self, step_loss: float, grad_norm: float, batches: Sequence[Batch]
-    ) -> NonFiniteError:
-        names = [self.dataset.examples[n].name for batch in batches for n in batch.numbers]
-        timesteps = [int(t) for batch in batches for t in self._timesteps(batch)]
-        what = (
-            f"loss {step_loss}, gradient norm {grad_norm} in step {self.step + 1} "
-            f"(pictures {', '.join(names)}; timesteps {timesteps})"
-        )
-        if self.updates.in_backward:
-            # What was updated before the value came up cannot be taken back.
-            return NonFiniteError(
-                f"{what}; with `fused_backward` weights are changed by then",
-                f"the same command goes on {self._last_safe()}; if it ends here again, lower "
-                "learning_rate, with another --output",
-            )
-        return NonFiniteError(
-            f"{what}; the weights are untouched",
-            "lower learning_rate, or set mixed_precision: bf16 or no; checkpoints are kept",
-        )
+    def _non_finite(self, reading: Reading) -> NonFiniteError:
+        """What was not finite in a step, in the pictures of all processes."""
+        odd = gather_object(list(reading.odd))
+        return non_finite(reading, odd, f"the same command goes on {self._last_safe()}")
 
     def _last_safe(self) -> str:
         """From where a run whose weights are spoilt goes on, in words."""
@@ -335,43 +375,39 @@ class Training:
             return "from the start, as there is no checkpoint yet"
         return f"from the last checkpoint, step {self.last_checkpoint}"
 
-    def _any_process(self, flag: bool) -> bool:
-        """Whether any process raises the flag: all of them must leave the loop at one step."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flags, "sum") > 0)
-
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: settings, processes, pictures, weights."""
-        pictures = [
-            (e.name, e.sha256, e.caption, e.mask_sha256, e.is_class)
-            + (e.original_size, e.size, e.target, e.window)
-            for e in self.dataset.examples
-        ]
-        shares = repr((pictures, self.dataset.plan.portions))
-        digest = hashlib.sha256(shares.encode()).hexdigest()
-        contents = {"training pictures": digest, "base model's contents": self.base_contents}
-        return identity(self.config, self.accelerator) | contents
+        return self.spread.identity_of(self.config) | identity_of_contents(
+            self.dataset.examples, self.dataset.plan.portions, self.base_contents
+        )
 
     def _publish(self, folder: RunFolder) -> Iterator[Event]:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+        state = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
+        parts = map(shards.part, self.parameters)
+        if self.processes.any(not all_finite([*parts, *filter(torch.is_tensor, state)])):
             raise NonFiniteError(
-                f"weights are not finite after step {self.step}; no checkpoint is made of them",
+                f"weights or what the optimizer keeps are not finite after step {self.step}; no "
+                "checkpoint is made of them",
                 f"lower learning_rate; the same command goes on {self._last_safe()}",
             )
-        if self.accelerator.is_main_process:
+        # All processes take part in this: weights may be in shards.
+        is_main_process = self.accelerator.is_main_process
+        learnt = {
+            f"{component}.{name}": tensor
+            for component, tensors in self.trainables.tensors().items()
+            for name, tensor in tensors.items()
+        }
+        learnt = shards.gathered(learnt, keep=is_main_process)
+        optimizer = self.updates.state(keep=is_main_process)
+        if is_main_process:
             scaler = self.accelerator.scaler
+            folder.sync_events()
             path = checkpoint.publish(
                 folder.checkpoints,
                 checkpoint.Checkpoint(
                     step=self.step,
-                    tensors={
-                        f"{component}.{name}": tensor
-                        for component, tensors in self.trainables.tensors().items()
-                        for name, tensor in tensors.items()
-                    },
-                    optimizer=self.optimizer.state_dict(),
+                    tensors=learnt,
+                    optimizer=optimizer,
                     state={
                         "lr_scheduler": self.course.state_dict(),
                         "scaler": scaler.state_dict() if scaler else None,
@@ -383,7 +419,12 @@ class Training:
             )
             yield CheckpointEvent(self.step, path.relative_to(folder.root).as_posix())
         self.last_checkpoint = self.step
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
+
+    def put_together(self) -> None:
+        """Ends the training: of shards, the main process gets an ordinary model, others nothing."""
+        if self.sharding is not None:
+            put_together(self.denoiser, keep=self.accelerator.is_main_process)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -391,7 +432,7 @@ class Training:
             component, _, rest = name.partition(".")
             tensors.setdefault(component, {})[rest] = tensor
         self.trainables.load(tensors)
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.updates.load(saved.optimizer)
         self.course.load_state_dict(saved.state["lr_scheduler"])
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])

@@ -50,12 +50,13 @@ class UpdateMemory:
         updates = Updates([group], optim, seed=0, in_backward=False)
         (learner,) = updates.learners([weight])
         gradient = torch.ones_like(weight)
+        allowed = torch.ones((), dtype=torch.bool, device=device)
         with LiveBytes() as counter:
             for _ in range(2):
                 counter.peak = counter.now
                 weight.grad = gradient
-                updates.begin(0)
-                updates.apply()
+                updates.begin(0, allowed)
+                updates.apply(allowed)
         meanwhile = counter.peak - counter.now if one_by_one or updates.is_piecewise else 0
         values = updates.optimizer.state[learner].values()
         state = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -379,7 +379,8 @@ def test_an_estimate_counts_each_size_of_a_picture(
     sd15_folder: Path, grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Memory, which takes a while, plays no part here.
-    monkeypatch.setattr(forecast, "training_footprint", Mock(side_effect=OSError("not asked for")))
+    unasked = Mock(side_effect=OSError("not asked for"))
+    monkeypatch.setattr(forecast.Forecast, "footprint", unasked)
     several = {"priority": "quality", "num_train_epochs": 2}
 
     found = forecast.estimate(configuration(sd15_folder, grids, **several))

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained_adapters import TrainedAdapter
 
-from trainer import tensorfile
 from trainer.events import Event
 from trainer.export.verify import Check, TrainedWeights, WrittenFile, verify
 
@@ -51,4 +50,5 @@ def rewrite(path: Path, change: Change) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     change(tensors, metadata)
-    tensorfile.write(path, tensors, metadata)
+    # The library's own writer takes what ours refuses, such as NaN.
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))

@@ -18,7 +18,7 @@ from trainer.families.flux import FAMILY
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "add_v_proj"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_stock_diffusers_reads_the_file_at_true_width(tmp_path: Path) -> None:
     torch.manual_seed(0)
     # Weights of 16 bits, one block of each kind: 0.5 billion of them.

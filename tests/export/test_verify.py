@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import run_verification
+from checking import rewrite, run_verification
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from trained_adapters import TrainedAdapter
 
@@ -344,13 +344,13 @@ def _fully_trained(
         for name, parameter in unet.named_parameters()
     }
     stored = dict(weights)
-    if fault == "nan":
-        stored["conv_in.weight"] = stored["conv_in.weight"] * float("nan")
     if fault == "changed":
         stored["conv_in.bias"] = stored["conv_in.bias"] * 1.001
     if fault == "missing":
         del stored["mid_block.resnets.0.conv1.weight"]
     written = write_denoiser(root / "unet", stored, unet.config, dtype)
+    if fault == "nan":
+        rewrite(written[1], lambda tensors, _: tensors["conv_in.weight"].fill_(float("nan")))
     adapter = TrainedAdapter(base.state, {"unet": weights}, base.base, base.names)
     roles = ("denoiser_config", "denoiser_weights")
     return adapter, list(zip(roles, written, strict=True))

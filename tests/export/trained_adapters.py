@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+from copies import copied_module
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -188,9 +189,11 @@ def train(
 
 def _copy(base: Any, trained_components: tuple[str, ...]) -> Any:
     """A pipeline with models and tokenizers of its own where training may go."""
-    copied = [n for n in base.components if n in trained_components or n.startswith("tokenizer")]
-    copies = {name: copy.deepcopy(base.components[name]) for name in copied}
-    return type(base)(**{**base.components, **copies})
+    parts = base.components
+    copies = {name: copied_module(parts[name]) for name in parts if name in trained_components}
+    tokenizers = [name for name in parts if name.startswith("tokenizer")]
+    copies |= {name: copy.deepcopy(parts[name]) for name in tokenizers}
+    return type(base)(**{**parts, **copies})
 
 
 def _config(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from copies import copied_family, drawing_once
 from options import onlookers
 from options.matrix import ADAPTER_FORMS, Leaves, Own, Place, Row
 from options.probe import Delivery, Probe, deliver, probe
 from options.world import OWN, SIDE, World
 from tiny import compose
 
-from trainer import base_model
+from trainer import base_model, fitting
 from trainer.base_model import BaseModel, Precision
 from trainer.config import ModelConfig, TrainingConfig
 from trainer.errors import InputError
@@ -64,11 +64,11 @@ class Lab:
         """While this lasts, what was loaded of equal settings before is copied, not read again."""
         load, skeleton = base_model.load, base_model.skeleton
 
-        def copied(base: BaseModel, precision: Precision, **named: Any) -> Family:
+        def loaded(base: BaseModel, precision: Precision, **named: Any) -> Family:
             name = base.settings.model_dump_json(), (precision, repr(named))
             if name not in self.loaded:
                 self.loaded[name] = load(base, precision, **named)
-            family = copy.deepcopy(self.loaded[name])
+            family = copied_family(self.loaded[name])
             if not adapted_encoders(family) and not token_encoders(family):
                 self._encode_once(family, repr(name))
             return family
@@ -79,7 +79,11 @@ class Lab:
                 self.loaded[name] = skeleton(base, component)
             return self.loaded[name]
 
-        with patch.multiple(base_model, load=copied, skeleton=empty):
+        with (
+            patch.multiple(base_model, load=loaded, skeleton=empty),
+            patch.object(fitting, "skeleton", empty),
+            drawing_once(),
+        ):
             yield
 
     def _encode_once(self, family: Family, model: str) -> None:
@@ -178,6 +182,7 @@ class Case:
         self.config()
         with (
             self._surroundings(has_spandrel=False),
+            self.lab.loading_once(),
             patch.object(base_model, "load", side_effect=AssertionError("a model was loaded")),
             pytest.raises(InputError, match=message) as caught,
         ):

@@ -290,9 +290,9 @@ class _Recorder:
         return {n: p.grad.clone() for n, p in self._named.items() if p.grad is not None}
 
     def _encode(self, original: Any) -> Any:
-        def listen(family: Any, pixels: torch.Tensor, names: Any) -> Any:
+        def listen(family: Any, pixels: torch.Tensor) -> Any:
             self.pixels.append(pixels.clone())
-            return original(family, pixels, names)
+            return original(family, pixels)
 
         return listen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from options.case import Case
 from options.matrix import acts, idle, refused
 
-from trainer.machine import NO_GPU
+from trainer.machine import NO_GPU, SAME_ANYWAY
 
 
 def the_frozen_weights_are_rounded(case: Case) -> None:
@@ -38,4 +38,5 @@ FROZEN = [
         base={"use_lora": False, "rank": ..., "target_unet_modules": ...},
     ),
     *idle(NO_GPU, offload_blocks=1, offload_models=True),
+    *idle(SAME_ANYWAY, deterministic=True),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from options.case import Case, near, same
 from options.matrix import Leaves, Place, acts, idle, refused
 from options.probe import Probe
 from tiny import never
+from torch.distributed import DistStoreError
 
 from trainer import engine, results
 from trainer.job import Result, RunFolder
@@ -107,6 +109,16 @@ def others_read_the_pictures(case: Case) -> None:
         same(one.tensors(), other.tensors())
 
 
+def losses_are_told_together(case: Case) -> None:
+    one_by_one, together = case.before(), case.after()
+    assert [len(step.passes) for step in one_by_one.steps] == [1, 1]
+    assert [len(step.passes) for step in together.steps] == [2, 0]
+    told = [
+        [step.event.loss for step in probe.steps if step.event] for probe in (one_by_one, together)
+    ]
+    assert told[0] == told[1]
+
+
 def checkpoints(probe: Probe) -> set[str]:
     found = {Path(name).parts for name in probe.files}
     return {parts[1] for parts in found if len(parts) == 2 and parts[0] == "checkpoints"}
@@ -174,6 +186,20 @@ def curves_are_sent(case: Case) -> None:
     (run,) = runs
     assert len(run.points) == 1
     assert run.ended == 0
+
+
+def others_are_waited_for(case: Case) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2"}
+    for leaves, seconds in (({}, 5), (case.row.flipped, 6)):
+        with (
+            patch.dict(os.environ, launched),
+            patch("trainer.processes.rendezvous", side_effect=DistStoreError("nobody")) as asked,
+        ):
+            folder = RunFolder(case.lab.folder())
+            result = supervise(case.config(leaves), folder, [], engine=engine.run, stop=never)
+        assert result.error_kind == "process"
+        assert f"within {seconds} s" in f"{result.error}"
+        assert asked.call_args.kwargs["timeout"].total_seconds() == seconds
 
 
 SHORT: Leaves = {"max_train_steps": 2}
@@ -250,6 +276,14 @@ RUN = [
     ),
     *idle("latents are cached", num_workers=1),
     acts(
+        "report_steps",
+        "step",
+        "both steps are taken before the first is told, with the same losses",
+        losses_are_told_together,
+        base={"report_steps": 1},
+        flipped={"report_steps": 2},
+    ),
+    acts(
         "checkpointing_steps",
         "files",
         "a checkpoint is published after so many steps, and at the end",
@@ -264,6 +298,14 @@ RUN = [
         keeps({"step-3"}, {"step-2", "step-3"}),
         base={"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1},
         flipped={"checkpoints_total_limit": 2},
+    ),
+    acts(
+        "rank_timeout",
+        "step",
+        "processes that were launched together are waited for so long",
+        others_are_waited_for,
+        base={"rank_timeout": 5},
+        flipped={"rank_timeout": 6},
     ),
     acts(
         "tensorboard",

@@ -29,8 +29,9 @@ from options.rows_tokens import PRIORS, TOKEN
 from options.rows_whole import WHOLE_ROWS
 from options.rows_windows import WINDOWS
 
-# Seen in a GPU's memory alone: tests/test_frozen.py looks at what they do.
-ON_A_GPU = ("offload_models", "offload_blocks")
+# Seen on a GPU alone, and in what: tests/test_frozen.py and tests/reliability/test_same_bytes.py
+# look at what they do.
+ON_A_GPU = {"offload_models": "memory", "offload_blocks": "memory", "deterministic": "arithmetic"}
 
 _SIZES = ("resolution_width", "resolution_height")
 

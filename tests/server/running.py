@@ -18,7 +18,9 @@ from starlette.testclient import TestClient
 
 from trainer.server.room import Room
 
+ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "fake_job.py"
+WARM = Path(__file__).parent / "warm_job.py"
 
 
 def fake_jobs_environment() -> dict[str, str]:
@@ -52,6 +54,27 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def warm_jobs(folder: Path) -> Iterator[dict[str, str]]:
+    """The variables with which a server's jobs import nothing anew, as long as the block lasts."""
+    place = str(folder / "warm")
+    code = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        [sys.executable, str(WARM), "serve", place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": code, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        ask = shlex.join([sys.executable, "-S", str(WARM), place])
+        yield {
+            "TRAINER_JOB_COMMAND": f"{ask} train {{config}} --output {{output}} --seal-network",
+            "TRAINER_GENERATION_COMMAND": f"{ask} generate --stdin",
+            "OMP_NUM_THREADS": "1",
+        }
 
 
 @contextmanager

@@ -219,6 +219,23 @@ def test_an_interrupted_job_goes_on_however_often(
     assert world.now(job).starts == 1
 
 
+def test_an_interrupted_job_goes_on_where_its_launcher_makes_another_exit_code_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "interrupted")
+    said = {"status": "interrupted", "exit_code": 75}
+    monkeypatch.setenv("FAKE_RESULT", json.dumps(said))
+    job = world.submit()
+    world.until(lambda: len(world.starts()) >= 5)
+    monkeypatch.delenv("FAKE_FAIL")
+    monkeypatch.delenv("FAKE_RESULT")
+
+    world.until_over(job)
+
+    assert world.state(job) == "done"
+    assert world.now(job).starts == 1
+
+
 def test_a_running_job_is_cancelled_within_seconds(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

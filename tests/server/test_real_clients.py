@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from running import RunningServer, free_port, running_server, wait_for
+from running import RunningServer, free_port, running_server, wait_for, warm_jobs
 from safetensors.numpy import load_file
 from skimage import data as photographs_of_skimage
 
@@ -82,14 +82,16 @@ def server(
         "black-forest-labs/FLUX.1-dev": {"model_url": str(flux_folder)},
     }
     (root / "base_models.yaml").write_text(yaml.safe_dump(models))
-    environment = {"TRAINER_BASE_MODELS": str(root / "base_models.yaml"), "OMP_NUM_THREADS": "1"}
     ports = ["--tls-port", str(free_port()), "--proxy-port", str(free_port())]
-    with running_server(
-        root / "data",
-        *("--gpus", "0", "--gpus", "1", "--tls", *ports),
-        *("--min-finetune-iterations", "3", "--inference-idle-seconds", "20"),
-        environment=environment,
-    ) as running:
+    with (
+        warm_jobs(root) as environment,
+        running_server(
+            root / "data",
+            *("--gpus", "0", "--gpus", "1", "--tls", *ports),
+            *("--min-finetune-iterations", "3", "--inference-idle-seconds", "20"),
+            environment={"TRAINER_BASE_MODELS": str(root / "base_models.yaml"), **environment},
+        ) as running,
+    ):
         running.proxy = f"http://127.0.0.1:{ports[-1]}"
         yield running
 
@@ -223,6 +225,7 @@ def test_bfls_script_finetunes_and_generates_with_the_finetune(
     assert "deleted_finetune_id" in said([*script, "finetune_delete", finetune], environment)
 
 
+@pytest.mark.thorough
 def test_two_trainings_outlive_a_server_that_is_killed(
     tmp_path: Path, sd15_folder: Path, photographs: list[Path]
 ) -> None:

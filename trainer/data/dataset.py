@@ -8,6 +8,7 @@ are not known here.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,10 @@ from trainer.images.crop import (
 )
 from trainer.images.masks import resized_mask
 
-__all__ = ["Batch", "Dataset", "Plan", "Slot"]
+__all__ = ["Batch", "Dataset", "Plan", "Slot", "leave_signals_to_the_training"]
+
+# Ctrl-C, a closed terminal and many service managers send theirs to every process of a group.
+_SIGNALS_TO_A_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,15 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
 
     def _source(self, purpose: str, slot: Slot) -> random.Random:
         return randomness.source(self.plan.seed, purpose, slot.position)
+
+
+def leave_signals_to_the_training(_: int) -> None:
+    """Lets a process that reads pictures live on when asked to end, for the steps until then.
+
+    It ends with the training, which it looks for every few seconds.
+    """
+    for number in _SIGNALS_TO_A_GROUP:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def has_fixed_window(data: DataConfig) -> bool:

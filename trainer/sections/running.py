@@ -76,6 +76,12 @@ class RunConfig(Section):
     """Length, batches, numerics and book-keeping of a run."""
 
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of everything random (fal).")
+    deterministic: bool = Field(
+        False,
+        description="Use only operations that give the same bits each time on one GPU: the same "
+        "seed then gives the same bytes there, more slowly; a processor's are the same anyway "
+        "(ours).",
+    )
     max_train_steps: int = Field(1000, ge=1, description="Optimizer steps (fal).")
     num_train_epochs: int | None = Field(
         None,
@@ -117,6 +123,13 @@ class RunConfig(Section):
         description="Processes that read pictures ahead where latents are not cached (ours).",
         json_schema_extra=WATCHING_ONLY,
     )
+    report_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps whose losses are read from the device at once; in between it is not "
+        "waited for. None: 10 on a GPU, 1 elsewhere (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
     checkpointing_steps: int = Field(
         250,
         ge=1,
@@ -127,6 +140,13 @@ class RunConfig(Section):
         2,
         ge=1,
         description="Checkpoints kept; an older one goes only after a newer one is safe (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    rank_timeout: float = Field(
+        300,
+        ge=5,
+        description="Seconds after which a process that does not come to a step, or gives no sign "
+        "of life, ends the training of all that were launched together (ours).",
         json_schema_extra=WATCHING_ONLY,
     )
     tensorboard: bool = Field(
