@@ -6,7 +6,9 @@ import gc
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainer-tests-")
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+import copies
 import make_tiny_models
 import pytest
 from PIL import Image
@@ -51,6 +54,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spared() -> Iterator[None]:
+    """Spares the tests the making of what they made before, and the waiting for the disk.
+
+    The power stays on in this process; what a power cut leaves is tried in others.
+    """
+    with copies.instead_of_making_again(), patch.object(os, "fsync", lambda descriptor: None):
+        yield
 
 
 @pytest.fixture(scope="session")

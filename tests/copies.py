@@ -1,15 +1,17 @@
-"""Copies in the place of making the same again and again: base models, and contact sheets."""
+"""Copies in the place of making the same again and again: base models, contact sheets, faces."""
 
 from __future__ import annotations
 
-import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from trainer import base_model, fitting
 from trainer.base_model import BaseModel, Precision
@@ -17,65 +19,62 @@ from trainer.config import DataConfig
 from trainer.data import overview
 from trainer.data.prepared import Index
 from trainer.families.base import Family
+from trainer.images import detectors
 
-_LOAD = base_model.load
+LOAD = base_model.load
 _SKELETON = base_model.skeleton
-_WRITE_SHEETS = overview._write_sheets
+WRITE_SHEETS = overview._write_sheets
 _KEPT: dict[tuple[object, ...], Family] = {}
 _SKELETONS: dict[tuple[object, ...], torch.nn.Module] = {}
 _SHEETS: dict[str, dict[str, bytes]] = {}
+_CASCADE = detectors._cascade
+_FACES: dict[tuple[object, ...], Any] = {}
+# Kinds of values that nothing changes.
+_PLAIN = frozenset((bool, float, int, str, type, type(None), torch.dtype))
+# Base models that are kept: those that were asked for last.
+_MOST = 8
+# Bytes that a processor fetches together.
+_LINE = 64
 
 
 @contextmanager
-def loading_once() -> Iterator[None]:
-    """While this lasts, a folder that was loaded as it is before is copied, not read again.
+def instead_of_making_again() -> Iterator[None]:
+    """While this lasts, what was made before of the same files and settings is copied.
 
-    A test that watches or replaces the loading itself meets no copies.
+    Base models and their skeletons are not read again, contact sheets not drawn again, and pictures
+    not searched for faces again. A test that watches or replaces one of these replaces the copying
+    too.
     """
-    if base_model.load is not _LOAD:
-        yield
-        return
     with (
-        patch.object(base_model, "load", _loaded),
+        patch.multiple(base_model, load=_loaded, skeleton=_emptied),
         patch.object(fitting, "skeleton", _emptied),
-        drawing_once(),
+        patch.object(overview, "_write_sheets", _drawn),
+        patch.object(detectors, "_cascade", _Cascade),
     ):
-        yield
-
-
-@contextmanager
-def drawing_once() -> Iterator[None]:
-    """While this lasts, the contact sheet of pictures that were prepared before is not drawn anew.
-
-    A test that watches or replaces the drawing itself meets no copies.
-    """
-    if overview._write_sheets is not _WRITE_SHEETS:
-        yield
-        return
-    with patch.object(overview, "_write_sheets", _drawn):
         yield
 
 
 def _loaded(base: BaseModel, precision: Precision, **named: Any) -> Family:
     states = _states(base)
     if not states:
-        return _LOAD(base, precision, **named)
+        return LOAD(base, precision, **named)
     settings = base.settings.model_dump_json()
     key = settings, precision, repr(sorted(named.get("without", ()))), states
-    if key not in _KEPT:
-        _KEPT[key] = _LOAD(base, precision, **named)
-    return copied_family(_KEPT[key])
+    family = _KEPT.pop(key, None) or LOAD(base, precision, **named)
+    _KEPT[key] = family
+    if len(_KEPT) > _MOST:
+        del _KEPT[next(iter(_KEPT))]
+    return copied_family(family)
 
 
-def _emptied(base: BaseModel, component: str) -> torch.nn.Module:
-    """Layers that are only looked at."""
+def _emptied(base: BaseModel, component: str) -> Any:
     states = _states(base)
     if not states:
         return _SKELETON(base, component)
     key = base.settings.model_dump_json(), component, states
     if key not in _SKELETONS:
         _SKELETONS[key] = _SKELETON(base, component)
-    return _SKELETONS[key]
+    return copied_module(_SKELETONS[key])
 
 
 def _states(base: BaseModel) -> tuple[tuple[str, int, int], ...]:
@@ -91,12 +90,27 @@ def _states(base: BaseModel) -> tuple[tuple[str, int, int], ...]:
 def _drawn(index: Index, folder: Path, *, of_class: bool, data: DataConfig) -> None:
     key = f"{of_class} {data.model_dump_json()} {index.model_dump_json()}"
     if key not in _SHEETS:
-        _WRITE_SHEETS(index, folder, of_class=of_class, data=data)
+        WRITE_SHEETS(index, folder, of_class=of_class, data=data)
         _SHEETS[key] = {page.name: page.read_bytes() for page in overview.sheets(folder)}
     for page in overview.sheets(folder):
         page.unlink()
     for name, content in _SHEETS[key].items():
         (folder / name).write_bytes(content)
+
+
+class _Cascade:
+    """A cascade that is asked about a picture once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._cascade = _CASCADE(name)
+
+    def detectMultiScale2(self, pixels: Any, **settings: Any) -> Any:
+        content = hashlib.sha256(pixels.tobytes()).digest()
+        key = self._name, pixels.shape, content, repr(settings)
+        if key not in _FACES:
+            _FACES[key] = self._cascade.detectMultiScale2(pixels, **settings)
+        return _FACES[key]
 
 
 def copied_family(family: Family) -> Family:
@@ -105,7 +119,17 @@ def copied_family(family: Family) -> Family:
     for component in family.pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             copied_module(component, known)
-    return copy.deepcopy(family, known)
+        if isinstance(component, PreTrainedTokenizerBase):
+            known[id(component)] = _copied_tokenizer(component)
+    return deepcopy(family, known)
+
+
+def _copied_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    twin = deepcopy(tokenizer)
+    if isinstance(twin, CLIPTokenizer):
+        # Where words end is told in an object that is not copied.
+        twin._wrap_decode_method_backend_tokenizer()
+    return twin
 
 
 def copied_module(module: torch.nn.Module, known: dict[int, Any] | None = None) -> Any:
@@ -120,10 +144,36 @@ def copied_module(module: torch.nn.Module, known: dict[int, Any] | None = None) 
     twin = known[id(module)] = module.__new__(type(module))
     for part in module.children():
         copied_module(part, known)
-    twin.__dict__ = {
-        name: type(value)()
-        if isinstance(value, dict) and not value
-        else copy.deepcopy(value, known)
-        for name, value in vars(module).items()
-    }
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        copied_tensor(tensor, known)
+    twin.__dict__ = {name: _copied_value(value, known) for name, value in vars(module).items()}
     return twin
+
+
+def _copied_value(value: Any, known: dict[int, Any]) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if id(value) in known:
+        return known[id(value)]
+    if type(value) is not dict:
+        return type(value)() if isinstance(value, dict) and not value else deepcopy(value, known)
+    twin = known[id(value)] = {}
+    twin |= {name: _copied_value(part, known) for name, part in value.items()}
+    return twin
+
+
+def copied_tensor(tensor: torch.Tensor, known: dict[int, Any]) -> None:
+    """Copies to a place as much beyond a multiple of 64 bytes as that of the tensor.
+
+    Weights stand in a file wherever its header ends, and a processor adds in another order what
+    begins elsewhere: a copy that begins evenly learns the last digit otherwise.
+    """
+    if id(tensor) in known or not tensor.is_contiguous() or tensor.is_meta:
+        return
+    room = torch.empty(tensor.nbytes + _LINE, dtype=torch.uint8)
+    first = (tensor.data_ptr() - room.data_ptr()) % _LINE
+    twin = room[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    twin.copy_(tensor.detach())
+    if isinstance(tensor, torch.nn.Parameter):
+        twin = torch.nn.Parameter(twin, tensor.requires_grad)
+    known[id(tensor)] = twin

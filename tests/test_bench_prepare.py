@@ -26,6 +26,7 @@ def told() -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.thorough
 def test_every_run_prepares_all_photographs_and_tells_its_stages(told: dict[str, Any]) -> None:
     assert tuple(told["runs"]) == bench_prepare.RUNS
     for run in told["runs"].values():
@@ -34,17 +35,20 @@ def test_every_run_prepares_all_photographs_and_tells_its_stages(told: dict[str,
         assert run["peak_megabytes"] >= run["megabytes_before"] > 10
 
 
+@pytest.mark.thorough
 def test_every_stage_takes_time_in_the_first_run(told: dict[str, Any]) -> None:
     first = told["runs"]["first run"]["stages"]
 
     assert all(stage["seconds"] > 0 for stage in first.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", bench_prepare.RUNS[1:])
 def test_a_later_run_decodes_nothing(told: dict[str, Any], run: str) -> None:
     assert told["runs"][run]["stages"]["decode"]["seconds"] == 0
 
 
+@pytest.mark.thorough
 def test_a_person_reads_shares_of_the_work(told: dict[str, Any]) -> None:
     for run, taken in told["runs"].items():
         first, *stages = bench_prepare.table(run, taken).splitlines()

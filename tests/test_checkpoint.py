@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from damages import DAMAGES, Damage, empty, flip_a_bit
 
 from trainer import checkpoint, durable
 from trainer.checkpoint import Checkpoint
-from trainer.errors import CheckpointError, DiskError, NonFiniteError
+from trainer.errors import CheckpointError, DiskError, NonFiniteError, OutOfMemoryError
 
 CONFIG: dict[str, Any] = {"rank": 4, "learning_rate": 1e-4, "snr_gamma": None, "names": ("a", "b")}
 FILES = ["weights.safetensors", "optimizer.pt", "state.json", "manifest.json"]
@@ -115,42 +119,10 @@ def test_equal_checkpoints_have_equal_tensor_bytes(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def cut_in_half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def fill_with_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def append(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"more")
-
-
-DAMAGES: list[Callable[[Path], None]] = [
-    cut_in_half,
-    empty,
-    flip_a_bit,
-    fill_with_zeros,
-    append,
-    Path.unlink,
-]
-
-
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    tmp_path: Path, damage: Callable[[Path], None], file: str
+    tmp_path: Path, damage: Damage, file: str
 ) -> None:
     for step in (1, 2):
         publish(tmp_path, step)
@@ -190,6 +162,107 @@ def test_nothing_usable_is_an_error_and_never_a_start_from_zero(tmp_path: Path) 
     assert "step-1" in caught.value.message
     assert "step-2" in caught.value.message
     assert "--output" in caught.value.hint
+
+
+def refusing(path: Path, number: int) -> Callable[[Path], dict[str, Any]]:
+    """Reads files as the system does that gives this error for all below a folder."""
+    real = checkpoint._describe
+
+    def describe(file: Path) -> dict[str, Any]:
+        if file.is_relative_to(path):
+            raise OSError(number, os.strerror(number), str(file))
+        return real(file)
+
+    return describe
+
+
+MOMENTARY = ["EACCES", "EPERM", "ESTALE", "EMFILE", "ENFILE", "ETIMEDOUT", "ENOMEM"]
+
+
+@pytest.mark.parametrize("name", MOMENTARY)
+def test_a_checkpoint_that_cannot_be_read_at_this_moment_ends_the_run_and_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        publish(tmp_path, step)
+    number = getattr(errno, name)
+    monkeypatch.setattr(checkpoint, "_describe", refusing(tmp_path / "step-2", number))
+
+    with pytest.raises(OutOfMemoryError if name == "ENOMEM" else DiskError) as caught:
+        checkpoint.load_newest(tmp_path, config_values=CONFIG)
+
+    assert f"`{tmp_path / 'step-2'}` could not be read: {os.strerror(number)}" in str(caught.value)
+    assert "nothing was removed" in caught.value.message
+    assert "same command" in caught.value.hint
+    assert "remove" not in caught.value.hint
+    # Nor does a run that is further back, by whatever way, remove it.
+    publish(tmp_path, 1, keep=1)
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def test_too_many_open_files_are_no_run_without_checkpoints(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    for read in (checkpoint.load_newest, checkpoint.refuse_other):
+        with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(DiskError, match="Too many open"):
+            read(tmp_path, config_values=CONFIG)
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_too_little_memory_to_map_a_checkpoint_is_no_damage(part: str, tmp_path: Path) -> None:
+    large = {part: torch.zeros(1 << 23)}
+    saved = Checkpoint(2, large if part == "weights" else {}, large, {})
+    checkpoint.publish(tmp_path, saved, config_values=CONFIG, keep=1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    room = 1 << 24
+
+    with (
+        limited(resource.RLIMIT_AS, pages * resource.getpagesize() + room),
+        pytest.raises(OutOfMemoryError, match="Cannot allocate memory .*; nothing was removed"),
+    ):
+        checkpoint.load_newest(tmp_path, config_values=CONFIG)
+
+    assert checkpoint.load_newest(tmp_path, config_values=CONFIG) is not None
+
+
+def test_a_newer_checkpoint_that_can_be_read_after_all_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 3):
+        publish(tmp_path, step)
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "_describe", refusing(tmp_path / "step-3", errno.EIO))
+        loaded = checkpoint.load_newest(tmp_path, config_values=CONFIG)
+    assert loaded is not None
+    assert (loaded.checkpoint.step, len(loaded.warnings)) == (1, 1)
+
+    publish(tmp_path, 2, keep=1)
+
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+def test_where_the_disk_gives_nothing_back_nobody_is_told_to_remove_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        publish(tmp_path, step)
+    empty(tmp_path / "step-1" / "weights.safetensors")
+    monkeypatch.setattr(checkpoint, "_describe", refusing(tmp_path / "step-2", errno.EIO))
+
+    with pytest.raises(CheckpointError, match="is usable") as caught:
+        checkpoint.load_newest(tmp_path, config_values=CONFIG)
+
+    assert "remove" not in caught.value.hint
+    assert "mend the disk" in caught.value.hint
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_every_difference(

@@ -333,8 +333,27 @@ def test_number_formats_change_the_key(sd15_folder: Path, part: str) -> None:
     assert WANTED.key(family) != before
 
 
-def test_a_cache_that_cannot_be_written_says_how_to_move_it(family: Family, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    family: Family, finished: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(DiskError) as caught:
+    wanted, run = replace(WANTED, count=2), tmp_path / "run"
+
+    told = make(family, wanted, tmp_path / "cache", run)
+
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    expected = contents(finished)
+    assert contents(run) == {name: expected[name] for name in ("000.png", "001.png")}
+    # Nor are they made again when the run goes on.
+    assert make(family, wanted, tmp_path / "cache", run) == [(2, 2)]
+
+
+def test_a_picture_that_the_run_folder_does_not_take_ends_the_run_and_is_kept(
+    family: Family, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+
+    with pytest.raises(DiskError, match="run"):
         make(family, WANTED, tmp_path / "cache", tmp_path / "run")
-    assert "XDG_CACHE_HOME" in caught.value.hint
+
+    assert contents(tmp_path / "cache") == {"000.png": contents(finished)["000.png"]}

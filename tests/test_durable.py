@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -113,6 +114,64 @@ def test_a_name_that_is_taken_is_a_disk_error_and_both_stay(tmp_path: Path) -> N
     with pytest.raises(DiskError):
         durable.publish_folder(temporary, tmp_path / "step-1")
     assert (tmp_path / "step-1" / "a").read_text() == "old"
+
+
+def replacing(folder: Path) -> None:
+    temporary = durable.fresh_folder(folder / ".tmp-1")
+    durable.write_text(temporary / "inner" / "a", "new")
+    durable.replace_folder(temporary, folder / "outputs")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_is_replaced_whole(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        durable.write_text(tmp_path / "outputs" / "a", "old")
+        # Of an earlier crash.
+        durable.write_text(tmp_path / ".tmp-old-outputs" / "a", "older")
+    replacing(tmp_path)
+    assert (tmp_path / "outputs" / "inner" / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["inner"]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_crash_at_any_rename_of_replacing_leaves_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    durable.write_text(tmp_path / "outputs" / "a", "old")
+    calls, real = [0], os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if calls[0] == which:
+            raise KeyboardInterrupt
+        calls[0] += 1
+        real(source, target)
+
+    with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
+        broken.setattr(os, "rename", rename)
+        replacing(tmp_path)
+    durable.put_back(tmp_path / "outputs")
+
+    left = tmp_path / "outputs"
+    found = {path.relative_to(left).as_posix(): path.read_text() for path in left.rglob("a")}
+    assert found == ({"a": "old"} if which < 2 else {"inner/a": "new"})
+
+
+def test_a_folder_that_cannot_take_a_name_leaves_it_to_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable.write_text(tmp_path / "outputs" / "a", "old")
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if source.name == ".tmp-1":
+            raise OSError(errno.ENOSPC, "")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(DiskError, match="the disk is full"):
+        replacing(tmp_path)
+    assert (tmp_path / "outputs" / "a").read_text() == "old"
 
 
 def test_a_fresh_folder_is_empty_whatever_stood_there(tmp_path: Path) -> None:

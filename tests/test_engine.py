@@ -45,8 +45,18 @@ def done(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *(("sd15", form) for form in FORMS),
+        ("sdxl", "dora"),
+        *(
+            pytest.param("sdxl", form, marks=pytest.mark.thorough)
+            for form in FORMS
+            if form != "dora"
+        ),
+    ],
+)
 def test_every_form_trains_and_its_files_give_back_the_trained_model(
     family: str, form: str, photo_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import copies
 import pytest
 import torch
 
@@ -85,7 +86,8 @@ def real_peak(config: TrainingConfig) -> tuple[int, int]:
     """Peak bytes of real steps with real tensors, and the trained parameters."""
     base = base_model.locate(config.model)
     config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
-    family = base_model.load(base, precision_of(config))
+    # What stands in copies at odd places takes some bytes more.
+    family = copies.LOAD(base, precision_of(config))
     names = None
     if config.token.train_text_encoder_ti:
         token = config.token
@@ -153,7 +155,10 @@ TOKENS = {"train_text_encoder_ti": True}
 WHOLE = {"use_lora": False, "max_grad_norm": 0.0}
 
 
-@pytest.mark.parametrize("leaves", [{**TOKENS, **PRIOR}, TEXT_ENCODERS])
+@pytest.mark.parametrize(
+    "leaves",
+    [{**TOKENS, **PRIOR}, pytest.param(TEXT_ENCODERS, marks=pytest.mark.thorough)],
+)
 def test_the_estimated_peak_is_that_of_a_real_training(
     sd15_folder: Path, photo_folder: Path, leaves: dict[str, Any]
 ) -> None:
@@ -176,11 +181,11 @@ FUSED |= {"weights_dtype": "bf16", "mixed_precision": "bf16"}
         {},
         {**WHOLE, "rank": 16},
         {**FUSED, "rank": 16},
-        {"quantization": "nf4"},
+        pytest.param({"quantization": "nf4"}, marks=pytest.mark.thorough),
         {"quantization": "fp8"},
-        {"quantization": "int8"},
+        pytest.param({"quantization": "int8"}, marks=pytest.mark.thorough),
         {"quantization": "int8", "offload_blocks": 3},
-        {"offload_blocks": 2},
+        pytest.param({"offload_blocks": 2}, marks=pytest.mark.thorough),
     ],
 )
 def test_the_estimated_peak_is_that_of_a_real_training_of_a_transformer(

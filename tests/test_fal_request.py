@@ -198,6 +198,7 @@ def test_the_adapter_and_the_tokens_have_fals_shapes(whole: RunFolder) -> None:
     assert {key: len(rows) for key, rows in tokens.items()} == {"clip_l": 2, "clip_g": 2}
 
 
+@pytest.mark.thorough
 def test_a_request_stopped_after_every_step_in_turn_ends_in_the_same_bytes(
     sdxl_folder: Path, photographs: Path, whole: RunFolder, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,25 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         pass
 
 
+def test_a_reader_of_pictures_that_outlives_the_training_does_not_hold_the_lock(
+    tmp_path: Path,
+) -> None:
+    with RunFolder(tmp_path).lock():
+        forking = multiprocessing.get_context("fork")
+        begun, over = forking.Event(), forking.Event()
+        reader = forking.Process(target=lambda: (begun.set(), over.wait()))
+        reader.start()
+        begun.wait()
+        with pytest.raises(InputError), RunFolder(tmp_path).lock():
+            pass
+    try:
+        with RunFolder(tmp_path).lock():
+            assert reader.is_alive()
+    finally:
+        over.set()
+        reader.join()
+
+
 def test_a_new_folder_has_no_events(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).read_events() == []
 
@@ -92,11 +112,46 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path, missing: int) -
     assert [event.get("step") for event in folder.read_events()] == [None, 1, 2]
 
 
+ZEROS = bytes(64)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [ZEROS + b"\n", ZEROS + b'"loss": 0.5}\n', b'{"event": ' + ZEROS + b"\n", b"\xff\n", b"0\n"],
+    ids=["zeros", "zeros at its beginning", "zeros at its end", "no text", "no object"],
+)
+@pytest.mark.parametrize("place", [1, 3])
+def test_what_a_power_cut_left_in_the_log_does_not_keep_the_run_from_going_on(
+    lost: bytes, place: int, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    write_events(folder, 1, 2)
+    lines = folder.events.read_bytes().splitlines(keepends=True)
+    # Of the last block nothing need be written, not even the end of a line.
+    folder.events.write_bytes(b"".join([*lines[:place], lost, *lines[place:], ZEROS]))
+    folder.keep_events_through(2)
+    assert [event.get("step") for event in folder.read_events()] == [None, 1, 2]
+    assert ZEROS not in folder.events.read_bytes()
+
+
 def test_events_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     write_events(folder, 1, 2, 3, 4)
     folder.keep_events_through(2)
     assert [event.get("step") for event in folder.read_events()] == [None, 1, 2]
+
+
+def test_what_every_start_says_in_equal_words_stands_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    told = [
+        {"event": "note", "message": "3 pictures are small", "time": 1.0},
+        {"event": "step", "step": 1, "time": 2.0},
+        {"event": "note", "message": "3 pictures are small", "time": 3.0},
+        {"event": "note", "message": "checkpoint step-2 is damaged", "time": 4.0},
+    ]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in told))
+    folder.keep_events_through(1)
+    assert folder.read_events() == [told[0], told[1], told[3]]
 
 
 def test_a_result_file_is_described_by_size_digest_and_type(tmp_path: Path) -> None:

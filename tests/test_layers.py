@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": (
         {
             *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
-            "transfers",
+            *("transfers", "collection"),
             *("fetch", "network", "stages"),
         },
         set(),
@@ -56,7 +56,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "determinism",
             ),
             *("sampling", "class_images", "concepts", "trainables", "sharding", "fitting"),
-            *("processes", "watch", "stores", "spread", "identity"),
+            *("processes", "watch", "signs", "stores", "spread", "identity"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),

@@ -187,7 +187,15 @@ WHOLE = [
 
 
 @pytest.mark.parametrize(
-    "leaves", [*LORA, *({"use_lora": False, "max_grad_norm": 0.0, **each} for each in WHOLE)]
+    "leaves",
+    [
+        LORA[0],
+        {"use_lora": False, "max_grad_norm": 0.0, **WHOLE[1]},
+        *(pytest.param(leaves, marks=pytest.mark.thorough) for leaves in LORA[1:]),
+        pytest.param(
+            {"use_lora": False, "max_grad_norm": 0.0, **WHOLE[0]}, marks=pytest.mark.thorough
+        ),
+    ],
 )
 def test_few_blocks_of_a_transformer_count_to_the_byte_as_all_do(
     long_flux: Path, leaves: dict[str, Any], request: pytest.FixtureRequest
@@ -245,7 +253,7 @@ def test_a_forecast_made_after_others_is_as_if_it_were_the_first(
     assert footprints(*several) == [footprints(leaves)[0] for leaves in several]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_few_blocks_of_a_unet_count_to_the_byte_as_all_do(
     long_sdxl: Path, request: pytest.FixtureRequest
 ) -> None:

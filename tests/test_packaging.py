@@ -197,7 +197,7 @@ def test_the_sdist_carries_tests_scripts_and_pins(built: Path) -> None:
     assert {"tests/test_packaging.py", "scripts/demo", "constraints.txt", "LICENSE"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerate_launches_two_processes_of_the_installed_wheel_of_which_one_writes(
     built: Path, sd15_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grid import grid_bytes, write_folder
-from tiny import configuration, digests, never, train
+from tiny import TWO_LAYERS, configuration, digests, never, train
 
 from trainer import cli as commands
 from trainer.config import TrainingConfig
@@ -28,7 +28,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def small(model: Path, pictures: Path, **leaves: Any) -> TrainingConfig:
     size = {"resolution_width": 64, "resolution_height": 64}
-    return configuration(model, pictures, **{**size, **leaves})
+    return configuration(model, pictures, **{**TWO_LAYERS, **size, **leaves})
 
 
 def run(config: TrainingConfig, folder: Path) -> list[Event]:

@@ -61,6 +61,7 @@ PIVOTAL = {
     "center_crop": False,
     "random_rotation_start": -2,
     "random_rotation_end": 2,
+    "max_train_steps": 10,
 }
 PRIOR_AND_MASKS = {
     "with_prior_preservation": True,
@@ -74,7 +75,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "plain LoRA": ({"max_train_steps": 10}, {"steps": 10}, 1e-6),
     "pivotal with prior and masks": (
         PIVOTAL,
-        {"use_dora": True, "pivot": 10, "masked": True, "rotation": 2, "snr_gamma": 0.5},
+        {"use_dora": True, "pivot": 5, "masked": True, "rotation": 2, "snr_gamma": 0.5}
+        | {"steps": 10},
         1e-6,
     ),
     "v-prediction": (

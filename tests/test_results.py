@@ -12,11 +12,13 @@ import pytest
 import snapshots
 import torch
 from safetensors.torch import load_file
-from tiny import TWO_LAYERS, configuration, train
+from tiny import TWO_LAYERS, configuration, digests, train
 
+from trainer import results
 from trainer.engine import Composition
 from trainer.events import Event, FileEvent, NoteEvent, VerifyEvent
 from trainer.export.readers import metadata_of
+from trainer.job import RunFolder
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -81,6 +83,43 @@ def test_a_training_is_given_back_by_its_files_whatever_the_format_of_their_weig
         fixed = {tensors.pop(k).dtype for k in list(tensors) if k.endswith(ALWAYS_32_BITS)}
         assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[save_dtype]}
         assert fixed <= {torch.float32}
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_files_of_an_earlier_run_stay_until_all_new_ones_are_there(
+    trained: Composition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots.skip_reading_back(monkeypatch)
+    told = [e.path for e in snapshots.deliver(trained, tmp_path) if isinstance(e, FileEvent)]
+    earlier = digests(tmp_path)
+    assert set(told) == set(earlier)
+
+    again = results.deliver(
+        trained.config, trained.base, trained.precision, trained.training, RunFolder(tmp_path)
+    )
+    during = []
+    while len(during) < len(told):
+        next(again)
+        during.append(digests(tmp_path / "outputs"))
+    again.close()
+
+    assert during == [digests(tmp_path / "outputs")] * len(told)
+    assert digests(tmp_path) == earlier
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_what_a_killed_delivery_leaves_is_gone_with_the_next_one(
+    trained: Composition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots.skip_reading_back(monkeypatch)
+    for name in (".tmp-delivery/outputs/half", ".tmp-old-outputs/lora.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("from a kill")
+
+    snapshots.deliver(trained, tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert not (tmp_path / "outputs" / "half").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from trainer import cli
+from trainer import cli, seal
 from trainer.config import TrainingConfig
 from trainer.errors import (
     CheckpointError,
@@ -28,7 +29,7 @@ from trainer.errors import (
 from trainer.events import Event, FileEvent, RunEvent, StageEvent, StepEvent
 from trainer.job import Result, RunFolder
 from trainer.listeners import EventLog, Summary
-from trainer.runner import stop_on_signals, supervise, way_on
+from trainer.runner import Events, stop_on_signals, supervise, way_on
 
 BEGIN = RunEvent(0, 3, 1, 5, {})
 
@@ -310,6 +311,70 @@ def test_the_handlers_of_before_come_back() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Failing(Summary):
+    """A listener that cannot write down a step."""
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            raise DiskError("`events.jsonl` could not be written: the disk is full")
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_an_engine_ends_of_what_keeps_a_listener_from_hearing(
+    is_sealed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[BaseException] = []
+
+    def watching(*_: object) -> Events:
+        try:
+            yield BEGIN
+            yield step(1)
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    folder, config = RunFolder(tmp_path), TrainingConfig()
+    # It would keep the network from all later tests.
+    monkeypatch.setattr(seal, "seal", lambda: None)
+    engine = seal.sealed(watching, config) if is_sealed else watching
+
+    result = supervise(config, folder, [Failing()], engine=engine, stop=never)
+
+    assert [type(error) for error in seen] == [DiskError]
+    assert (result.error_kind, result.exit_code) == ("disk", DiskError.exit_code)
+
+
+def test_an_engine_that_ends_of_something_else_then_has_the_word(tmp_path: Path) -> None:
+    def knowing(*_: object) -> Events:
+        yield BEGIN
+        try:
+            yield step(1)
+        except DiskError as error:
+            raise NonFiniteError("another process ended first") from error
+
+    result = supervise(
+        TrainingConfig(), RunFolder(tmp_path), [Failing()], engine=knowing, stop=never
+    )
+
+    assert result.error_kind == NonFiniteError.kind
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_an_engine_that_ends_of_nothing_hides_no_failure(goes_on: bool, tmp_path: Path) -> None:
+    def stubborn(*_: object) -> Events:
+        yield BEGIN
+        with suppress(DiskError):
+            yield step(1)
+        if goes_on:
+            yield step(2)
+
+    result = supervise(
+        TrainingConfig(), RunFolder(tmp_path), [Failing()], engine=stubborn, stop=never
+    )
+
+    assert (result.error_kind, result.step) == (DiskError.kind, 0)
 
 
 def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:

@@ -284,12 +284,12 @@ class TestNonFinite:
         kept = [digests(tmp_path / run / "checkpoints" / "step-4") for run in ("whole", "parts")]
         assert kept[0] == kept[1]
 
-    def test_without_a_checkpoint_it_says_that_all_begins_anew(
+    def test_without_a_checkpoint_it_says_that_there_is_none(
         self, sd15_folder: Path, photo_folder: Path, tmp_path: Path
     ) -> None:
         config = configuration(sd15_folder, photo_folder, **FUSED)
         self.spoilt(config, tmp_path, at=1)
-        assert "from the start" in str(self.error.hint)
+        assert "no checkpoint was made yet" in str(self.error.hint)
         assert not (tmp_path / "checkpoints").exists()
 
     def test_weights_that_the_last_update_made_infinite_are_not_published(

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from copies import drawing_once
-
 from trainer import engine
 from trainer.config import TrainingConfig
 from trainer.events import Event, StepEvent
@@ -41,8 +39,7 @@ def never() -> bool:
 
 def train(config: TrainingConfig, folder: Path, stop: Callable[[], bool] = never) -> list[Event]:
     """Runs a training in this process and returns what it said."""
-    with drawing_once():
-        return list(engine.run(config, RunFolder(folder), stop))
+    return list(engine.run(config, RunFolder(folder), stop))
 
 
 def compose(
@@ -51,12 +48,11 @@ def compose(
     """A training before its first step, and what was said on the way there."""
     composing = engine.compose(config, RunFolder(folder), processes)
     events: list[Event] = []
-    with drawing_once():
-        while True:
-            try:
-                events.append(next(composing))
-            except StopIteration as end:
-                return end.value.training, events
+    while True:
+        try:
+            events.append(next(composing))
+        except StopIteration as end:
+            return end.value.training, events
 
 
 def steps(config: TrainingConfig, folder: Path) -> list[Event]:

@@ -14,11 +14,13 @@ after that. Knows files and tensors, nothing of training.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer import durable, tensorfile
-from trainer.errors import CheckpointError, DiskError, NonFiniteError
+from trainer.errors import (
+    CheckpointError,
+    DiskError,
+    NonFiniteError,
+    OutOfMemoryError,
+    TrainerError,
+)
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
     "weights.safetensors",
@@ -38,6 +46,14 @@ WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
     "manifest.json",
 )
 _PREFIX = "step-"
+# Failures that tell of the disk or of the path. All others are of the moment, and the checkpoint
+# may be whole: rights, a server that is away, too many open files.
+_OF_THE_DISK = (errno.EIO, errno.EBADMSG)
+_OF_THE_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+# What torch says, in a RuntimeError, where the system refuses it memory, files or rights.
+_MEMORY = re.compile(f"{os.strerror(errno.ENOMEM)}|can't allocate memory|not enough memory", re.I)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+_OF_THE_MOMENT = re.compile("|".join(map(os.strerror, _REFUSED)))
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,15 @@ class _DamageError(Exception):
     """Why a checkpoint folder cannot be used."""
 
 
+class _UnreadError(_DamageError):
+    """The disk does not give back what was written; it may yet."""
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, among others."""
+    return folder / f"{_PREFIX}{step}"
+
+
 def publish(
     folder: Path, checkpoint: Checkpoint, *, config_values: Mapping[str, Any], keep: int
 ) -> Path:
@@ -84,10 +109,12 @@ def publish(
         The folder of this checkpoint.
 
     Raises:
-        DiskError: it could not be written; older checkpoints are untouched.
+        DiskError: it could not be written, or one of this step that is there not be read; older
+            checkpoints are untouched.
+        OutOfMemoryError: there is too little memory to read one of this step that is there.
         NonFiniteError: weights are not finite; older checkpoints are untouched.
     """
-    final = folder / f"{_PREFIX}{checkpoint.step}"
+    final = place_of(folder, checkpoint.step)
     if not _is_intact(final, config_values):
         temporary = durable.fresh_folder(folder / f".tmp-{checkpoint.step}")
         try:
@@ -98,10 +125,11 @@ def publish(
         except (DiskError, NonFiniteError):
             durable.discard(temporary)
             raise
-    # Numbers above this one are damaged leftovers: a whole one would have been gone on from.
+    # Numbers above this one were passed over when the run began. What is whole after all stays.
     for step in _steps(folder):
-        if step > checkpoint.step:
-            durable.remove_folder(folder / f"{_PREFIX}{step}")
+        path = place_of(folder, step)
+        if step > checkpoint.step and _is_damaged(path):
+            durable.remove_folder(path)
     tidy(folder, checkpoint.step, keep=keep)
     return final
 
@@ -119,7 +147,7 @@ def tidy(folder: Path, step: int, *, keep: int) -> bool:
     """
     replaced = [number for number in _steps(folder) if number <= step][keep:]
     for number in replaced:
-        durable.remove_folder(folder / f"{_PREFIX}{number}")
+        durable.remove_folder(place_of(folder, number))
     leftovers = list(folder.glob(".tmp-*"))
     for leftover in leftovers:
         durable.discard(leftover)
@@ -136,21 +164,24 @@ def load_newest(folder: Path, *, config_values: Mapping[str, Any]) -> Loaded | N
     Raises:
         CheckpointError: every checkpoint is damaged, or the newest whole one belongs to
             another configuration.
+        DiskError: one that may be whole cannot be read at this moment.
+        OutOfMemoryError: likewise, for want of memory.
     """
     warnings: list[str] = []
+    hint = "give another --output, or remove that folder to start from step 0"
     for step in _steps(folder):
-        path = folder / f"{_PREFIX}{step}"
+        path = place_of(folder, step)
         try:
             manifest = _verify(path)
             _check_config(path, manifest["config"], config_values)
             return Loaded(_read(path, step), tuple(warnings))
         except _DamageError as damage:
             warnings.append(f"checkpoint `{path.name}` is damaged and passed over: {damage}")
+            if isinstance(damage, _UnreadError):
+                hint = "mend the disk and run the same command again, or give another --output"
     if warnings:
-        raise CheckpointError(
-            "\n".join([f"no checkpoint in `{folder}` is usable", *warnings]),
-            "give another --output, or remove that folder to start from step 0",
-        )
+        message = "\n".join([f"no checkpoint in `{folder}` is usable", *warnings])
+        raise CheckpointError(message, hint)
     return None
 
 
@@ -163,9 +194,10 @@ def refuse_other(folder: Path, config_values: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: the newest readable manifest belongs to another configuration.
+        DiskError: what is in the folder cannot be told.
     """
     for step in _steps(folder):
-        path = folder / f"{_PREFIX}{step}"
+        path = place_of(folder, step)
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
             if manifest["sha256"] != _digest_of(manifest["content"]):
@@ -224,8 +256,18 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    """The numbers of published checkpoints, newest first."""
-    numbers = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
+    """The numbers of published checkpoints, newest first.
+
+    Raises:
+        DiskError: the folder is there and cannot be read; a glob would find nothing in it.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(_PREFIX)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    numbers = [name.removeprefix(_PREFIX) for name in names]
     return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
 
@@ -240,8 +282,25 @@ def _is_intact(path: Path, config_values: Mapping[str, Any]) -> bool:
     return bool(manifest["config"] == _as_json(config_values))
 
 
+def _is_damaged(path: Path) -> bool:
+    """Whether a checkpoint cannot be used, now or later."""
+    try:
+        _read(path, _verify(path)["step"])
+    except _DamageError:
+        return True
+    except (DiskError, OutOfMemoryError):
+        return False
+    return False
+
+
 def _verify(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's manifest, after comparing every file with it."""
+    """The content of a checkpoint's manifest, after comparing every file with it.
+
+    Raises:
+        _DamageError: they differ, or are not there.
+        DiskError: they cannot be read at this moment.
+        OutOfMemoryError: likewise, for want of memory.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         content: dict[str, Any] = manifest["content"]
@@ -255,7 +314,7 @@ def _verify(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _DamageError(f"`{Path(error.filename).name}` is missing") from error
     except OSError as error:
-        raise _DamageError(f"it cannot be read: {error.strerror}") from error
+        raise _of_reading(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _DamageError(f"`{MANIFEST}` is no manifest") from error
     return content
@@ -277,14 +336,41 @@ def _check_config(path: Path, theirs: dict[str, Any], config_values: Mapping[str
 
 
 def _read(path: Path, step: int) -> Checkpoint:
+    """What is in a checkpoint, after `_verify` of it; raises what that does."""
     try:
         tensors = load_file(path / WEIGHTS)
         # Mapped, so that what is moved from here to a GPU need not be in memory as a whole.
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         state = json.loads((path / STATE).read_bytes())
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise _of_reading(path, error) from error
+    except MemoryError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        if _MEMORY.search(str(error)) or _OF_THE_MOMENT.search(str(error)):
+            raise _unreadable(path, error) from error
         raise _DamageError(str(error).splitlines()[0]) from error
     return Checkpoint(step=step, tensors=tensors, optimizer=optimizer, state=state)
+
+
+def _of_reading(path: Path, error: OSError) -> _DamageError | TrainerError:
+    """What a failed file operation means for a checkpoint; safetensors tells no number of it."""
+    if error.errno in _OF_THE_DISK:
+        return _UnreadError(f"it cannot be read: {error.strerror}")
+    if error.errno in _OF_THE_PATH:
+        return _DamageError(f"it cannot be read: {error.strerror}")
+    return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> TrainerError:
+    """What ends a run that cannot read at this moment what may be whole."""
+    told = error.strerror if isinstance(error, OSError) else None
+    reason = told or (str(error).splitlines() or [type(error).__name__])[0]
+    message = f"`{path}` could not be read: {reason}; nothing was removed"
+    if isinstance(error, MemoryError) or _MEMORY.search(reason):
+        hint = "free memory of this computer, then run the same command again"
+        return OutOfMemoryError(message, hint)
+    return DiskError(message, "once it can be read again, run the same command again")
 
 
 def _describe(path: Path) -> dict[str, Any]:

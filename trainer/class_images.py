@@ -1,8 +1,9 @@
 """Prior preservation's pictures: what the base model shows of a class before it learns.
 
 They are kept in the user's cache folder under a key of everything that decides them, one file
-each, and copied from there into the run folder. A picture depends on the seed and its own
-number alone, so that more can be added later and any number of processes makes the same ones.
+each, and in the run folder, which is enough where the cache cannot be written. A picture depends
+on the seed and its own number alone, so that more can be added later and any number of processes
+makes the same ones.
 Knows nothing of concepts, captions or training.
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import uuid
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -113,7 +114,7 @@ def class_images(
 
     Raises:
         NonFiniteError: the base model overflows.
-        DiskError: a folder cannot be written.
+        DiskError: the destination cannot be written.
     """
     key = wanted.key(family)
     folder = cache / "class_images" / key
@@ -124,13 +125,17 @@ def class_images(
     lacking = [n for n in own if not _is_intact(destination / _name(n), size, key)]
     missing = [n for n in lacking if not _is_intact(folder / _name(n), size, key)]
     yield _progress((folder, destination), wanted.count, missing)
+    for number in sorted(set(lacking).difference(missing)):
+        write_bytes(destination / _name(number), (folder / _name(number)).read_bytes())
     if missing:
         with _parts_in_turns(family, device) if in_turns else _parts_on(family, device):
             for done, number in enumerate(missing, start=1):
-                _publish(folder / _name(number), wanted.picture(family, number), key)
+                content = _encoded(wanted.picture(family, number), key)
+                # What the cache does not take is made again by the next training.
+                with suppress(DiskError):
+                    _keep(folder / _name(number), content)
+                write_bytes(destination / _name(number), content)
                 yield _progress((folder, destination), wanted.count, missing[done:])
-    for number in lacking:
-        write_bytes(destination / _name(number), (folder / _name(number)).read_bytes())
     if process_index == 0:
         _remove_others(destination, wanted.count)
     return destination
@@ -187,19 +192,19 @@ def _is_intact(path: Path, size: tuple[int, int], key: str) -> bool:
     return fits
 
 
-def _publish(path: Path, image: Image.Image, key: str) -> None:
+def _encoded(image: Image.Image, key: str) -> bytes:
     encoded, facts = BytesIO(), PngInfo()
     facts.add_text(_KEY, key)
     image.save(encoded, format="PNG", pnginfo=facts)
+    return encoded.getvalue()
+
+
+def _keep(path: Path, content: bytes) -> None:
     # Another training may be making the same picture: each writes under a name of its own.
     private = path.with_name(f".{uuid.uuid4().hex}.png")
-    try:
-        write_bytes(private, encoded.getvalue())
-        with disk_errors(path):
-            os.replace(private, path)
-    except DiskError as error:
-        hint = "make room, or set XDG_CACHE_HOME to a folder that can be written"
-        raise DiskError(error.message, hint) from error
+    write_bytes(private, content)
+    with disk_errors(path):
+        os.replace(private, path)
 
 
 def _remove_others(destination: Path, count: int) -> None:

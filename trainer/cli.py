@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer import __version__
+from trainer.collection import importing
 from trainer.errors import DiskError, InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
@@ -333,7 +334,8 @@ def run(arguments: Sequence[str]) -> int:
 def _engine(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
     """The engine; torch takes seconds to import, so a folder in use is refused before."""
     hush_libraries()
-    from trainer import engine
+    with importing():
+        from trainer import engine
 
     yield from engine.run(config, folder, stop)
 

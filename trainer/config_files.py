@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainer.config import LEAVES, SECTIONS, Note, Resolution, TrainingConfig
 from trainer.errors import InputError, Problem
-from trainer.leaves import FILE_KEYS, shown
+from trainer.leaves import CONTENTS, FILE_KEYS, PLACES, shown
 from trainer.locations import is_web_address
 from trainer.network import without_keys
 from trainer.resolve import Layer
@@ -28,13 +28,7 @@ from trainer.resolve import Layer
 _REASONS = TypeAdapter(dict[str, str])
 _FIX_SYNTAX = "correct the file, then run the same command again"
 
-# Options whose value may be the content itself; a text that no path is as long as is one.
-_LOCATIONS = frozenset({"images_data_url", "captions_file_url", "class_images_url"})
-# Options whose value may be a place on this machine or an address, those above among them.
-_PLACES = _LOCATIONS | {
-    *("model_url", "vae_url", "single_file_config", "clipseg_url", "captioner"),
-    *("face_detector_path", "face_restorer_path"),
-}
+# What is longer than any path is a content.
 _LONGEST_PATH = 4096
 _DIGEST = re.compile(r"data:sha256,[0-9a-f]{64}")
 
@@ -293,10 +287,10 @@ def _without_contents(value: Any, name: str = "") -> Any:
         return {key: _without_contents(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_contents(inner, name) for inner in value]
-    if name not in _PLACES or not isinstance(value, str):
+    if name not in PLACES or not isinstance(value, str):
         return value
     is_content = len(value) > _LONGEST_PATH or value[:5].lower() == "data:"
-    if name in _LOCATIONS and is_content and not stands_for_content(value):
+    if name in CONTENTS and is_content and not stands_for_content(value):
         return f"data:sha256,{sha256(value.encode()).hexdigest()}"
     if is_web_address(value):
         return without_keys(value)
@@ -318,7 +312,7 @@ def _with_marks(value: Any, contents: dict[str, str], name: str = "") -> Any:
         return {key: _with_marks(inner, contents, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_with_marks(inner, contents, name) for inner in value]
-    is_long = isinstance(value, str) and name in _LOCATIONS and len(value) > _LONGEST_PATH
+    is_long = isinstance(value, str) and name in CONTENTS and len(value) > _LONGEST_PATH
     # JSON's quoted text is YAML's, but for what lies outside of ASCII and for this character.
     if not is_long or not value.isascii() or "\x7f" in value:
         return value

@@ -96,14 +96,38 @@ def publish_file(temporary: Path, final: Path) -> None:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Gives a finished folder its name: its files made durable, then the name, then the parent."""
     with disk_errors(final):
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _sync(path)
-        for folder in [path for path in sorted(temporary.rglob("*")) if path.is_dir()]:
-            _sync(folder)
-        _sync(temporary)
+        _sync_all(temporary)
         os.rename(temporary, final)
         _sync(final.parent)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Gives a finished folder the name of an earlier one, which goes only then.
+
+    A crash between their two renames leaves both, and no folder of that name: see `put_back`.
+    """
+    earlier = _hidden(final)
+    with disk_errors(final):
+        _sync_all(temporary)
+        discard(earlier)
+        if os.path.lexists(final):
+            os.rename(final, earlier)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            put_back(final)
+            raise
+        _sync(final.parent)
+    discard(earlier)
+
+
+def put_back(final: Path) -> None:
+    """Gives an earlier folder its name again where a crash cut `replace_folder` off."""
+    earlier = _hidden(final)
+    if os.path.lexists(earlier) and not os.path.lexists(final):
+        with disk_errors(final):
+            os.rename(earlier, final)
+            _sync(final.parent)
 
 
 def fresh_folder(path: Path) -> Path:
@@ -123,7 +147,7 @@ def make_folder(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Removes a folder so that a crash leaves it whole or under a `.tmp-` name, never in part."""
-    hidden = path.with_name(f".tmp-old-{path.name}")
+    hidden = _hidden(path)
     with disk_errors(path):
         discard(hidden)
         os.rename(path, hidden)
@@ -193,6 +217,11 @@ def sync_folder(path: Path) -> None:
         _sync(path)
 
 
+def _hidden(path: Path) -> Path:
+    """Where a folder waits for its end."""
+    return path.with_name(f".tmp-old-{path.name}")
+
+
 def _make(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -200,6 +229,16 @@ def _make(path: Path) -> None:
         # A folder may be one to write to and not to read; then the system syncs its names in time.
         with contextlib.suppress(PermissionError):
             _sync(folder.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    """Makes all that is in a folder durable, folders after what is in them."""
+    found = sorted(folder.rglob("*"))
+    for path in [path for path in found if path.is_file()]:
+        _sync(path)
+    for path in [path for path in found if path.is_dir()]:
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -90,7 +90,11 @@ def _run_here(
         if not ran_out_of_memory(error):
             raise
         ending = yield from out_of_memory(
-            error, config, where=place.words, num_processes=processes.count
+            error,
+            config,
+            where=place.words,
+            kept_step=place.kept_step,
+            num_processes=processes.count,
         )
         raise ending from error
 
@@ -115,9 +119,10 @@ def _run(
         delivery = results.deliver(
             composed.config, composed.base, composed.precision, training, folder
         )
-        yield from _interruptible(
-            delivery, stop, "stopped before all files were written and verified"
-        )
+        with processes.writing():
+            yield from _interruptible(
+                delivery, stop, "stopped before all files were written and verified"
+            )
     processes.wait()
 
 

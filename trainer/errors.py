@@ -93,7 +93,7 @@ class OutOfMemoryError(TrainerError):
 
 
 class DiskError(TrainerError):
-    """A file could not be written: disk full, quota, read-only folder."""
+    """A file could not be written, or a checkpoint not be read: disk full, quota, rights."""
 
     kind = "disk"
     exit_code = 5

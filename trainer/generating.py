@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from pydantic import ValidationError
 
+from trainer.collection import importing
 from trainer.config_files import read_config_file
 from trainer.errors import InputError, Interrupted, TrainerError
 from trainer.events import Event, FileEvent, NoteEvent
@@ -212,7 +213,8 @@ def _for_people(request: GenerationRequest, folder: GenerationFolder, *, as_json
 
 
 def _worker() -> Worker:
-    from trainer.inference import Worker  # noqa: PLC0415 - torch takes seconds to import
+    with importing():
+        from trainer.inference import Worker  # noqa: PLC0415 - torch takes seconds to import
 
     return Worker()
 

@@ -13,24 +13,22 @@ from typing import Any
 from trainer.config import TrainingConfig
 from trainer.data.plan import Portion
 from trainer.data.prepared import Example
+from trainer.leaves import PLACES
 
-# Leaves that say where pictures and base model are; what they hold has digests of its own.
-_PLACES = (
-    *("images_data_url", "captions_file_url", "class_images_url"),
-    *("face_detector_path", "face_restorer_path", "clipseg_url"),
-    *("model_url", "model_family", "single_file_config", "revision", "variant", "vae_url"),
-)
+# Leaves that say where something is, and which of what is there; captions, masks, pictures and
+# weights that came from there have digests of their own.
+_WHERE = PLACES | {"model_family", "revision", "variant"}
 
 
 def identity_of_settings(
     config: TrainingConfig, *, num_processes: int, in_shards: bool
 ) -> dict[str, Any]:
     """What is known before the pictures are read, as JSON can hold it."""
-    left_out = {*_PLACES, *config.resolved.ignored_options}
+    left_out = {*_WHERE, *config.resolved.ignored_options}
     values = {name: v for name, v in config.result_values().items() if name not in left_out}
     if values.get("concepts"):
         values["concepts"] = [
-            {name: value for name, value in concept.items() if name not in _PLACES}
+            {name: value for name, value in concept.items() if name not in _WHERE}
             for concept in values["concepts"]
         ]
     spread = {"FSDP": True} if in_shards else {}

@@ -21,12 +21,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -146,6 +147,23 @@ class Result(BaseModel):
         return next((file for file in self.files if file.role == role), None)
 
 
+# Locks that this process holds.
+_HELD: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """In a copy of the process: a lock is free only when every copy has closed its file.
+
+    Readers of pictures live on for seconds after the training was killed.
+    """
+    for handle in _HELD:
+        handle.close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The places inside one run folder."""
@@ -250,14 +268,21 @@ class RunFolder:
                         )
                     ]
                 ) from error
-            yield
+            _HELD.add(handle)
+            try:
+                yield
+            finally:
+                _HELD.discard(handle)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """The events so far; a last line cut short by a crash is left out."""
+        """The events so far, without lines that are none.
+
+        A crash may cut the last one short; a power cut may leave zeros where something was written.
+        """
         if not self.events.exists():
             return []
         whole_lines = self.events.read_bytes().rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole_lines.splitlines()]
+        return [event for line in whole_lines.splitlines() if (event := _event(line)) is not None]
 
     def sync_events(self) -> None:
         """Makes the events so far durable: no checkpoint outlives the log of its steps."""
@@ -265,9 +290,15 @@ class RunFolder:
             sync_file(self.events)
 
     def keep_events_through(self, step: int) -> None:
-        """Drops what was logged after a step, so that a run resumed there logs each step once."""
-        kept = [event for event in self.read_events() if event.get("step", 0) <= step]
-        write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+        """Drops what a run resumed after this step logs anew, or has said before in equal words.
+
+        However often a run is killed, each step stands in the log once and so does each note.
+        """
+        kept: dict[str, str] = {}
+        for event in self.read_events():
+            if event.get("step", 0) <= step:
+                kept.setdefault(json.dumps({**event, "time": None}), json.dumps(event))
+        write_text(self.events, "".join(line + "\n" for line in kept.values()))
 
     def describe(self, role: Role, path: Path) -> ResultFile:
         """The result entry of a file in this folder."""
@@ -296,3 +327,13 @@ class RunFolder:
     def write_result(self, result: Result) -> None:
         """Says how the run ended: a run's last act."""
         write_text(self.result, result.model_dump_json(indent=2) + "\n")
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of the log, if it holds one."""
+    try:
+        event = json.loads(line)
+    # Bytes that are no text are told by another kind of it.
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

@@ -19,6 +19,15 @@ from trainer.config import LEAVES, SECTIONS, TrainingConfig
 # and what a written configuration says of how it came about.
 FILE_KEYS = ("description", "resolved", "ignored_options")
 
+# Leaves whose value may be the content itself.
+CONTENTS = frozenset({"images_data_url", "captions_file_url", "class_images_url"})
+# Leaves whose value may be a place on this machine or an address, those above among them: what is
+# there decides what is computed, not where it lies.
+PLACES = CONTENTS | {
+    *("model_url", "vae_url", "single_file_config", "clipseg_url", "captioner"),
+    *("face_detector_path", "face_restorer_path"),
+}
+
 _LONGEST_SHOWN = 80
 _TYPE_WORDS = {
     "integer": "a whole number",

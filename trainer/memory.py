@@ -7,9 +7,7 @@ pass, and every storage is counted. Of equal blocks few are run; `live_bytes` ad
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -21,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer import base_model
 from trainer.base_model import BaseModel, Precision
+from trainer.collection import uncollected
 from trainer.config import DataConfig, TokenConfig, TrainingConfig
 from trainer.dataless import (
     Model,
@@ -100,7 +99,7 @@ class Forecast:
         sources = class_sources(config.subjects())
         update = _update_of(config, precision, self._device)
         stages = {}
-        with _uncollected(), self._mode:
+        with uncollected(), self._mode:
             if any(source.url is None for source in sources):
                 untrained = self._model(precision, config, learns=False)
                 stages[CLASS_PICTURES] = _peak_of_class_images(untrained, config)
@@ -219,18 +218,6 @@ class Forecast:
                 return family.encode_text([""])
 
         return self._once(("text", precision.frozen, precision.text_encoders), make)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the search for cycles among millions of small objects, which frees nothing here."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _update_of(config: TrainingConfig, precision: Precision, device: torch.device) -> UpdateMemory:

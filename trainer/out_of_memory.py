@@ -47,18 +47,19 @@ class Place:
     def __init__(self) -> None:
         self._step: int | None = None
         self._total_steps = 0
-        self._kept = 0
+        # Step of the last checkpoint; 0: there is none.
+        self.kept_step = 0
 
     def hear(self, event: Event) -> None:
         """Takes one event."""
         match event:
             case RunEvent():
                 self._step, self._total_steps = event.start_step, event.total_steps
-                self._kept = event.start_step
+                self.kept_step = event.start_step
             case StepEvent():
                 self._step = event.step
             case CheckpointEvent():
-                self._kept = event.step
+                self.kept_step = event.step
             case _:
                 pass
 
@@ -67,10 +68,10 @@ class Place:
         """Where it is, and what can be gone on from."""
         if self._step is None:
             return "before the first step"
-        if self._step == self._kept == self._total_steps:
+        if self._step == self.kept_step == self._total_steps:
             return "after the last step, which is in a checkpoint, as all before it are"
-        kept = f"step {self._kept} is in a checkpoint" if self._kept else "none is in a checkpoint"
-        return f"after step {self._step} of {self._total_steps}, of which {kept}"
+        kept = f"step {self.kept_step}" if self.kept_step else "none"
+        return f"after step {self._step} of {self._total_steps}, of which {kept} is in a checkpoint"
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -86,6 +87,7 @@ def out_of_memory(
     config: TrainingConfig,
     *,
     where: str,
+    kept_step: int = 0,
     num_processes: int = 1,
 ) -> Generator[Event, None, OutOfMemoryError]:
     """The error to end with: what failed and where, and as a hint what would help.
@@ -94,6 +96,7 @@ def out_of_memory(
         error: for which `ran_out_of_memory`.
         config: as its user gave it.
         where: what was being done, such as `in step 3`.
+        kept_step: of the last checkpoint; 0: there is none.
         num_processes: of the training; each has a device of its own.
     """
     # What failed must not hold the memory that looking for advice takes.
@@ -104,7 +107,7 @@ def out_of_memory(
         return OutOfMemoryError(f"{where}{each}: {reason}", _FOR_READERS)
     yield StageEvent(STAGE, 0, 1)
     try:
-        lines = _advice(config, num_processes)
+        lines = _advice(config, kept_step, num_processes)
     # Whatever keeps advice from being given, the training ran out of memory.
     except (TrainerError, OSError, RuntimeError, MemoryError) as failure:
         lines = [f"what would help cannot be foreseen here: {failure}"]
@@ -112,7 +115,7 @@ def out_of_memory(
     return OutOfMemoryError(f"{where}{each}: {reason}", "\n        ".join(lines))
 
 
-def _advice(config: TrainingConfig, num_processes: int) -> list[str]:
+def _advice(config: TrainingConfig, kept_step: int, num_processes: int) -> list[str]:
     """What would help, a sentence a line: nothing that this launch refuses."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     in_shards = num_processes > 1 and asked_for() is not None
@@ -130,7 +133,8 @@ def _advice(config: TrainingConfig, num_processes: int) -> list[str]:
         device=device,
         refuse=refuse,
         seconds=_PATIENCE * config.run.rank_timeout if num_processes > 1 else math.inf,
-    ).lines()
+        has_checkpoint=kept_step > 0,
+    ).lines(kept_step)
     if in_shards:
         told = "all of this is counted without shards, of which each process holds one of "
         lines.append(f"{told}{num_processes}: it takes less, and saves less of weights")

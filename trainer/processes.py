@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -38,6 +39,11 @@ _GLOO = re.compile(r"\bgloo/(transport|gloo)\b|\bProcessGroupGloo\b|\[.*\bgloo/"
 # NCCL ends the process after its timeout: the watch's, which says why, comes before.
 _NCCL_LATER = 60.0
 _NOT_COME = "look at the messages of those that are missing, and whether machines reach each other"
+_SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH = (
+    "start them by `torchrun` or `accelerate launch`, which set these variables in each; for one "
+    "process, unset RANK and WORLD_SIZE"
+)
 # Seconds between two looks of a process that waits: the first and the longest.
 _SHORTEST, _LONGEST = 0.005, 0.25
 
@@ -79,6 +85,10 @@ class Processes:
 
     def begin(self, step: int) -> None:
         """Notes that this process begins a step, from 1."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """While this process writes files: where another is lost, it is given `rank_timeout`."""
+        return nullcontext()
 
     def hear(self, event: Event) -> None:
         """Takes an event of this process, to know what it is at.
@@ -172,6 +182,9 @@ class _Together(Processes):
     def begin(self, step: int) -> None:
         self._watch.begin(step)
 
+    def writing(self) -> AbstractContextManager[None]:
+        return self._watch.writing()
+
     def hear(self, event: Event) -> None:
         self._progress.count(event)
         if isinstance(event, StageEvent):
@@ -244,20 +257,27 @@ class Launched:
 
     def _join(self) -> Processes:
         seconds = timedelta(seconds=self._timeout)
-        try:
-            server, rank, count = next(rendezvous("env://", timeout=seconds))
-        except DistError as error:
-            raise ProcessError(
-                f"not all processes came within {self._timeout:.0f} s: {error}", _NOT_COME
-            ) from error
-        place = f"training {next(_NUMBERS)}"
+        place = _place()
 
         def connection() -> Store:
             own = TCPStore(server.host, server.port, wait_for_workers=False, timeout=seconds)
             return PrefixStore(place, own)
 
+        try:
+            server, rank, count = next(rendezvous("env://", timeout=seconds))
+            of_watch = connection()
+        except DistError as error:
+            raise ProcessError(
+                f"not all processes came to {_told('MASTER_ADDR', 'MASTER_PORT')} within "
+                f"{self._timeout:.0f} s: {error}",
+                _NOT_COME,
+            ) from error
+        except ValueError as error:
+            raise ProcessError(
+                f"the processes cannot meet by {_told(*_SET_BY_LAUNCHERS)}: {error}", _LAUNCH
+            ) from error
         self._watch = watch = Watch(
-            connection(),
+            of_watch,
             rank,
             count,
             timeout=self._timeout,
@@ -346,13 +366,30 @@ class Launched:
             else:
                 with self._folder.lock():
                     self._write(result)
-        except TrainerError as refused:
+        except (TrainerError, OSError) as refused:
             print(refused, file=sys.stderr, flush=True)
 
     def _write(self, result: Result) -> None:
         # That of an earlier run is gone as soon as one begins: the main process said how it ended.
-        if self._folder.read_result() is None:
+        if not self._folder.result.exists():
             self._folder.write_result(result)
+
+
+def _place() -> str:
+    """Where in the store the names of this training are.
+
+    A launcher that starts lost processes again may keep the store, with what the earlier ones said.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"attempt {attempt}, training {next(_NUMBERS)}"
+
+
+def _told(*variables: str) -> str:
+    """What these variables of the environment say, in words."""
+    return ", ".join(
+        f"{name} `{os.environ[name]}`" if name in os.environ else f"{name} (not set)"
+        for name in variables
+    )
 
 
 def _is_of_communication(error: BaseException) -> bool:

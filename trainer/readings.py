@@ -197,13 +197,27 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
-def non_finite(reading: Reading, odd: Sequence[Odd], way_on: str) -> NonFiniteError:
+def way_on(last_checkpoint: int | None) -> str:
+    """What a run in which something was not finite can do next, in words.
+
+    Args:
+        last_checkpoint: its step, if there is one.
+    """
+    if last_checkpoint is None:
+        return "as no checkpoint was made yet, the same --output takes changed settings"
+    return (
+        "changed settings begin anew, with another --output; the same command goes on from the "
+        f"last checkpoint, step {last_checkpoint}, which is intact, and would meet this again"
+    )
+
+
+def non_finite(reading: Reading, odd: Sequence[Odd], last_checkpoint: int | None) -> NonFiniteError:
     """The error of a step without finite loss or gradients.
 
     Args:
         reading: of the step.
         odd: see `Reading`, of all processes.
-        way_on: what the same command does next, in words.
+        last_checkpoint: see `way_on`.
     """
     known = [cause for cause in CAUSES if any(cause == found for found, _, _ in odd)]
     cause = known[0] if known else None
@@ -218,5 +232,5 @@ def non_finite(reading: Reading, odd: Sequence[Odd], way_on: str) -> NonFiniteEr
     return NonFiniteError(
         f"{what} in step {reading.step} for {where} (loss {reading.loss}, gradient norm "
         f"{reading.grad_norm}); only finite values reached the weights",
-        f"{hint}; {way_on}",
+        f"{hint}; {way_on(last_checkpoint)}",
     )

@@ -174,19 +174,39 @@ class Advice:
         """What each setting saves, in GiB."""
         return {each.setting: round(each.saved_bytes / 2**30, 3) for each in self.remedies}
 
-    def lines(self) -> list[str]:
-        """The advice, a sentence a line."""
+    def lines(self, kept_step: int = 0) -> list[str]:
+        """The advice, a sentence a line.
+
+        Args:
+            kept_step: of the last checkpoint, so that each setting tells whether the training goes
+                on from it; 0: there is none.
+        """
         told = f"these settings take about {in_units(self.peak_bytes)} in the {self.stage}, of "
         told += f"{in_units(self.capacity)} that the device has"
         if fits(self.peak_bytes, self.capacity):
             told += ": something else may hold memory there"
-        lines = [told, *map(str, self.remedies)]
+        lines = [told, *(f"{each}{_way_on(each.options, kept_step)}" for each in self.remedies)]
         if self.together:
             settings = ", ".join(f"{leaf}: {_plain(v)}" for leaf, v in self.together.items())
-            lines.append(f"together `{settings}` take {in_units(self.reached_bytes)}")
+            reached = f"together `{settings}` take {in_units(self.reached_bytes)}"
+            lines.append(f"{reached}{_way_on(self.together, kept_step)}")
         if not fits(self.reached_bytes, self.capacity):
             lines.append("no setting known here is enough: a device with more memory is needed")
         return lines
+
+
+def _keep_checkpoints(options: Options) -> bool:
+    """Whether a training goes on from its checkpoints with these options."""
+    return not any(LEAVES[leaf].changes_result for leaf in options)
+
+
+def _way_on(options: Options, kept_step: int) -> str:
+    """What becomes of a training with these options, to be put behind what they save."""
+    if not kept_step:
+        return ""
+    if _keep_checkpoints(options):
+        return f": the training goes on from step {kept_step}"
+    return ": the training begins anew, with another --output"
 
 
 def in_units(size: int) -> str:
@@ -238,6 +258,7 @@ def advise(
     forecast: Forecast | None = None,
     refuse: Callable[[TrainingConfig], None] = lambda _: None,
     seconds: float = math.inf,
+    has_checkpoint: bool = False,
 ) -> Advice:
     """The settings that would save most memory here, and what each saves.
 
@@ -245,7 +266,8 @@ def advise(
     save; among either kind the one that saves most comes first, and of two that save the same
     within a twentieth the one that changes less. Of several values of one option the best counts.
     Those that change what is learnt are looked at only where fewer than three others help, or
-    where all others together are not enough.
+    where all others together are not enough. Where there is a checkpoint, those with which the
+    training goes on from it come first of all.
 
     Args:
         config: resolved, as its user gave it.
@@ -255,13 +277,14 @@ def advise(
         forecast: of this base model and device, if there is one.
         refuse: raises InputError for a completed configuration that cannot be launched here.
         seconds: after which no more settings are tried.
+        has_checkpoint: whether the training has come as far as one.
 
     Raises:
         InputError: this training cannot be foreseen.
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
     search = _Search(config, base, forecast or Forecast(base, device), refuse, seconds)
-    return search.advice(capacity)
+    return search.advice(capacity, has_checkpoint=has_checkpoint)
 
 
 class _Search:
@@ -281,9 +304,10 @@ class _Search:
         self._completed = completed(config, base)
         self._now = forecast.footprint(self._completed, precision_of(self._completed))
 
-    def advice(self, capacity: int) -> Advice:
+    def advice(self, capacity: int, *, has_checkpoint: bool) -> Advice:
         now = self._now
-        found = self._ranked((SAME, FORMATS))
+        found = self._going_on() if has_checkpoint else []
+        found += [each for each in self._ranked((SAME, FORMATS)) if each not in found]
         if len(found) < _SHOWN:
             found += self._ranked((OTHER,))
         best = min((now.peak_bytes - each.saved_bytes for each in found), default=now.peak_bytes)
@@ -298,6 +322,12 @@ class _Search:
         stage = max(now.stages, key=lambda name: now.stages[name])
         shown_first = tuple(found[:_SHOWN])
         return Advice(now.peak_bytes, stage, capacity, shown_first, together, best)
+
+    def _going_on(self) -> list[Remedy]:
+        """What helps without a new beginning, best first, however little it saves."""
+        options = [(each, each.options(self._completed, self._base)) for each in CANDIDATES]
+        tried = [self._tried(each) for each, its in options if its and _keep_checkpoints(its)]
+        return _in_order(remedy for remedy in tried if remedy is not None)
 
     def _options_of(self, remedies: Sequence[Remedy]) -> list[Options]:
         """Their options, then those of candidates that can only save beside others."""

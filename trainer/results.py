@@ -21,7 +21,7 @@ from trainer.base_model import BaseModel, Precision
 from trainer.config import TrainingConfig
 from trainer.config_files import write_config
 from trainer.data.debug import TrainedExample, trained_examples
-from trainer.durable import fresh_folder, write_text
+from trainer.durable import discard, fresh_folder, put_back, replace_folder, write_text
 from trainer.errors import VerificationError
 from trainer.events import Event, FileEvent, NoteEvent
 from trainer.export.archive import write_archive
@@ -40,6 +40,8 @@ from trainer.training import Training
 # Examples that the debug archives show at least, and one whole epoch if it has more: the rest of
 # a long run shows the same pictures again.
 DEBUG_EXAMPLES = 256
+# Below the run folder: has its `outputs` until all of them are written and verified.
+_STAGING = ".tmp-delivery"
 
 
 def deliver(
@@ -49,11 +51,35 @@ def deliver(
     training: Training,
     folder: RunFolder,
 ) -> Generator[Event, None, None]:
-    """Writes every result file and reads it back.
+    """Writes every result file and reads it back, and only then replaces those of an earlier run.
 
     Raises:
+        DiskError: a file cannot be written; those of an earlier run stay.
         VerificationError: a reader does not get the trained model from a file.
     """
+    put_back(folder.outputs)
+    staging = RunFolder(fresh_folder(folder.root / _STAGING))
+    try:
+        checks = yield from _delivered(config, base, precision, training, staging)
+        replace_folder(staging.outputs, folder.outputs)
+    finally:
+        discard(staging.root)
+    failed = [check for check in checks if check.status == "failed"]
+    if failed:
+        raise VerificationError(
+            "; ".join(f"`{check.path}` read by {check.reader}: {check.reason}" for check in failed),
+            "do not use these files; please report this with outputs/verify.json",
+        )
+
+
+def _delivered(
+    config: TrainingConfig,
+    base: BaseModel,
+    precision: Precision,
+    training: Training,
+    folder: RunFolder,
+) -> Generator[Event, None, list[Check]]:
+    """Writes every result file and tells what the readers found."""
     outputs = fresh_folder(folder.outputs)
     facts = _facts(config, training)
     fresh = _fresh_pipeline(config, base, precision)
@@ -83,12 +109,7 @@ def deliver(
     )
     write_text(outputs / "README.md", card)
     yield _written(folder, "model_card", outputs / "README.md")
-    failed = [check for check in checks if check.status == "failed"]
-    if failed:
-        raise VerificationError(
-            "; ".join(f"`{check.path}` read by {check.reader}: {check.reason}" for check in failed),
-            "do not use these files; please report this with outputs/verify.json",
-        )
+    return checks
 
 
 def _unquantised(

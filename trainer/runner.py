@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import NoReturn, cast
 
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError, DiskError, InputError, TrainerError
@@ -223,12 +223,29 @@ def _listen(tally: Tally, events: Events, listeners: Sequence[Listener]) -> Resu
         with ExitStack() as stack:
             for listener in listeners:
                 stack.enter_context(listener)
-            # A listener's failure ends the engine too, and with it the other processes.
             stack.enter_context(closing(events))
             for event in events:
-                for listener in listeners:
-                    listener.hear(event)
+                _tell(event, listeners, events)
                 tally.count(event)
     except TrainerError as error:
         return tally.failed(error)
     return tally.done()
+
+
+def _tell(event: Event, listeners: Sequence[Listener], events: Events) -> None:
+    try:
+        for listener in listeners:
+            listener.hear(event)
+    except TrainerError as error:
+        end_of(error, events)
+
+
+def end_of(error: TrainerError, events: Events) -> NoReturn:
+    """Ends an engine of what befell who listens to it: it tells this cause to other processes.
+
+    Raises:
+        TrainerError: that failure, or the one that the engine makes of it.
+    """
+    with suppress(StopIteration):
+        events.throw(error)
+    raise error

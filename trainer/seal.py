@@ -16,10 +16,10 @@ from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from trainer.config import TrainingConfig
-from trainer.errors import InputError
+from trainer.errors import InputError, TrainerError
 from trainer.events import RunEvent
 from trainer.job import RunFolder
-from trainer.runner import Engine, Events, Stop
+from trainer.runner import Engine, Events, Stop, end_of
 
 FLAG = "--seal-network"
 
@@ -45,10 +45,14 @@ def sealed(engine: Engine, config: TrainingConfig) -> Engine:
         )
 
     def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
-        for event in engine(config, folder, stop):
+        events = engine(config, folder, stop)
+        for event in events:
             if isinstance(event, RunEvent):
                 seal()
-            yield event
+            try:
+                yield event
+            except TrainerError as error:
+                end_of(error, events)
 
     return run
 

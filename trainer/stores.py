@@ -6,12 +6,16 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 Value = TypeVar("Value")
+
+# Of the time that a call may take.
+_PARTS = 10
 
 
 class LimitedStore:
@@ -57,12 +61,13 @@ class LimitedStore:
         def attempt() -> None:
             try:
                 future.set_result(call())
-            except DistError as error:
+            except BaseException as error:
                 future.set_exception(error)
 
         self._calls.put(attempt)
-        try:
-            return future.result(self._seconds)
-        except TimeoutError:
-            self._late = future
-            raise DistError(f"no answer within {self._seconds:.0f} s") from None
+        # Counted in parts: a wait that was suspended with the process is over, by the clock.
+        for _ in range(_PARTS):
+            with suppress(TimeoutError):
+                return future.result(self._seconds / _PARTS)
+        self._late = future
+        raise DistError(f"no answer within {self._seconds:.0f} s")

@@ -32,6 +32,7 @@ from trainer.readings import (
     all_finite,
     finite_examples,
     non_finite,
+    way_on,
 )
 from trainer.schedule import Part, Schedule
 from trainer.sharding import put_together, shard
@@ -303,11 +304,17 @@ class Training:
         else:
             grad_norm = optim.clip(self.parameters, self.config.optim.max_grad_norm)
         figures = Figures(step_loss, grad_norm, torch.cat(finite), torch.cat(timesteps))
-        if self.accelerator.scaler is None or self.updates.is_piecewise:
-            self.updates.apply(self.readings.healthy & figures.healthy)
-        else:
+        allowed = self.readings.healthy & figures.healthy
+        scaler = self.accelerator.scaler
+        if scaler is None or self.updates.is_piecewise:
+            self.updates.apply(allowed)
+            return figures
+        if bool(allowed):
             self.accelerated_optimizer.step()
-            self.accelerated_optimizer.zero_grad(set_to_none=True)
+        else:
+            # It looks at gradients alone, and asks less of the next attempt if they overflowed.
+            scaler.update()
+        self.accelerated_optimizer.zero_grad(set_to_none=True)
         return figures
 
     def _loss(self, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,13 +374,7 @@ class Training:
     def _non_finite(self, reading: Reading) -> NonFiniteError:
         """What was not finite in a step, in the pictures of all processes."""
         odd = gather_object(list(reading.odd))
-        return non_finite(reading, odd, f"the same command goes on {self._last_safe()}")
-
-    def _last_safe(self) -> str:
-        """From where a run whose weights are spoilt goes on, in words."""
-        if self.last_checkpoint is None:
-            return "from the start, as there is no checkpoint yet"
-        return f"from the last checkpoint, step {self.last_checkpoint}"
+        return non_finite(reading, odd, self.last_checkpoint)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: settings, processes, pictures, weights."""
@@ -388,7 +389,7 @@ class Training:
             raise NonFiniteError(
                 f"weights or what the optimizer keeps are not finite after step {self.step}; no "
                 "checkpoint is made of them",
-                f"lower learning_rate; the same command goes on {self._last_safe()}",
+                f"lower learning_rate; {way_on(self.last_checkpoint)}",
             )
         # All processes take part in this: weights may be in shards.
         is_main_process = self.accelerator.is_main_process
@@ -399,27 +400,32 @@ class Training:
         }
         learnt = shards.gathered(learnt, keep=is_main_process)
         optimizer = self.updates.state(keep=is_main_process)
+        path = checkpoint.place_of(folder.checkpoints, self.step).relative_to(folder.root)
+        published = CheckpointEvent(self.step, path.as_posix())
         if is_main_process:
             scaler = self.accelerator.scaler
             folder.sync_events()
-            path = checkpoint.publish(
-                folder.checkpoints,
-                checkpoint.Checkpoint(
-                    step=self.step,
-                    tensors=learnt,
-                    optimizer=optimizer,
-                    state={
-                        "lr_scheduler": self.course.state_dict(),
-                        "scaler": scaler.state_dict() if scaler else None,
-                        "losses": self.losses,
-                    },
-                ),
-                config_values=self._identity(),
-                keep=self.config.run.checkpoints_total_limit,
-            )
-            yield CheckpointEvent(self.step, path.relative_to(folder.root).as_posix())
+            with self.processes.writing():
+                checkpoint.publish(
+                    folder.checkpoints,
+                    checkpoint.Checkpoint(
+                        step=self.step,
+                        tensors=learnt,
+                        optimizer=optimizer,
+                        state={
+                            "lr_scheduler": self.course.state_dict(),
+                            "scaler": scaler.state_dict() if scaler else None,
+                            "losses": self.losses,
+                        },
+                    ),
+                    config_values=self._identity(),
+                    keep=self.config.run.checkpoints_total_limit,
+                )
+            yield published
         self.last_checkpoint = self.step
         self.processes.wait()
+        if not is_main_process:
+            yield published
 
     def put_together(self) -> None:
         """Ends the training: of shards, the main process gets an ordinary model, others nothing."""

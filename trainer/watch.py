@@ -14,27 +14,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
-from pydantic import BaseModel, ConfigDict
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from trainer.errors import (
-    CheckpointError,
-    DiskError,
-    InputError,
-    Interrupted,
-    NonFiniteError,
-    OutOfMemoryError,
-    Problem,
-    ProcessError,
-    TrainerError,
-    VerificationError,
-)
+from trainer.errors import ProcessError, TrainerError
 from trainer.job import Result
+from trainer.signs import BEGINNING, Beat, Cause
 from trainer.stores import LimitedStore
 
 # Seconds between two beats.
@@ -42,79 +32,12 @@ _BEAT = 1.0
 # A process that does not beat for so many seconds, after communication with it broke or an end was
 # asked for, is gone. Shorter than the 30 s that torchrun leaves the others.
 _GONE = 5.0
-# What a blocked main thread has to come free by itself, before its process is ended.
+# What a main thread has to hear what ended the training, before its process is ended.
 _GRACE = 10.0
 _END = "end"
-# What a process is at before it says anything.
-BEGINNING = "the beginning"
-
-_KINDS: dict[str, type[TrainerError]] = {
-    kind.kind: kind
-    for kind in (
-        VerificationError,
-        NonFiniteError,
-        OutOfMemoryError,
-        DiskError,
-        CheckpointError,
-        ProcessError,
-        Interrupted,
-    )
-}
-# They say themselves whose they are, or are nobody's.
-_WITHOUT_PLACE = (InputError.kind, ProcessError.kind, Interrupted.kind)
 
 _DIED = "died or was killed"
 _HINT = "the messages above may tell why; the same command goes on from the last checkpoint"
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A sign of life.
-
-    Args:
-        number: of the beat.
-        host: the machine's name.
-        pid: of the process there.
-        doing: what its main thread is at.
-        step: that its main thread has begun, from 1; 0 before the first.
-        wishes: whether it was asked to stop.
-        left: whether it has left the training.
-    """
-
-    number: int
-    host: str
-    pid: int
-    doing: str = BEGINNING
-    step: int = 0
-    wishes: bool = False
-    left: bool = False
-
-
-class Cause(BaseModel):
-    """What ends the training.
-
-    Args:
-        rank: the process that says so.
-        host: where it runs.
-        result: kind, message and exit code.
-        lost: processes that can say nothing any more.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    rank: int
-    host: str
-    result: Result
-    lost: tuple[int, ...] = ()
-
-    def error(self) -> TrainerError:
-        """The cause as another process raises it."""
-        result = self.result
-        kind, message, hint = result.error_kind or "", result.error or "", result.hint or ""
-        if kind == InputError.kind:
-            return InputError([Problem(p.field, p.message, p.hint) for p in result.problems])
-        if kind not in _WITHOUT_PLACE:
-            message = f"process {self.rank} on {self.host}: {message}"
-        return _KINDS.get(kind, TrainerError)(message, hint)
 
 
 class Watch(threading.Thread):
@@ -157,6 +80,8 @@ class Watch(threading.Thread):
         self._changed: dict[int, float] = {}
         self._cause: Cause | None = None
         self._cause_since = 0.0
+        self._grace = _GRACE
+        self._judged = self._awake_since = time.monotonic()
         self._ended = threading.Event()
         self._turn = threading.Lock()
 
@@ -184,15 +109,44 @@ class Watch(threading.Thread):
         self._step_since = time.monotonic()
         self._doing, self._step = f"step {step}", step
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Notes that the main thread writes files: it hears nothing, and is not blocked."""
+        self._grace = max(self._timeout, _GRACE)
+        try:
+            yield
+        finally:
+            # What was heard of meanwhile it comes to now.
+            self._cause_since, self._grace = time.monotonic(), _GRACE
+
     def run(self) -> None:
         """Beats and looks until the main thread leaves."""
         while not self._ended.wait(_BEAT):
-            self.look()
+            try:
+                self._judge()
+            except BaseException as error:
+                # If this thread ended, nobody would end a main thread that is blocked.
+                if self._cause is None:
+                    traceback.print_exc()
+                    self._keep(TrainerError(f"the watch failed: {error!r}", _HINT))
             cause = self._cause
-            if cause is None:
-                self._give_up()
-            elif time.monotonic() - self._cause_since > _GRACE and not self._ended.is_set():
+            late = cause is not None and self._seconds_since(self._cause_since) > self._grace
+            if cause is not None and late and not self._ended.is_set():
                 self._end(cause)
+
+    def _judge(self) -> None:
+        self.look()
+        now = time.monotonic()
+        if now - self._judged > _BEAT + _GONE:
+            # Suspended, perhaps with all others: nobody beats then, and the clock goes on.
+            self._awake_since = now
+        self._judged = now
+        if self._cause is None:
+            self._give_up()
+
+    def _seconds_since(self, moment: float) -> float:
+        """Seconds since then, or since this process was awake."""
+        return time.monotonic() - max(moment, self._awake_since)
 
     def look(self) -> None:
         """One beat of this process, and a look at the others and for a cause."""
@@ -265,12 +219,12 @@ class Watch(threading.Thread):
         if late:
             self._mark_late()
         lost = self.silent()
+        slow = self._never_late() if late and not lost else []
         if self._cause is not None:
             return self._cause
         if lost:
             return self.lose(lost, "stands still" if late else _DIED)
-        slow = [rank for rank in self._all if rank != self._rank and not self._is_late(rank)]
-        if late and slow:
+        if slow:
             return self._lose_late(slow)
         first = reason.splitlines()[0] if reason else "no reason given"
         return self.announce(ProcessError(f"the processes lost touch: {first}", _HINT))
@@ -328,14 +282,13 @@ class Watch(threading.Thread):
 
     def _give_up(self) -> None:
         """Ends the training where a process has stopped to beat."""
-        now = time.monotonic()
         limit = _GRACE if self._stop() else self._timeout
         lost = [
             rank
             for rank, beat in self._beats.items()
-            if not beat.left and now - self._changed[rank] >= limit
+            if not beat.left and self._seconds_since(self._changed[rank]) >= limit
         ]
-        late = self._behind() if now - self._step_since >= self._timeout else []
+        late = self._behind() if self._seconds_since(self._step_since) >= self._timeout else []
         if lost:
             self.lose(lost, f"gave no sign of life for {limit:.0f} s")
         elif late:
@@ -384,14 +337,15 @@ class Watch(threading.Thread):
             return
         text = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"process 0 or its launcher is gone: their store does not answer ({text})"
-        self._cause = Cause(
-            rank=self._rank,
-            host=self._host,
-            result=Result.of_error(ProcessError(message, _HINT)),
-            lost=self._gone_with_main() if self._rank else (),
-        )
+        lost = self._gone_with_main() if self._rank else ()
+        self._keep(ProcessError(message, _HINT), lost)
+        self._wake(lost)
+
+    def _keep(self, error: TrainerError, lost: Collection[int] = ()) -> None:
+        """Takes a cause that could not be said."""
+        result = Result.of_error(error)
+        self._cause = Cause(rank=self._rank, host=self._host, result=result, lost=tuple(lost))
         self._cause_since = time.monotonic()
-        self._wake(self._cause.lost)
 
     def _gone_with_main(self) -> tuple[int, ...]:
         """The main process, and those of its machine where that is another than this one."""
@@ -404,18 +358,32 @@ class Watch(threading.Thread):
         with self._turn, suppress(DistError):
             self._store.set(f"late/{self._rank}", "")
 
+    def _never_late(self) -> list[int]:
+        """The processes that do not time out soon, as those do that came somewhat later."""
+        deadline = time.monotonic() + _GONE
+        while True:
+            slow = [rank for rank in self._all if rank != self._rank and not self._is_late(rank)]
+            if not slow or self._cause is not None or time.monotonic() > deadline:
+                return slow
+            time.sleep(0.1)
+
     def _is_late(self, rank: int) -> bool:
         with self._turn, suppress(DistError):
             return self._store.check(f"late/{rank}")
         return False
 
     def _end(self, cause: Cause) -> None:
-        """Ends this process, whose main thread is blocked outside Python."""
+        """Ends this process, whose main thread does not hear why: it is blocked outside Python."""
         error = cause.error()
-        if self.speaks(cause):
-            self._last_words(error, self.is_main or self.holds_folder())
-        sys.stderr.flush()
-        os._exit(error.exit_code)
+        try:
+            self._say_again()
+            if self.speaks(cause):
+                self._last_words(error, self.is_main or self.holds_folder())
+            sys.stderr.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(error.exit_code)
 
 
 def _beat(rank: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import copies
 import numpy as np
 import pytest
 from grid import encoded, grid_bytes, picture_set, prepared, write_folder
@@ -16,6 +17,12 @@ from trainer.data.prepared import Index, earlier_index
 
 STILL = DataConfig()
 SAMPLES = Path(__file__).parent.parent / "samples"
+
+
+@pytest.fixture(autouse=True)
+def _drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages are what is looked at here: none is a copy."""
+    monkeypatch.setattr(overview, "_write_sheets", copies.WRITE_SHEETS)
 
 
 @pytest.fixture

@@ -416,22 +416,25 @@ def test_a_closed_captioner_holds_no_weights(tmp_path: Path, astronaut: Image.Im
         captioner.caption(astronaut, "a photo")
 
 
-def test_nothing_is_said_while_it_works(tmp_path: Path) -> None:
-    folder = tiny_llava(tmp_path)
+def test_nothing_is_said_while_it_or_the_segmenter_works(tmp_path: Path) -> None:
+    folder, segmenter = tiny_llava(tmp_path / "llava"), tiny_clipseg(tmp_path / "clipseg")
     program = (
         "from PIL import Image\n"
         "from trainer.config import CaptionConfig\n"
         "from trainer.images.captioner import choose, load\n"
+        "from trainer.images.clipseg import clipseg\n"
         f"settings = CaptionConfig(captioner={str(folder)!r})\n"
         "captioner = load(choose(settings, free_bytes=10**12, has_torchvision=False))\n"
-        "print(captioner.caption(Image.new('RGB', (40, 30)), 'a photo'))\n"
+        "picture = Image.new('RGB', (40, 30))\n"
+        "print(captioner.caption(picture, 'a photo'))\n"
+        f"print(clipseg({str(segmenter)!r})(picture, 'head').shape)\n"
     )
 
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
     )
 
-    assert (done.stdout, done.stderr) == (f"{SAID}\n", "")
+    assert (done.stdout, done.stderr) == (f"{SAID}\n(352, 352)\n", "")
 
 
 def test_what_auto_cannot_have_leaves_the_choice_to_the_caller() -> None:

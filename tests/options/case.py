@@ -12,14 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from copies import copied_family, drawing_once
 from options import onlookers
 from options.matrix import ADAPTER_FORMS, Leaves, Own, Place, Row
 from options.probe import Delivery, Probe, deliver, probe
 from options.world import OWN, SIDE, World
 from tiny import compose
 
-from trainer import base_model, fitting
+from trainer import base_model
 from trainer.base_model import BaseModel, Precision
 from trainer.config import ModelConfig, TrainingConfig
 from trainer.errors import InputError
@@ -52,7 +51,6 @@ class Lab:
     probes: dict[str, Probe] = field(default_factory=dict, repr=False)
     deliveries: dict[str, Delivery] = field(default_factory=dict, repr=False)
     pipelines: dict[str, Family] = field(default_factory=dict, repr=False)
-    loaded: dict[tuple[str, Any], Any] = field(default_factory=dict, repr=False)
     texts: dict[str, Conditioning] = field(default_factory=dict, repr=False)
 
     def folder(self) -> Path:
@@ -60,30 +58,18 @@ class Lab:
         return self.root / f"run-{len(list(self.root.iterdir()))}"
 
     @contextmanager
-    def loading_once(self) -> Iterator[None]:
-        """While this lasts, what was loaded of equal settings before is copied, not read again."""
-        load, skeleton = base_model.load, base_model.skeleton
+    def encoding_once(self) -> Iterator[None]:
+        """While this lasts, text encoders that never learn encode a caption once."""
+        load = base_model.load
 
         def loaded(base: BaseModel, precision: Precision, **named: Any) -> Family:
-            name = base.settings.model_dump_json(), (precision, repr(named))
-            if name not in self.loaded:
-                self.loaded[name] = load(base, precision, **named)
-            family = copied_family(self.loaded[name])
+            family = load(base, precision, **named)
             if not adapted_encoders(family) and not token_encoders(family):
+                name = base.settings.model_dump_json(), precision, repr(named)
                 self._encode_once(family, repr(name))
             return family
 
-        def empty(base: BaseModel, component: str) -> torch.nn.Module:
-            name = base.settings.model_dump_json(), component
-            if name not in self.loaded:
-                self.loaded[name] = skeleton(base, component)
-            return self.loaded[name]
-
-        with (
-            patch.multiple(base_model, load=loaded, skeleton=empty),
-            patch.object(fitting, "skeleton", empty),
-            drawing_once(),
-        ):
+        with patch.object(base_model, "load", loaded):
             yield
 
     def _encode_once(self, family: Family, model: str) -> None:
@@ -145,7 +131,7 @@ class Case:
         name = f"{self.family} {num_steps} {json.dumps(leaves, sort_keys=True)}"
         if name not in self.lab.probes:
             config = resolve([Layer("test", leaves, explicit=True)])
-            with self._surroundings(), self.lab.loading_once():
+            with self._surroundings(), self.lab.encoding_once():
                 self.lab.probes[name] = probe(config, self.lab.folder(), num_steps)
         return self.lab.probes[name]
 
@@ -155,7 +141,7 @@ class Case:
         name = f"{self.family} {json.dumps(leaves, sort_keys=True)}"
         if name not in self.lab.deliveries:
             config = resolve([Layer("test", leaves, explicit=True)])
-            with self._surroundings(), self.lab.loading_once():
+            with self._surroundings(), self.lab.encoding_once():
                 self.lab.deliveries[name] = deliver(config, self.lab.folder())
         return self.lab.deliveries[name]
 
@@ -182,7 +168,7 @@ class Case:
         self.config()
         with (
             self._surroundings(has_spandrel=False),
-            self.lab.loading_once(),
+            self.lab.encoding_once(),
             patch.object(base_model, "load", side_effect=AssertionError("a model was loaded")),
             pytest.raises(InputError, match=message) as caught,
         ):

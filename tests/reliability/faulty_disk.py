@@ -35,7 +35,9 @@ HERE = Path(__file__).parent
 SHIM = HERE / "shim.c"
 SECONDS = 240
 
-Kind = Literal["kill", "term", "int", "stop", "enospc", "edquot", "erofs", "eio", "unreadable"]
+Kind = Literal[
+    "kill", "term", "int", "stop", "enospc", "edquot", "erofs", "eio", "unreadable", "stale"
+]
 SIGNALS = {
     "kill": signal.SIGKILL,
     "term": signal.SIGTERM,
@@ -48,6 +50,7 @@ ERRORS = {
     "erofs": errno.EROFS,
     "eio": errno.EIO,
     "unreadable": errno.EIO,
+    "stale": errno.ESTALE,
 }
 # As in shim.c.
 _SPARE_REMOVAL, _ONCE, _HALF, _READS, _TWICE = 1, 2, 4, 8, 16
@@ -59,8 +62,8 @@ class Fault:
 
     Args:
         kind: a signal to the process at that operation (of a write, `kill` lets the first half
-            through); an error of that operation and all later ones; `unreadable` is an error of
-            every read.
+            through); an error of that operation and all later ones; `unreadable` and `stale`, a
+            folder whose server is away, are errors of every read.
         at: number of the operation, from 1, among those below the folder.
         below: folder or file whose operations are counted. None: the whole root.
         once: one operation fails, later ones succeed.
@@ -82,7 +85,7 @@ class Fault:
             _SPARE_REMOVAL * (self.kind in ("enospc", "edquot"))
             + _ONCE * self.once
             + _HALF * self.half
-            + _READS * (self.kind == "unreadable")
+            + _READS * (self.kind in ("unreadable", "stale"))
             + _TWICE * self.twice
         )
 
@@ -403,7 +406,8 @@ def _group_lives(group: int) -> bool:
 def _serve() -> None:
     """Answers questions until there are no more; whatever runs then is killed."""
     importlib.import_module("trainer.printing").hush_libraries()
-    _import_modules(["trainer.cli", "trainer.engine"])
+    with importlib.import_module("trainer.collection").importing():
+        _import_modules(["trainer.cli", "trainer.engine"])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     children: set[int] = set()
     for line in iter(sys.stdin.readline, ""):

@@ -13,33 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from damages import DAMAGES, Damage, flip_a_bit
 from faulty_disk import Fault
 from interrupted import Course
 from tiny import digests
 
 Figure = Callable[[str], None]
 Courses = Callable[..., Course]
-Damage = Callable[[Path], object]
 
 FILES = ("weights.safetensors", "optimizer.pt", "state.json", "manifest.json")
-
-
-def cut_in_half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def fill_with_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def append(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"more")
 
 
 def make_it_empty(path: Path) -> None:
@@ -62,14 +44,6 @@ def make_it_a_link_to_another(path: Path) -> None:
     path.symlink_to(path.with_name("step-4"))
 
 
-OF_A_FILE: tuple[Damage, ...] = (
-    cut_in_half,
-    lambda path: os.truncate(path, 0),
-    flip_a_bit,
-    Path.unlink,
-    fill_with_zeros,
-    append,
-)
 OF_THE_FOLDER: tuple[Damage, ...] = (
     make_it_empty,
     make_it_a_file,
@@ -87,7 +61,7 @@ def course(courses: Courses) -> Course:
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_ends_with_the_same_bytes(
     course: Course, thorough: bool, figure: Figure
 ) -> None:
-    cases = [(damage, file) for damage in OF_A_FILE for file in FILES]
+    cases = [(damage, file) for damage in DAMAGES for file in FILES]
     cases += [(damage, "") for damage in OF_THE_FOLDER]
     total = len(cases)
     if not thorough:
@@ -107,6 +81,22 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(course: Course, figure:
     outcome = course.ends_alike("unreadable", Fault("unreadable", below=newest))
     assert "`step-6` is damaged and passed over: it cannot be read" in outcome.stderr
     figure("EIO at every read")
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_whose_server_is_away_ends_the_run_and_is_gone_on_from_later(
+    course: Course, figure: Figure
+) -> None:
+    checkpoints = course.copy_of_the_whole("away") / "checkpoints"
+    before = digests(checkpoints)
+    outcome = course.run("away", Fault("stale", below=checkpoints / "step-6"))
+    assert outcome.returncode == 5, outcome.stderr
+    assert "error[disk]" in outcome.stderr
+    assert "step-6` could not be read: Stale file handle; nothing was removed" in outcome.stderr
+    assert digests(checkpoints) == before
+    later = course.ends_alike("away")
+    assert "passed over" not in later.stderr
+    figure("ESTALE at every read: exit 5, then all bytes equal")
 
 
 def test_where_every_checkpoint_is_damaged_the_run_ends_and_never_starts_from_zero(

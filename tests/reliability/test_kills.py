@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from faulty_disk import Fault, Operation, Outcome
 from interrupted import Course
+from tiny import digests
 
 Figure = Callable[[str], None]
 Courses = Callable[..., Course]
@@ -136,7 +137,7 @@ def kill_and_cut_power(course: Course, below: str, points: Sequence[int], both: 
     ("below", "few"),
     [
         ("checkpoints", 4),
-        ("outputs", 1),
+        (".tmp-delivery", 1),
         ("prepared", 1),
         (".tmp-result.json", 1),
         (".tmp-config.yaml", 1),
@@ -154,6 +155,33 @@ def test_a_kill_or_a_power_cut_inside_any_file_operation_changes_nothing_in_the_
         points = sample(range(1, len(operations) + 1), few)
     cuts = kill_and_cut_power(course, below, points, both=thorough)
     figure(f"{len(points)} of {len(operations)} operations, {cuts} power cuts, all bytes equal")
+
+
+@pytest.mark.thorough
+def test_a_finished_training_that_runs_again_keeps_its_files_until_there_are_new_ones(
+    courses: Courses, figure: Figure
+) -> None:
+    course = courses(checkpoints_total_limit=1)
+    folder = course.root / "again"
+    staging, outputs = folder / ".tmp-delivery", folder / "outputs"
+    length = len(course.whole.below(course.root / "whole" / staging.name))
+    half = length // 2
+    faults = [Fault("kill", at=at, below=staging) for at in (1, half, length // 4 * 3)]
+    faults += [Fault("enospc", at=half, below=staging), Fault("kill", at=1, below=outputs)]
+    for fault in faults:
+        course.copy_of_the_whole("again")
+        outcome = course.run("again", fault)
+        assert outcome.returncode == (5 if fault.kind == "enospc" else -signal.SIGKILL)
+        assert digests(outputs) == course.expected["outputs"]
+        course.ends_alike("again")
+    # Between the two names: whole under another, and there again when the next delivery fails.
+    course.copy_of_the_whole("again")
+    killed(course.run("again", Fault("kill", at=2, below=outputs)))
+    assert digests(folder / ".tmp-old-outputs") == course.expected["outputs"]
+    assert course.run("again", Fault("enospc", at=half, below=staging)).returncode == 5
+    assert digests(outputs) == course.expected["outputs"]
+    course.ends_alike("again")
+    figure(f"{len(faults) + 1} faults, all files there, all bytes equal")
 
 
 def done(operations: Sequence[Operation]) -> list[Operation]:

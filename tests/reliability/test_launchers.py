@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +32,28 @@ LAUNCHERS = {
 pytestmark = pytest.mark.thorough
 
 
+@pytest.fixture
+def arguments(sd15_folder: Path, photo_folder: Path, tmp_path: Path) -> list[str]:
+    """A training into the folder `run`."""
+    values = f"-m trainer train --model-url {sd15_folder} --images-data-url {photo_folder} --rank 4"
+    fixed = f"--tensorboard false --rank-timeout {RANK_TIMEOUT} --output {tmp_path}/run"
+    few = ["--target-unet-modules", ",".join(TWO_LAYERS["target_unet_modules"])]
+    return [*values.split(), *fixed.split(), *few]
+
+
+def started(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """A launcher, with what it and its processes say in the file `said`."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with open(folder / "said", "w") as said:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | own | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder)},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+
+
 @pytest.mark.parametrize(
     ("launcher", "rank", "number"),
     [
@@ -43,25 +67,12 @@ def test_the_loss_of_a_process_is_told_by_its_launcher_and_in_the_result(
     launcher: str,
     rank: int,
     number: signal.Signals,
-    sd15_folder: Path,
-    photo_folder: Path,
+    arguments: list[str],
     tmp_path: Path,
     figure: Callable[[str], None],
 ) -> None:
-    values = f"train --model-url {sd15_folder} --images-data-url {photo_folder} --rank 4"
-    fixed = f"--tensorboard false --max-train-steps 2000 --rank-timeout {RANK_TIMEOUT}"
-    few = ["--target-unet-modules", ",".join(TWO_LAYERS["target_unet_modules"])]
     run = tmp_path / "run"
-    arguments = [*values.split(), *fixed.split(), *few, "--output", str(run)]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    with open(tmp_path / "said", "w") as said:
-        running = subprocess.Popen(
-            [sys.executable, *LAUNCHERS[launcher], "-m", "trainer", *arguments],
-            env=os.environ | own | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path)},
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+    running = started([*LAUNCHERS[launcher], *arguments, "--max-train-steps", "2000"], tmp_path)
     try:
         wait_for_step(run, 2, running, tmp_path / "said")
         pids = processes_of(running.pid)
@@ -79,6 +90,30 @@ def test_the_loss_of_a_process_is_told_by_its_launcher_and_in_the_result(
     assert (result["error_kind"], result["exit_code"]) == ("process", 7)
     assert f"process {rank} o" in result["error"]
     figure(f"{took:.0f} s until the launcher ended, its exit code {code}, in the result 7")
+
+
+def test_processes_that_torchrun_starts_again_go_on_from_the_checkpoint(
+    arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    run = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # As on several machines: the launcher keeps one store for all attempts.
+    static = f"--rdzv-backend static --master-addr 127.0.0.1 --master-port {port} --max-restarts 1"
+    launcher = ["-m", "torch.distributed.run", *static.split(), "--nproc-per-node", "2"]
+    few = ["--max-train-steps", "40", "--checkpointing-steps", "5"]
+    running = started([*launcher, *arguments, *few], tmp_path)
+    try:
+        wait_for_step(run, 6, running, tmp_path / "said")
+        os.kill(processes_of(running.pid)[1], signal.SIGKILL)
+        assert running.wait(timeout=180) == 0, (tmp_path / "said").read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["step"]) == ("done", 40)
+    (step,) = re.findall(r"goes on after step (\d+)", (tmp_path / "said").read_text())
+    figure(f"done in a second attempt, which went on after step {step}")
 
 
 def wait_for_step(run: Path, step: int, running: subprocess.Popen[bytes], said: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import cli, tensorfile
 from trainer.config import OptimConfig
-from trainer.errors import InputError, NonFiniteError
+from trainer.errors import CheckpointError, InputError, NonFiniteError
 from trainer.events import StepEvent
 from trainer.faults import VARIABLE, wanted_fault
 from trainer.job import RunFolder
 from trainer.optim import ParameterGroup
-from trainer.training import Training
+from trainer.training import _MOST_ATTEMPTS, Training
 from trainer.updates import Updates
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,6 +87,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_3_and_the_same_co
     figure(f"told after step 4; {len(ours)} files of the same bytes after going on")
 
 
+@pytest.mark.parametrize("every", [1, 2], ids=["with a checkpoint", "without one"])
+def test_what_the_hint_says_of_the_same_command_and_of_changed_settings_is_so(
+    every: int, sd15_folder: Path, photo_folder: Path, tmp_path: Path, figure: Figure
+) -> None:
+    # The first step makes weights that are finite, and a prediction that is not.
+    leaves = {"max_train_steps": 3, "checkpointing_steps": every, **TWO_LAYERS}
+
+    def begun(folder: str, learning_rate: float) -> Training:
+        config = configuration(
+            sd15_folder, photo_folder, **{**leaves, "learning_rate": learning_rate}
+        )
+        training, _ = compose(config, tmp_path / folder)
+        list(training.resume(RunFolder(tmp_path / folder)))
+        return training
+
+    (_, error), (_, again) = (told(begun("run", 1e30), tmp_path / "run") for _ in range(2))
+    assert "lower learning_rate" in error.hint
+    assert again.hint == error.hint
+    if every == 1:
+        assert "with another --output" in error.hint
+        assert "the last checkpoint, step 1, which is intact, and would meet this" in error.hint
+        assert begun("run", 1e30).step == 1
+        with pytest.raises(CheckpointError, match="learning_rate"):
+            begun("run", 1e-3)
+    else:
+        assert "the same --output takes changed settings" in error.hint
+    changed = begun("another" if every == 1 else "run", 1e-3)
+    assert len(list(changed.steps(RunFolder(tmp_path / "end"), never))) >= 3
+    figure("met again; refused" if every == 1 else "met again; taken")
+
+
 @pytest.mark.parametrize("optimizer", [*LEFT_OUT, *GOING_ON])
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf], ids=str)
 def test_a_gradient_that_is_not_finite_leaves_the_weights_finite(
@@ -140,6 +172,70 @@ def test_the_step_of_a_bad_gradient_and_those_before_it_is_read_leave_every_weig
     assert not any(torch.equal(a, b) for a, b in zip(kept[4][1:], after[1:], strict=True))
     assert not (tmp_path / "checkpoints").exists()
     figure(f"struck in step 6, told after step {training.step}, weights those of step 5")
+
+
+def scaled(model: Path, photos: Path, folder: Path, **leaves: Any) -> Training:
+    """A training whose loss a scaler multiplies, as fp16 has it, which is for GPUs alone."""
+    training, _ = compose(configuration(model, photos, **TWO_LAYERS, **leaves), folder)
+    accelerator = training.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    training.accelerated_optimizer = accelerator.prepare_optimizer(training.optimizer)
+    return training
+
+
+@dataclass(frozen=True)
+class _Overflow:
+    """A fault: a loss that is not finite, with gradients that are."""
+
+    step: int
+
+    def strike(self, loss: torch.Tensor, *, step: int, is_last_process: bool) -> torch.Tensor:
+        return loss + math.inf if step == self.step else loss
+
+
+def test_under_a_scaler_a_loss_that_is_not_finite_updates_nothing_though_its_gradients_are(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, figure: Figure
+) -> None:
+    training = scaled(sd15_folder, photo_folder, tmp_path, max_train_steps=3)
+    training._fault = _Overflow(step=2)
+    before: list[list[torch.Tensor]] = []
+    training.parameters[0].register_hook(lambda _: before.append(weights(training)))
+    seen, error = told(training, tmp_path)
+    assert [event.step for event in seen] == [1]
+    assert "in step 2" in error.message
+    assert "loss inf" in error.message
+    assert math.isfinite(float(error.message.partition("gradient norm ")[2].split(")")[0]))
+    assert len(before) == 2
+    assert not torch.equal(before[0][1], before[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(before[1], weights(training), strict=True))
+    # Another scale would change nothing of a loss.
+    assert training.accelerator.scaler.get_scale() == 4.0
+    figure("loss inf, gradients finite: weights those of step 1")
+
+
+@pytest.mark.parametrize("overflows", [2, _MOST_ATTEMPTS])
+def test_gradients_that_overflow_are_tried_again_with_half_the_scale_until_there_are_no_attempts(
+    overflows: int, sd15_folder: Path, photo_folder: Path, tmp_path: Path, figure: Figure
+) -> None:
+    training = scaled(sd15_folder, photo_folder, tmp_path, max_train_steps=2)
+    before: list[list[torch.Tensor]] = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        before.append(weights(training))
+        return gradient * math.inf if 1 <= len(before) - 1 <= overflows else gradient
+
+    training.parameters[0].register_hook(overflow)
+    if overflows < _MOST_ATTEMPTS:
+        list(training.steps(RunFolder(tmp_path), never))
+    else:
+        _, error = told(training, tmp_path)
+        assert "loss or gradients are not finite in step 2" in error.message
+    assert all(torch.equal(a, b) for a, b in zip(before[1], before[-1], strict=True))
+    changed = not torch.equal(before[1][1], weights(training)[1])
+    assert changed is (overflows < _MOST_ATTEMPTS)
+    assert training.accelerator.scaler.get_scale() == 4.0 / 2**overflows
+    figure(f"{overflows} overflows: {'updated' if changed else 'exit 3, nothing updated'}")
 
 
 def test_latents_that_are_not_finite_are_told_with_their_picture(

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_preset_memory import SIZES, true_size
-from tiny import TWO_LAYERS, configuration, digests, never, train
+from tiny import TWO_LAYERS, compose, configuration, digests, never, steps
 
-from trainer import base_model, engine, memory, out_of_memory, remedies
+from trainer import base_model, engine, machine, memory, out_of_memory, remedies
 from trainer.config import TrainingConfig
-from trainer.errors import InputError
+from trainer.errors import CheckpointError, InputError
 from trainer.estimate import estimate
 from trainer.events import CheckpointEvent, RunEvent, StepEvent
 from trainer.job import RunFolder
@@ -35,26 +36,51 @@ def supervised(config: TrainingConfig, folder: Path) -> Any:
     return supervise(config, RunFolder(folder), [], engine=engine.run, stop=never)
 
 
+def follow(setting: str, config: TrainingConfig, folder: Path) -> bool:
+    """Whether a training goes on from its checkpoint after step 2 with what was advised."""
+    options = yaml.safe_load(setting.replace(" and ", "\n"))
+    try:
+        training, _ = compose(remedies.with_options(config, options), folder)
+    except CheckpointError as error:
+        assert all(f"`{leaf}`" in error.message for leaf in options)
+        return False
+    list(training.resume(RunFolder(folder)))
+    return training.step == 2
+
+
 def test_a_run_without_memory_exits_4_says_what_saves_how_much_and_goes_on(
-    sd15_folder: Path,
+    flux_folder: Path,
     photo_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     figure: Callable[[str], None],
 ) -> None:
-    config = configuration(sd15_folder, photo_folder, batch_size=4, checkpointing_steps=2)
-    train(config, tmp_path / "whole")
-    monkeypatch.setenv("TRAINER_FAULT", "oom@4")
+    # Otherwise a processor has nothing to advise with which a checkpoint can be gone on from.
+    monkeypatch.setattr(machine, "_ON_A_GPU", {})
+    # Each that is tried takes a second.
+    of_three = [each for each in remedies.CANDIDATES if each.change == remedies.SAME]
+    monkeypatch.setattr(remedies, "CANDIDATES", of_three)
+    leaves = {"batch_size": 4, "max_train_steps": 3, "checkpointing_steps": 2}
+    leaves |= {"target_unet_modules": ["transformer_blocks.0.attn.to_q"]}
+    config = configuration(flux_folder, photo_folder, **leaves)
+    steps(config, tmp_path / "whole")
+    monkeypatch.setenv("TRAINER_FAULT", "oom@3")
     result = supervised(config, tmp_path / "run")
-    assert (result.exit_code, result.error_kind, result.step) == (4, "memory", 3)
+    assert (result.exit_code, result.error_kind, result.step) == (4, "memory", 2)
     written = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert "after step 3 of 4" in written["error"]
-    saved = re.findall(r"`[^`]+: [^`]+` saves? \d+\.\d [KMG]iB", written["hint"])
+    assert "after step 2 of 3, of which step 2 is in a checkpoint" in written["error"]
+    saved = re.findall(r"`([^`]+)` saves? \d+\.\d [KMG]iB: the training (.+)", written["hint"])
     assert len(saved) == 3, written["hint"]
     monkeypatch.delenv("TRAINER_FAULT")
+    goes_on = [follow(setting, config, tmp_path / "run") for setting, _ in saved]
+    assert [says == "goes on from step 2" for _, says in saved] == goes_on
+    assert {says for _, says in saved[1:]} == {"begins anew, with another --output"}
+    # It saves least of the three.
+    assert goes_on == [True, False, False]
     assert supervised(config, tmp_path / "run").exit_code == 0
-    assert digests(tmp_path / "run" / "outputs") == digests(tmp_path / "whole" / "outputs")
-    figure(f"exit 4 with {len(saved)} settings; gone on to equal bytes")
+    last = Path("checkpoints") / "step-3"
+    assert digests(tmp_path / "run" / last) == digests(tmp_path / "whole" / last) != {}
+    figure(f"exit 4 with {len(saved)} settings, each as told; gone on to equal bytes")
 
 
 @pytest.mark.thorough
@@ -196,7 +222,7 @@ def test_nothing_is_advised_that_several_processes_refuse(
     found: list[remedies._Search] = []
 
     class Search(remedies._Search):
-        def advice(self, capacity: int) -> remedies.Advice:
+        def advice(self, capacity: int, *, has_checkpoint: bool) -> remedies.Advice:
             found.append(self)
             return remedies.Advice(2, "steps", capacity, (), {}, 2)
 
@@ -268,7 +294,12 @@ def test_a_lora_and_all_weights_get_different_advice(
 ) -> None:
     # Encoding a picture would take more than a step of a model as small.
     monkeypatch.setattr(memory, "_peak_of_encoding", lambda *_, **__: 0)
-    _, lora = advice_for(flux_folder, 80 * GIBI, batch_size=4)
+    # Some of activations and of the optimizer's state: each that is tried takes a second.
+    parts = [remedies.SAME, "activations"], [remedies.FORMATS, "state"]
+    some = [each for each in remedies.CANDIDATES if [each.change, each.part] in parts]
+    monkeypatch.setattr(remedies, "CANDIDATES", some)
+    one_layer = ["transformer_blocks.0.attn.to_q"]
+    _, lora = advice_for(flux_folder, 80 * GIBI, batch_size=4, target_unet_modules=one_layer)
     _, whole = advice_for(flux_folder, 80 * GIBI, use_lora=False, max_grad_norm=0.0)
     settings = [[remedy.setting for remedy in each.remedies] for each in (lora, whole)]
     assert "gradient_checkpointing: true" in settings[0]
@@ -326,7 +357,8 @@ def test_an_estimate_beyond_the_device_says_what_would_save(
 ) -> None:
     config = configuration(flux_folder, photo_folder, batch_size=4)
     assert "advice" not in estimate(config).as_dict()
-    limit = resource.RLIMIT_AS, (GIBI, resource.RLIM_INFINITY)
+    # One setting is enough, so that no two are tried together.
+    limit = resource.RLIMIT_AS, (GIBI + 14 * 2**20, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limit[1])
     told = estimate(config).as_dict()
     assert "1.0 GiB that the device has" in told["advice"][0]

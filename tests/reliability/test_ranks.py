@@ -69,14 +69,8 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_to_equal_bytes(
 
 
 # Without an agent, the processes' store stands still with the main process.
-@pytest.mark.parametrize(
-    ("rank", "agent"),
-    [
-        (1, False),
-        pytest.param(0, True, marks=pytest.mark.thorough),
-        pytest.param(0, False, marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("rank", "agent"), [(1, False), (0, True), (0, False)])
 def test_a_process_that_stands_still_ends_all_within_rank_timeout(
     rank: int,
     agent: bool,
@@ -257,45 +251,77 @@ def test_a_process_that_dies_outside_of_steps_ends_all_with_its_cause(
     figure(result["error"].split("; ")[-1])
 
 
+# Longer than another process is waited for, and than a blocked main thread after it.
+WRITES = 25
+WRITING_SLOWLY = f"""
+import sys, time
+seen = []
+def hook(event, arguments):
+    if event == "open" and "/checkpoints/.tmp" in str(arguments[0]) and not seen:
+        seen.append(1)
+        time.sleep({WRITES})
+sys.addaudithook(hook)
+"""
+
+
 @pytest.mark.thorough
 def test_a_process_that_dies_while_another_writes_a_checkpoint_leaves_it_whole(
     zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    slow = DYING.replace("PLACE", repr("/checkpoints/")).replace(
-        "os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(0.3)"
-    )
-    more = ["--checkpointing-steps", "2"]
-    job = starting(zygote, [*arguments, *more], tmp_path / "run", hooks={0: slow})
+    more = ["--checkpointing-steps", "2", "--rank-timeout", "60"]
+    job = starting(zygote, [*arguments, *more], tmp_path / "run", hooks={0: WRITING_SLOWLY})
     job.until(lambda: any((tmp_path / "run").glob("checkpoints/.tmp*")), 120)
     os.kill(job.pids[1], signal.SIGKILL)
-    assert job.ended(AFTERWARDS + TIMEOUT) == [7, -signal.SIGKILL], job.said()
+    # A launcher asks the others to stop at once.
+    os.kill(job.pids[0], signal.SIGTERM)
+    assert job.ended(WRITES + AFTERWARDS) == [7, -signal.SIGKILL], job.said()
     assert "process 1 on" in job.result()["error"]
     assert (tmp_path / "run/checkpoints/step-2/manifest.json").exists()
     assert not any((tmp_path / "run").glob("checkpoints/.tmp*"))
     figure("published, then the cause")
 
 
-# A process that may write no more, from its first checkpoint on.
+# A process that may write no more than a little to a file, once it opens one in this place.
 NO_ROOM = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def hook(event, arguments):
-    if event == "open" and "/checkpoints/" in str(arguments[0]):
+    if event == "open" and PLACE in str(arguments[0]):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 sys.addaudithook(hook)
 """
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(("place", "steps"), [("/checkpoints/", "2"), ("/events.jsonl", "400")])
 def test_a_full_disk_of_the_process_that_writes_ends_all(
-    zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
+    place: str,
+    steps: str,
+    zygote: Zygote,
+    arguments: list[str],
+    tmp_path: Path,
+    figure: Callable[[str], None],
 ) -> None:
-    short = [word if word != "400" else "2" for word in arguments]
-    job = starting(zygote, short, tmp_path / "run", hooks={0: NO_ROOM})
+    given = [word if word != "400" else steps for word in arguments]
+    no_room = NO_ROOM.replace("PLACE", repr(place))
+    job = starting(zygote, given, tmp_path / "run", hooks={0: no_room})
     assert job.ended() == [5, 5], job.said()
     assert (job.result()["error_kind"], job.result()["exit_code"]) == ("disk", 5)
     assert job.said().count("error[") == 1
     figure("exit 5 of both, told once")
+
+
+@pytest.mark.thorough
+def test_memory_that_runs_out_in_another_process_is_told_with_the_step_to_go_on_from(
+    zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    given = [word if word != "400" else "8" for word in arguments]
+    fault = "import os; os.environ['TRAINER_FAULT'] = 'oom@4'"
+    checkpoints = ["--checkpointing-steps", "2"]
+    job = starting(zygote, [*given, *checkpoints], tmp_path / "run", hooks={1: fault})
+    assert job.ended() == [4, 4], job.said()
+    assert "of which step 2 is in a checkpoint" in job.result()["error"]
+    figure("exit 4 of both, step 2 named")
 
 
 @pytest.mark.parametrize(

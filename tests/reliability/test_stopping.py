@@ -120,7 +120,7 @@ def test_a_signal_in_a_step_leaves_its_checkpoint_and_the_same_command_ends_to_t
 
 def moments(whole: Whole, thorough: bool) -> list[tuple[str, int]]:
     """Files, and which operation on them a signal comes with."""
-    few = [(".lock", 1), ("outputs", 9)]
+    few = [(".lock", 1), (".tmp-delivery", 9)]
     if not thorough:
         return few
     more = [("prepared/000.png", 1), ("checkpoints", 5), ("result.json", 1)]

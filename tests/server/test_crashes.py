@@ -54,7 +54,7 @@ async def submit_all(url: str, numbers: range) -> dict[int, str]:
     return dict(pair for pair in done if pair is not None)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_no_acknowledged_job_is_lost_or_done_twice_across_kills(tmp_path: Path) -> None:
     port, acknowledged = free_port(), dict[int, str]()
     draw = random.Random(6)

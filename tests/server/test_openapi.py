@@ -20,7 +20,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_schemathesis_finds_nothing_that_the_description_does_not_say(tmp_path: Path) -> None:
     with running_server(
         tmp_path / "data",

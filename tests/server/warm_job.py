@@ -47,8 +47,9 @@ def ask(place: str, arguments: list[str]) -> int:
 def serve(place: str) -> None:
     """Forks a child for every command, until standard input ends."""
     importlib.import_module("trainer.printing").hush_libraries()
-    for name in ("trainer.cli", "trainer.engine", "trainer.generating", "trainer.inference"):
-        importlib.import_module(name)
+    with importlib.import_module("trainer.collection").importing():
+        for name in ("trainer.cli", "trainer.engine", "trainer.generating", "trainer.inference"):
+            importlib.import_module(name)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door,
         selectors.DefaultSelector() as watched,
