@@ -1,17 +1,17 @@
 """Times the preparation of photographs, stage by stage.
 
 It draws large photographs, prepares them with an empty cache folder in a process of its own, then
-again into the same folder, and into another folder with what the cache kept. Timers are put
+again into the same folder, and into another folder with what the cache kept. With --training it
+starts a training of a tiny SDXL on them instead, twice with the same cache folder. Timers are put
 around the stages' functions from outside: nothing in the product knows of them. Options:
 bench_prepare.py --help
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,10 +36,14 @@ from trainer.data.prepared import Index
 from trainer.data.store import Store
 from trainer.images.clipseg import clipseg
 from trainer.images.pretrained import quiet
+from trainer.peaks import process_peak
 from trainer.sources.archive import Source
 
+# A stage's functions, each by the place where it is looked up.
+Places = Mapping[str, tuple[tuple[Any, str], ...]]
+
 # What each stage's functions are, by the place where they are looked up.
-STAGES: Mapping[str, tuple[tuple[Any, str], ...]] = {
+STAGES: Places = {
     "read and hash": (
         (Source, "read"),
         (prepare, "sha256_of"),
@@ -62,6 +66,7 @@ STAGES: Mapping[str, tuple[tuple[Any, str], ...]] = {
     "sheet and report": ((overview, "write"),),
 }
 RUNS = ("first run", "same folder again", "new folder, from the cache")
+TRAININGS = ("first training", "second training")
 
 # Photographs have noise, which is what compressing them takes its time for.
 GRAIN = 6.0
@@ -101,15 +106,27 @@ class Stages:
     passed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def watch(self) -> None:
-        """Puts a timer around each function of `STAGES`."""
-        for stage, places in STAGES.items():
+    def watch(self, stages: Places = STAGES) -> None:
+        """Puts a timer around each function of these stages."""
+        for stage, places in stages.items():
             for owner, name in places:
                 plain = vars(owner)[name]
-                if isinstance(plain, classmethod):
+                if inspect.isgeneratorfunction(plain):
+                    setattr(owner, name, self._timed_to_its_end(stage, plain))
+                elif isinstance(plain, classmethod):
                     setattr(owner, name, classmethod(self._timed(stage, plain.__func__)))
                 else:
                     setattr(owner, name, self._timed(stage, plain))
+
+    def _timed_to_its_end(self, stage: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            cpu, start = time.thread_time(), time.perf_counter()
+            value = yield from plain(*args, **options)
+            self.cpu[stage] += time.thread_time() - cpu
+            self.passed[stage] += time.perf_counter() - start
+            return value
+
+        return timed
 
     def _timed(self, stage: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
@@ -126,12 +143,7 @@ class Stages:
 
 def peak_megabytes() -> float:
     """The most memory that this process had at once."""
-    status = Path("/proc/self/status")
-    # A process starts with its parent's peak in `ru_maxrss`.
-    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(peak[1]) / 1024
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return process_peak() / 2**20
 
 
 def measure(photos: Path, folder: Path, store: Path, wishes: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,10 +246,53 @@ def bench(place: Path, photos: Path, wishes: Mapping[str, Any]) -> dict[str, Any
 
 def _apart(*words: str) -> dict[str, Any]:
     """What `measure` says in a new process."""
-    command = [sys.executable, str(Path(__file__)), "--measure", *words]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return _said_by(str(Path(__file__)), "--measure", *words)
+
+
+def _said_by(*words: str, **environment: str) -> dict[str, Any]:
+    """The JSON that a script of Python prints.
+
+    Args:
+        environment: variables beside this process's own.
+    """
+    done = subprocess.run(
+        [sys.executable, *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
+
+
+def bench_training(place: Path, photos: Path, resolution: int) -> dict[str, Any]:
+    """Two trainings up to their first step, in processes and run folders of their own.
+
+    Args:
+        place: an empty folder.
+    """
+    # Not above, for the memory's sake.
+    import make_tiny_models  # noqa: PLC0415
+
+    model = make_tiny_models.make_sdxl(place / "model")
+    script, home = str(Path(__file__).with_name("training_start.py")), str(place / "cache")
+    asked = [[str(path) for path in (model, photos, place / run)] for run in TRAININGS]
+    told = {
+        run: _said_by(script, *paths, str(resolution), XDG_CACHE_HOME=home)
+        for run, paths in zip(TRAININGS, asked, strict=True)
+    }
+    first, second = (told[run]["preparation"] for run in TRAININGS)
+    return {"runs": told, "second_to_first": second / first}
+
+
+def table_of_trainings(told: Mapping[str, Any]) -> str:
+    """What the starts of two trainings took, in lines."""
+    lines = []
+    for run, taken in told["runs"].items():
+        lines.append(f"{run}: {taken['preparation']:.2f} s without imports and weights")
+        lines += [f"  {stage:20}{seconds:9.2f} s" for stage, seconds in taken["stages"].items()]
+    return "\n".join([*lines, f"second to first: {told['second_to_first']:.1%}"])
 
 
 def table(run: str, told: Mapping[str, Any]) -> str:
@@ -263,13 +318,19 @@ def table(run: str, told: Mapping[str, Any]) -> str:
 @click.option("--face-detector", default="haar", help="As the option of that name.")
 @click.option("--face-detector-path", default=None, help="As the option of that name.")
 @click.option("--clipseg", "segmented", is_flag=True, help="Time CLIPSeg beside, untrained.")
+@click.option("--training", is_flag=True, help="Start a tiny training twice instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print all that was measured as JSON.")
 def main(*, photos: int, megapixels: float, segmented: bool, as_json: bool, **wishes: Any) -> None:
     """Draws photographs, prepares them three times, prints what that took."""
     faces, cropping = not wishes.pop("no_faces"), not wishes.pop("no_cropping")
+    training = wishes.pop("training")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_photographs(place / "photos", count=photos, megapixels=megapixels, faces=faces)
+        if training:
+            told = bench_training(place, place / "photos", wishes["resolution"])
+            print(json.dumps(told, indent=2) if as_json else table_of_trainings(told))
+            return
         told = {
             "cores": os.cpu_count(),
             "runs": bench(place, place / "photos", {"cropping": cropping, **wishes}),

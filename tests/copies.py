@@ -59,7 +59,8 @@ def _loaded(base: BaseModel, precision: Precision, **named: Any) -> Family:
     if not states:
         return LOAD(base, precision, **named)
     settings = base.settings.model_dump_json()
-    key = settings, precision, repr(sorted(named.get("without", ()))), states
+    left = sorted(named.get("without", ())), sorted((named.get("later") or {}).items())
+    key = settings, precision, repr(left), states
     family = _KEPT.pop(key, None) or LOAD(base, precision, **named)
     _KEPT[key] = family
     if len(_KEPT) > _MOST:

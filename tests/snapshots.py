@@ -115,11 +115,16 @@ def base_tensors(module: torch.nn.Module) -> Learnt:
     }
 
 
+def loss_of(training: Training, batch: Batch) -> torch.Tensor:
+    """The loss of one batch, before anything was learnt."""
+    return training.stepper.loss(training.stepper.ask(batch), step=0)[0]
+
+
 def gradient(training: Training, batch: Batch) -> torch.Tensor:
     """The gradient of one batch's loss with respect to everything that learns, in one vector."""
     for parameter in training.parameters:
         parameter.grad = None
-    training._loss(batch, training._timesteps(batch))[0].backward()
+    loss_of(training, batch).backward()
     return torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,55 @@ def test_a_person_reads_shares_of_the_work(told: dict[str, Any]) -> None:
 
         assert first.startswith(f"{run}:")
         assert any("decode" in line and "%" in line for line in stages)
+
+
+@pytest.mark.thorough
+def test_a_second_training_on_the_same_photographs_encodes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
+
+    done = CliRunner().invoke(
+        bench_prepare.main, [*SMALL, "--training", "--json"], catch_exceptions=False
+    )
+
+    told = json.loads(done.stdout)
+    first, second = (told["runs"][run] for run in bench_prepare.TRAININGS)
+    assert all(first["stages"][stage] > 0 for stage in ("VAE", "text encoders", "open pictures"))
+    assert not any(second["stages"][s] for s in ("VAE", "text encoders", "open pictures"))
+    assert told["second_to_first"] == second["preparation"] / first["preparation"]
+
+
+def test_a_person_reads_how_much_sooner_a_second_training_starts() -> None:
+    stages = {"VAE": 3.0}
+    taken = [{"preparation": seconds, "stages": stages} for seconds in (4.0, 0.5)]
+    runs = dict(zip(bench_prepare.TRAININGS, taken, strict=True))
+
+    lines = bench_prepare.table_of_trainings({"runs": runs, "second_to_first": 0.125}).splitlines()
+
+    assert lines[0] == "first training: 4.00 s without imports and weights"
+    assert lines[1].split() == ["VAE", "3.00", "s"]
+    assert lines[-1] == "second to first: 12.5%"
+
+
+def test_a_stage_that_says_events_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Work:
+        def stage(self) -> Iterator[int]:
+            yield 1
+            return 2
+
+    def whole(work: Work) -> Iterator[int]:
+        value = yield from work.stage()
+        yield value
+
+    stages = bench_prepare.Stages()
+    clock = iter([10.0, 13.5])
+    monkeypatch.setattr(bench_prepare.time, "perf_counter", lambda: next(clock))
+
+    stages.watch({"work": ((Work, "stage"),)})
+
+    assert list(whole(Work())) == [1, 2]
+    assert stages.passed["work"] == 3.5
 
 
 def test_photographs_are_the_same_each_time_and_no_two_are_alike(tmp_path: Path) -> None:

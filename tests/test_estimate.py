@@ -11,7 +11,9 @@ import copies
 import pytest
 import torch
 
-from trainer import base_model, measurements, memory
+from trainer import base_model, measurements, remedies
+from trainer.adapted.layers import Copies
+from trainer.base_model import Precision
 from trainer.config import OptimConfig, TrainingConfig
 from trainer.errors import InputError
 from trainer.estimate import Estimate, device_name, estimate
@@ -19,7 +21,7 @@ from trainer.frozen import freeze
 from trainer.live_bytes import LiveBytes
 from trainer.machine import completed, mixed_precision_of, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key, record_measurement
-from trainer.memory import Footprint, training_footprint
+from trainer.memory import STEPS, Footprint, Forecast, training_footprint
 from trainer.resolve import Layer, resolve
 from trainer.tokens import TokenNames
 from trainer.trainables import build
@@ -121,19 +123,21 @@ def real_peak(config: TrainingConfig) -> tuple[int, int]:
     with LiveBytes() as counter:
         for module in (family.denoiser, *(encoders if live else ())):
             counter.hold(module)
+        copies_of_learning = Copies(trainables.modules.values(), precision_of(config).frozen)
         for step in range(2):
             updates.begin(step, allowed)
             text = family.encode_text(captions) if live else kept
             text = {name: states[rows] for name, states in text.items()}
             latents = torch.zeros(len(rows), *shape)
-            with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
-                prediction = family.predict(
-                    latents,
-                    torch.zeros(len(rows), dtype=torch.int64),
-                    text,
-                    {**geometry, "guidance": torch.ones(len(rows))},
-                )
-            (prediction.float() - latents).square().mean().backward()
+            with copies_of_learning.of_this_step():
+                with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
+                    prediction = family.predict(
+                        latents,
+                        torch.zeros(len(rows), dtype=torch.int64),
+                        text,
+                        {**geometry, "guidance": torch.ones(len(rows))},
+                    )
+                (prediction.float() - latents).square().mean().backward()
             del text, prediction
             updates.apply(allowed)
             updates.optimizer.zero_grad(set_to_none=True)
@@ -171,6 +175,8 @@ def test_the_estimated_peak_is_that_of_a_real_training(
     assert footprint.peak_bytes == pytest.approx(peak, rel=0.04)
 
 
+# What learns is copied into 16 bits, and so large that the copies show.
+NARROW = {"rank": 64, "mixed_precision": "bf16", "batch_size": 4}
 FUSED = {"optimizer": "adafactor", "fused_backward": True, **WHOLE}
 FUSED |= {"weights_dtype": "bf16", "mixed_precision": "bf16"}
 
@@ -179,6 +185,13 @@ FUSED |= {"weights_dtype": "bf16", "mixed_precision": "bf16"}
     "leaves",
     [
         {},
+        {**NARROW, "use_dora": True},
+        pytest.param(NARROW, marks=pytest.mark.thorough),
+        pytest.param({**NARROW, "lora_type": "lokr"}, marks=pytest.mark.thorough),
+        pytest.param({**NARROW, "lora_type": "loha"}, marks=pytest.mark.thorough),
+        pytest.param(
+            {**NARROW, "use_dora": True, "quantization": "fp8"}, marks=pytest.mark.thorough
+        ),
         {**WHOLE, "rank": 16},
         {**FUSED, "rank": 16},
         pytest.param({"quantization": "nf4"}, marks=pytest.mark.thorough),
@@ -192,17 +205,15 @@ def test_the_estimated_peak_is_that_of_a_real_training_of_a_transformer(
     flux_folder: Path,
     photo_folder: Path,
     leaves: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Weights, not activations, are most of it; encoding a picture would take more.
-    monkeypatch.setattr(memory, "_peak_of_encoding", lambda *_, **__: 0)
     config = configuration(flux_folder, photo_folder, **leaves)
     footprint = footprint_of(config)
     peak, trained = real_peak(config)
     assert footprint.trained_parameters == trained
     # Of the state of many small weights, each takes 512 bytes at least.
     rel = 0.005 if config.adapter.use_lora else 0.04
-    assert footprint.peak_bytes == pytest.approx(peak, rel=rel)
+    assert footprint.stages[STEPS] == pytest.approx(peak, rel=rel)
 
 
 def test_new_tokens_are_counted_in_every_text_encoder(
@@ -339,6 +350,24 @@ def test_pictures_that_are_missing_are_an_error(tmp_path: Path) -> None:
         estimate(configuration("nowhere/at-all", tmp_path / "missing"))
 
 
+def test_what_settings_take_is_foreseen_once_for_estimate_and_advice(
+    flux_folder: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreseen: list[TrainingConfig] = []
+    plain = Forecast._footprint
+
+    def watched(forecast: Forecast, config: TrainingConfig, precision: Precision) -> Footprint:
+        foreseen.append(config)
+        return plain(forecast, config, precision)
+
+    monkeypatch.setattr(Forecast, "_footprint", watched)
+    monkeypatch.setattr(remedies, "CANDIDATES", ())
+    monkeypatch.setattr("trainer.estimate.device_memory", lambda _: 2**30)
+    answer = estimate(configuration(flux_folder, photo_folder))
+    assert answer.advice is not None
+    assert len(foreseen) == 1
+
+
 def test_time_comes_from_a_measurement_and_cost_from_time(
     flux_folder: Path, photo_folder: Path
 ) -> None:
@@ -389,6 +418,13 @@ def some_key(**leaves: Any) -> measurements.MeasurementKey:
         {"gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16"},
         {"gradient_checkpointing": True},
+        {"adapter_layers": "peft"},
+        {"deterministic": True},
+        {"cuda_graph": False},
+        {"compile_blocks": True},
+        {"channels_last": True},
+        {"tf32": False},
+        {"attention": "math"},
         {"cache_latents": False},
         {"optimizer": "adamw8bit"},
         {"quantization": "int8"},

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
-from snapshots import changed, encoded, fresh, gradient, watched
+from snapshots import changed, encoded, fresh, gradient, loss_of, watched
 from tiny import compose, configuration, losses, never
 
 from trainer import base_model, encoding
@@ -61,7 +61,7 @@ def asked_by(training: Training, batch: Batch) -> dict[str, Any]:
     hook = training.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    training._loss(batch, training._timesteps(batch))[0]
+    loss_of(training, batch)
     hook.remove()
     return seen[0]
 
@@ -236,7 +236,7 @@ def test_a_transformer_without_guidance_is_told_none_and_its_times_are_not_shift
     schnell = make_tiny_models.make_flux(tmp_path / "schnell", guidance_embeds=False)
     training, _ = compose(configuration(schnell, subject, batch_size=2), tmp_path / "run")
     assert asked_by(training, training.dataset[0][0])["guidance"] is None
-    assert training.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
+    assert training.stepper.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
 
 
 # Masks
@@ -258,7 +258,7 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
 
     gains = {}
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        target = training.objective.target
+        target = training.stepper.objective.target
         moved = torch.zeros(8, 8)
         moved[place] = 1000
 
@@ -266,10 +266,10 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
             answer: torch.Tensor = of(*given)
             return answer + by
 
-        before = training._loss(batch, training._timesteps(batch))[0].item()
-        training.objective.target = other  # type: ignore[method-assign]
-        gains[place] = training._loss(batch, training._timesteps(batch))[0].item() - before
-        training.objective.target = target  # type: ignore[method-assign]
+        before = loss_of(training, batch).item()
+        training.stepper.objective.target = other  # type: ignore[method-assign]
+        gains[place] = loss_of(training, batch).item() - before
+        training.stepper.objective.target = target  # type: ignore[method-assign]
     assert gains[0, 0] == 0
     assert gains[1, 0] > 1
     # The error of 1000 outweighs all others.
@@ -302,10 +302,7 @@ def test_a_kontext_checkpoint_trains_as_flux(
     training, _ = compose(configuration(kontext, subject, max_train_steps=1), tmp_path / "run")
     plain, _ = compose(configuration(flux_folder, subject, max_train_steps=1), tmp_path / "plain")
     batch = plain.dataset[0][0]
-    assert (
-        training._loss(batch, training._timesteps(batch))[0].item()
-        == plain._loss(batch, plain._timesteps(batch))[0].item()
-    )
+    assert loss_of(training, batch).item() == loss_of(plain, batch).item()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
             *("transfers", "collection"),
-            *("fetch", "network", "stages"),
+            *("fetch", "network", "stages", "readahead"),
         },
         set(),
     ),
@@ -36,7 +36,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "job": ({"job", "generation"}, {"foundation", "configuration"}),
     "objectives": ({"objectives", "densities"}, {"foundation", "configuration"}),
     "mathematics": (
-        {"loss", "optim", "shards", "updates", "adapters", "frozen", "schedule", "tokens"},
+        {
+            *("loss", "optim", "prodigy", "shards", "updates", "adapted"),
+            *("adapters", "frozen", "schedule", "tokens"),
+        },
         {"foundation", "configuration", "objectives"},
     ),
     "families": ({"families"}, {"foundation", "configuration", "objectives"}),
@@ -48,10 +51,13 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *(
                 "base_model",
+                "contents",
                 "model_files",
                 "vae",
                 "machine",
                 "encoding",
+                "encoded",
+                "resident",
                 "checkpoint",
                 "determinism",
             ),
@@ -66,7 +72,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "forecast": (
         {
             *("estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"),
-            *("remedies", "dataless"),
+            *("remedies", "dataless", "outcomes"),
         },
         {
             "foundation",
@@ -80,8 +86,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine": (
         {
-            *("engine", "training", "readings", "faults", "results", "artifacts"),
-            *("out_of_memory", "remarks"),
+            *("engine", "training", "stepping", "recording", "pace"),
+            *("readings", "faults", "results", "artifacts"),
+            *("out_of_memory", "peaks", "remarks"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),

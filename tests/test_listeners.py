@@ -270,7 +270,10 @@ def test_the_summary_names_file_role_size_and_reader() -> None:
         sha256="0",
         content_type="application/octet-stream",
     )
-    result = Result(status="done", exit_code=0, step=2, total_steps=2, files=(file,))
+    peaks = {"preparing": {"process": 9}, "steps": {"process": 9, "reserved": 2_500_000}}
+    result = Result(
+        status="done", exit_code=0, step=2, total_steps=2, files=(file,), peak_memory=peaks
+    )
     summary = Summary()
     tell(summary)
     console = screen(terminal=False)
@@ -280,6 +283,8 @@ def test_the_summary_names_file_role_size_and_reader() -> None:
     text = shown(console)
     for expected in (FILE, "diffusers_lora", "1.5 kB", "diffusers: passed", "done: 2 of 2 steps"):
         assert expected in text
+    # Of a GPU's memory, where there is one.
+    assert "most memory: preparing 9 B, steps 2.5 MB" in text
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import base_model, dataless, live_bytes, memory
+from trainer import base_model, dataless, memory
 from trainer.base_model import Precision
 from trainer.live_bytes import LiveBytes, shorten
 from trainer.memory import Footprint, training_footprint
+from trainer.outcomes import Outcomes
 from trainer.resolve import Layer, resolve
 
 MEBI = 2**20
@@ -157,12 +158,6 @@ def all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataless, "shorten", lambda *_: ())
 
 
-@pytest.fixture(autouse=True)
-def steps_are_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoding pictures takes more than tiny denoisers do."""
-    monkeypatch.setattr(memory, "_peak_of_encoding", lambda *_, **__: 0)
-
-
 def forecast(folder: Path, **leaves: Any) -> Footprint:
     given = {"model_url": str(folder), "images_data_url": "photos", "rank": 4, **leaves}
     given |= {"resolution_width": 64, "resolution_height": 64}
@@ -207,12 +202,23 @@ def test_few_blocks_of_a_transformer_count_to_the_byte_as_all_do(
     assert forecast(long_flux, **leaves) == short
 
 
+@pytest.mark.thorough
+def test_norms_of_equal_layers_are_counted_one_by_one(
+    long_flux: Path, request: pytest.FixtureRequest
+) -> None:
+    # Those of several layers lie together, where fewer of them are rounded up.
+    leaves = {"use_dora": True, "mixed_precision": "bf16", "rank": 8}
+    short = forecast(long_flux, **leaves).peak_bytes
+    request.getfixturevalue("all_blocks")
+    assert forecast(long_flux, **leaves).peak_bytes == pytest.approx(short, rel=1e-3)
+
+
 @pytest.mark.parametrize("leaves", [LORA[0], {"quantization": "nf4", "mixed_precision": "bf16"}])
-def test_operations_without_data_that_are_asked_directly_count_to_the_byte_as_all(
+def test_operations_whose_outcomes_are_remembered_count_to_the_byte_as_all(
     flux_folder: Path, leaves: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = forecast(flux_folder, **leaves)
-    monkeypatch.setattr(live_bytes, "QUICK", frozenset())
+    monkeypatch.setattr(Outcomes, "of", lambda _, func, args, kwargs: func(*args, **kwargs))
     assert forecast(flux_folder, **leaves) == quick
 
 
@@ -232,7 +238,7 @@ def test_further_passes_take_their_gradients_beside_those_of_the_first(
 
     monkeypatch.setattr(memory, "_predict", after_another)
     assert forecast(flux_folder, **leaves) == twice
-    assert twice.peak_bytes > once.peak_bytes
+    assert twice.stages[memory.STEPS] > once.stages[memory.STEPS]
 
 
 def test_a_forecast_made_after_others_is_as_if_it_were_the_first(

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from skimage import data as photographs
-from snapshots import fresh, gradient
+from snapshots import fresh, gradient, loss_of
 from tiny import TWO_LAYERS, compose, configuration, digests, losses, never
 
 from trainer import class_images as making
@@ -97,7 +97,7 @@ def test_a_batch_is_the_subject_then_its_class_each_with_its_own_words_and_pictu
     pipeline = fresh(sdxl_folder).pipeline
     for size in (1, 2, 3):
         batch = with_batch_size(training, size)[0][0]
-        training._loss(batch, training._timesteps(batch))
+        loss_of(training, batch)
         latents, timesteps, text = given.pop()
 
         assert batch.is_class.tolist() == [False] * size + [True] * size
@@ -271,18 +271,18 @@ def test_the_mask_style_decides_which_part_of_a_class_picture_is_learnt(
 
 def moves(training: Training, batch: Batch, columns: slice, tolerance: float) -> bool:
     """Whether another target in these columns changes the gradient by more than a share of it."""
-    before, target = gradient(training, batch), training.objective.target
+    before, target = gradient(training, batch), training.stepper.objective.target
 
     def other(*arguments: torch.Tensor) -> torch.Tensor:
         changed = target(*arguments).clone()
         changed[..., columns] += 1
         return changed
 
-    training.objective.target = other  # type: ignore[method-assign]
+    training.stepper.objective.target = other  # type: ignore[method-assign]
     try:
         after = gradient(training, batch)
     finally:
-        training.objective.target = target  # type: ignore[method-assign]
+        training.stepper.objective.target = target  # type: ignore[method-assign]
     return float((after - before).norm()) > tolerance * float(before.norm())
 
 

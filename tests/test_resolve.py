@@ -464,6 +464,7 @@ def test_a_usual_value_gives_no_warning(options: dict[str, object]) -> None:
 
 WAKING: dict[str, dict[str, object]] = {
     "rank": {},
+    "adapter_layers": {},
     "alpha": {},
     "lora_type": {},
     "use_dora": {},
@@ -532,7 +533,10 @@ WAKING: dict[str, dict[str, object]] = {
 LULLING: dict[str, dict[str, object]] = {
     **{
         leaf: {"use_lora": False}
-        for leaf in ("rank", "alpha", "lora_type", "use_dora", "target_unet_modules")
+        for leaf in (
+            *("rank", "alpha", "lora_type", "use_dora", "target_unet_modules"),
+            "adapter_layers",
+        )
     },
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), {"optimizer": "adafactor"}),
     **dict.fromkeys(("logit_mean", "logit_std"), {"timestep_density": "uniform"}),

@@ -26,7 +26,7 @@ from trainer.errors import (
     TrainerError,
     VerificationError,
 )
-from trainer.events import Event, FileEvent, RunEvent, StageEvent, StepEvent
+from trainer.events import Event, FileEvent, MemoryEvent, RunEvent, StageEvent, StepEvent
 from trainer.job import Result, RunFolder
 from trainer.listeners import EventLog, Summary
 from trainer.runner import Events, stop_on_signals, supervise, way_on
@@ -73,6 +73,12 @@ def test_a_finished_run_names_its_files_with_their_sizes(tmp_path: Path) -> None
     assert (result.status, result.exit_code, result.step, result.total_steps) == ("done", 0, 3, 3)
     assert [(file.path, file.size) for file in result.files] == [("outputs/lora.safetensors", 5)]
     assert folder.read_result() == result
+
+
+def test_a_result_has_the_most_memory_of_each_part(tmp_path: Path) -> None:
+    peaks = {"steps": {"process": 5}}
+    result = run(RunFolder(tmp_path / "run"), telling(BEGIN, MemoryEvent(peaks)))
+    assert result.peak_memory == peaks
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Adapters on the layers of a model: LoRA, DoRA, LoKr, LoHa through PEFT, or all weights.
 
-Takes modules and the adapter's own settings; knows no family. An adapter's weights are always
-32-bit floats, whatever the base model is kept in.
+PEFT makes them, names their weights and merges them; how they compute is `trainer.adapted`'s, or
+PEFT's too. Takes modules and the adapter's own settings; knows no family. An adapter's weights are
+always 32-bit floats, whatever the base model is kept in.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trainer import randomness
+from trainer.adapted.layers import ADAPTER, take_over
 from trainer.config import AdapterConfig, Note
 from trainer.errors import InputError, Problem
 from trainer.frozen import FrozenLinear
-
-ADAPTER = "default"
 
 
 def _alpha(adapter: AdapterConfig) -> Any:
@@ -181,6 +181,8 @@ def add_adapter(
             parameter.data = parameter.data.float()
     if adapter.use_dora:
         _start_at_row_norms(module)
+    if adapter.adapter_layers == "ours":
+        take_over(module)
 
 
 def adapter_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,12 +6,11 @@ before any weights are touched; `load` then opens the pipeline.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,15 @@ import torch
 import transformers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer import vae
 from trainer.config import LossConfig, ModelConfig, Note
 from trainer.errors import InputError
 from trainer.families import family_names, load_family
-from trainer.families.base import Family, adapted_encoders, guided_by
+from trainer.families.base import Family, Unread, UnreadModel, adapted_encoders, guided_by
 from trainer.model_files import Source, hub_errors, read_shapes
 from trainer.objectives import Objective
-
-# Numbers of a tensor that enter the digest of a checkpoint.
-_SAMPLES = 64
 
 # Tensors in a one-file checkpoint that say how it was trained, as ComfyUI reads them.
 _V_PREDICTION, _ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
@@ -54,6 +49,11 @@ class Precision:
     denoiser: torch.dtype
     vae: torch.dtype
     text_encoders: torch.dtype
+
+    def of(self, family: type[Family]) -> dict[str, torch.dtype]:
+        """Model of a pipeline to its number format."""
+        own = {family.denoiser_name: self.denoiser, "vae": self.vae}
+        return own | self.of_text_encoders(family)
 
     def of_text_encoders(self, family: type[Family]) -> dict[str, torch.dtype]:
         """Text encoder to its number format."""
@@ -165,31 +165,12 @@ def skeleton(base: BaseModel, component: str) -> torch.nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def contents_digest(family: Family) -> str:
-    """sha256 over configurations, vocabularies and samples of all weights, in a moment.
-
-    Args:
-        family: just loaded, with all its components.
-    """
-    digest = hashlib.sha256()
-    for part, component in sorted(family.pipeline.components.items()):
-        if isinstance(component, ConfigMixin):
-            facts = {k: v for k, v in component.config.items() if not k.startswith("_")}
-            digest.update(f"{part} {json.dumps(facts, sort_keys=True, default=str)}".encode())
-        if isinstance(component, PreTrainedTokenizerBase):
-            digest.update(f"{part} {json.dumps(component.get_vocab(), sort_keys=True)}".encode())
-        if not isinstance(component, torch.nn.Module):
-            continue
-        for name, tensor in component.state_dict().items():
-            flat = tensor.flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)].float()
-            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load(
-    base: BaseModel, precision: Precision, *, without: Collection[str] = frozenset()
+    base: BaseModel,
+    precision: Precision,
+    *,
+    without: Collection[str] = frozenset(),
+    later: Mapping[str, str] | None = None,
 ) -> Family:
     """Opens the pipeline with its weights, on the processor, all parts frozen and in `eval` mode.
 
@@ -197,53 +178,76 @@ def load(
         base: as found.
         precision: number formats of its parts.
         without: models that are not needed and stay None.
+        later: models that may not be needed, with digests of what they hold: they stay in their
+            files until `Family.have`.
 
     Raises:
         InputError: files are missing or unreadable.
     """
-    settings = base.settings
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    dtypes = {base.family.denoiser_name: precision.denoiser, "vae": precision.vae}
-    dtypes |= precision.of_text_encoders(base.family)
-    skipped: dict[str, None] = dict.fromkeys((*base.family.checkpoints.unused, *without))
-    with hub_errors(
-        "model_url", settings.model_url, revision=settings.revision, variant=settings.variant
-    ):
-        if settings.is_single_file:
-            # One format for all parts: the widest, so that none is rounded before its own.
-            pipeline = base.family.pipeline_class.from_single_file(
-                settings.model_url,
-                config=base.configurations.url,
-                dtype=torch.float32,
-                low_cpu_mem_usage=False,
-                **skipped,
-            )
-        else:
-            pipeline = base.family.pipeline_class.from_pretrained(
-                settings.model_url,
-                dtype={"default": precision.frozen, **dtypes},
-                revision=settings.revision,
-                variant=settings.variant,
-                use_safetensors=True,
-                **_text_encoders(base, dtypes, without),
-                **skipped,
-            )
+    settings, later = base.settings, later or {}
+    left, dtypes = {*without, *later}, precision.of(base.family)
+    given: dict[str, Any] = dict.fromkeys((*base.family.checkpoints.unused, *left))
+    if "vae" in later:
+        # Pipelines ask its configuration how many pixels a latent one is wide.
+        given["vae"] = skeleton(base, "vae")
+    pipeline = _pipeline(base, precision, given)
     scheduler_class = type(pipeline.scheduler)
     pipeline.register_modules(scheduler=scheduler_class.from_config(dict(base.scheduler_config)))
-    if settings.vae_url is not None and "vae" not in without:
+    if settings.vae_url is not None and "vae" not in left:
         chosen = vae.load_vae(settings.vae_url, base.configurations, precision.vae)
         pipeline.register_modules(vae=chosen)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module):
+        if isinstance(component, torch.nn.Module) and name not in later:
             without_data = [n for n, p in component.named_parameters() if p.is_meta]
             _refuse_gaps(settings, name, without_data)
             component.requires_grad_(False).eval()
             wanted = dtypes.get(name, precision.frozen)
             if component.dtype != wanted:
                 component.to(wanted)
-    return base.family(pipeline)
+    unread = {name: UnreadModel(contents, dtypes[name]) for name, contents in later.items()}
+    return base.family(pipeline, Unread(pipeline, unread, partial(_read, base, precision)))
+
+
+def _pipeline(base: BaseModel, precision: Precision, given: Mapping[str, Any]) -> Any:
+    """The pipeline as diffusers reads it.
+
+    Args:
+        given: components that are not read.
+    """
+    settings, dtypes = base.settings, precision.of(base.family)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    with hub_errors(
+        "model_url", settings.model_url, revision=settings.revision, variant=settings.variant
+    ):
+        if settings.is_single_file:
+            # One format for all parts: the widest, so that none is rounded before its own.
+            return base.family.pipeline_class.from_single_file(
+                settings.model_url,
+                config=base.configurations.url,
+                dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                **given,
+            )
+        return base.family.pipeline_class.from_pretrained(
+            settings.model_url,
+            dtype={"default": precision.frozen, **dtypes},
+            revision=settings.revision,
+            variant=settings.variant,
+            use_safetensors=True,
+            **_text_encoders(base, dtypes, given.keys()),
+            **given,
+        )
+
+
+def _read(
+    base: BaseModel, precision: Precision, names: Collection[str]
+) -> dict[str, torch.nn.Module]:
+    """Some of the models alone."""
+    others = precision.of(base.family).keys() - set(names)
+    components = load(base, precision, without=others).pipeline.components
+    return {name: components[name] for name in names}
 
 
 def _text_encoders(

@@ -45,7 +45,7 @@ class ClassImages:
         count: how many.
         sampler: size, steps and guidance.
         seed: the run's seed.
-        base_contents: digest of the base model, see `base_model.contents_digest`.
+        base_contents: digest of the base model, see `contents.contents_digest`.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ class ClassImages:
             "base model": self.base_contents,
             "prompt": self.prompt,
             "seed": self.seed,
-            "number formats": {name: str(family.pipeline.components[name].dtype) for name in names},
+            "number formats": {name: str(family.unread.dtype_of(name)) for name in names},
             **asdict(self.sampler),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -128,6 +128,7 @@ def class_images(
     for number in sorted(set(lacking).difference(missing)):
         write_bytes(destination / _name(number), (folder / _name(number)).read_bytes())
     if missing:
+        family.unread.have("vae", *family.text_encoder_names)
         with _parts_in_turns(family, device) if in_turns else _parts_on(family, device):
             for done, number in enumerate(missing, start=1):
                 content = _encoded(wanted.picture(family, number), key)

@@ -5,19 +5,39 @@ Knows no family. Of a row of equal blocks few are left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer import adapters
+from trainer.adapted.layers import Copies
 from trainer.base_model import BaseModel
 from trainer.config import TrainingConfig
 from trainer.families.base import Family, adapted_encoders, token_encoders
 from trainer.frozen import freeze, frozen_layers, repeated_blocks
-from trainer.live_bytes import StandIn, allocated, repeated, shorten
+from trainer.live_bytes import LiveBytes, StandIn, allocated, repeated, shorten
+from trainer.outcomes import Outcomes, without_data
 from trainer.tokens import NewTokens
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[Made]):
+    """What encoders make, and the bytes that it takes.
+
+    Args:
+        peak: the most at one time.
+        weights: of that, those of the encoders.
+        made: what they made.
+    """
+
+    peak: int
+    weights: int
+    made: Made
 
 
 @dataclass(frozen=True)
@@ -27,10 +47,40 @@ class Model:
     Args:
         family: its real tokenizers around models whose rows of equal blocks are shortened.
         stand_ins: the blocks that stand for those taken out.
+        outcomes: what is known of operations on tensors without data.
     """
 
     family: Family
     stand_ins: tuple[StandIn, ...]
+    outcomes: Outcomes
+
+    def counter(self) -> LiveBytes:
+        """Counts what its parts make."""
+        return LiveBytes(self.stand_ins, self.outcomes)
+
+    def encoded(
+        self, encoders: Iterable[torch.nn.Module], work: Callable[[], Made]
+    ) -> Encoded[Made]:
+        """Counts work beside these parts, from which nothing learns."""
+        with self.counter() as counter, torch.no_grad():
+            for encoder in encoders:
+                counter.hold(encoder)
+            weights = counter.now
+            made = work()
+        return Encoded(int(counter.peak), int(weights), made)
+
+    def copies(
+        self, modules: Sequence[torch.nn.Module], dtype: torch.dtype, counter: LiveBytes
+    ) -> Copies:
+        """What adapted layers compute with; counts those of the blocks taken out."""
+        for each in self.stand_ins:
+            with LiveBytes(outcomes=self.outcomes) as alone:
+                alone.hold(each.block)
+                weights = alone.now
+                kept = Copies([each.block], dtype)
+                counter.add(each.others * (alone.now - weights))
+            del kept
+        return Copies(modules, dtype)
 
     def count(self, parameters: Sequence[torch.nn.Parameter]) -> int:
         """How many numbers these are, those of the blocks taken out included."""
@@ -76,6 +126,8 @@ def prepare_denoiser(
     component = base.family.denoiser_name
     with torch.device("meta"):
         adapters.add_adapter(denoiser, adapter, left, component=component, seed=0)
+    # As it is trained; otherwise PEFT's LoKr and LoHa draw whether they take part, which is data.
+    denoiser.eval()
     return stand_ins
 
 
@@ -104,20 +156,24 @@ def make_text_trainable(
             )
 
 
-def give_tensors(model: torch.nn.Module, device: torch.device) -> None:
-    """Puts tensors without data on a device in the place of those without a device."""
+def give_tensors(model: torch.nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """Puts tensors without data on a device in the place of those without a device.
+
+    Args:
+        model: changed in place.
+        mode: of the new tensors.
+        device: theirs.
+    """
     made: dict[torch.Tensor, torch.Tensor] = {}
 
     def make(like: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        return without_data(like, mode, device)
 
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # Text encoders look words up in the table that they know as two.
             if parameter not in made:
-                made[parameter] = torch.nn.Parameter(
-                    make(parameter), requires_grad=parameter.requires_grad
-                )
+                made[parameter] = make(parameter)
             setattr(module, name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, make(buffer))

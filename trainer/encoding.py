@@ -2,20 +2,23 @@
 
 Each caption is encoded once for all its uses in a batch, and for good once no text encoder and no
 new token learns any more; a picture is encoded by itself, so that its latents do not depend on
-what else is in the data set. Encoders that have done their work are given up.
+what else is in the data set. What encoders that do not learn make is kept on disk for the next
+training, which reads no encoder that it has no work for. Encoders that have done their work are
+given up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 
 from trainer.config import TokenConfig
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import Batch, Dataset, View
+from trainer.encoded import Shelf, Tensors
 from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteEvent, StageEvent
 from trainer.families.base import (
@@ -27,14 +30,12 @@ from trainer.families.base import (
 )
 from trainer.names import tokenizer_name
 from trainer.processes import ALONE, Processes
+from trainer.resident import Pictures, Rows, StepInputs, Where, flat_geometry
 from trainer.rules.ordinary import is_ordinary
 from trainer.tokens import TokenNames
 from trainer.transfers import moved
 
-# Caption to its conditioning, rows of one, on the processor.
-EncodedCaptions = Mapping[str, Conditioning]
-# (example number, mirrored) to its latents' distribution, rows of one, on the processor.
-EncodedPictures = Mapping[tuple[int, bool], LatentDistribution]
+Item = TypeVar("Item")
 
 # Tokens that the pipelines of transformers give their text encoders; tokenizers of language models
 # have room for more.
@@ -53,6 +54,8 @@ class Text:
         device: of the text encoders while they are needed.
         autocast: makes the context that sets the number formats of encoding.
         processes: those that share the encoding of what is kept.
+        shelf: what the encoders, in which nothing learns, made in earlier trainings. None: they
+            do learn, and are needed from the start.
     """
 
     def __init__(
@@ -64,15 +67,19 @@ class Text:
         *,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         processes: Processes = ALONE,
+        shelf: Shelf | None = None,
     ) -> None:
         self._family = family
-        self._captions = tuple(captions)
+        self._captions = tuple(dict.fromkeys(captions))
         self._names = names
         self._device = device
         self._autocast = autocast
         self._processes = processes
-        self._kept: EncodedCaptions | None = None
-        self._move_encoders(device)
+        self._shelf = shelf
+        self._kept: Rows | None = None
+        self._places = {caption: row for row, caption in enumerate(self._captions)}
+        if shelf is None:
+            self._move_encoders()
 
     @property
     def is_live(self) -> bool:
@@ -82,7 +89,7 @@ class Text:
     def of(self, captions: Sequence[str]) -> Conditioning:
         """The conditioning of a batch, in the order of its captions; differentiable while live."""
         if self._kept is not None:
-            return stack_conditioning(self._kept, captions, self._device)
+            return self.at(torch.tensor(self.rows_of(captions)))
         unique = list(dict.fromkeys(captions))
         rows = moved(torch.tensor([unique.index(caption) for caption in captions]), self._device)
         with self._autocast():
@@ -95,16 +102,37 @@ class Text:
         Raises:
             NonFiniteError: a text encoder overflows.
         """
-        kept: dict[str, Conditioning] = {}
-        encoded = self._processes.shared(self._captions, self._encode_to_keep)
-        for done, (caption, conditioning) in enumerate(encoded, start=1):
-            kept[caption] = conditioning
-            yield StageEvent("encode captions", done, len(self._captions))
-        self._kept = kept
+        kept = yield from _kept(
+            "encode captions",
+            self._captions,
+            self._encode_to_keep,
+            ingredients=str,
+            shelf=self._shelf,
+            processes=self._processes,
+            prepare=self._move_encoders,
+        )
+        rows = [kept[caption] for caption in self._captions]
+        columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        self._kept = Rows(columns, self._device)
         # Trained ones are held elsewhere, and read again when the result is written.
-        for name in {*adapted_encoders(self._family), *token_encoders(self._family)}:
+        trained = {*adapted_encoders(self._family), *token_encoders(self._family)}
+        for name in trained - self._family.unread.models.keys():
             self._family.pipeline.components[name].to("cpu")
         self._family.pipeline.register_modules(**dict.fromkeys(self._family.text_encoder_names))
+
+    @property
+    def resident(self) -> bool:
+        """Whether all conditioning is kept, and on the device."""
+        return self._kept is not None and self._kept.resident
+
+    def rows_of(self, captions: Sequence[str]) -> list[int]:
+        """The rows of captions among those that are kept."""
+        return [self._places[caption] for caption in captions]
+
+    def at(self, rows: torch.Tensor) -> Conditioning:
+        """The conditioning that is kept in these rows, see `Rows.at`."""
+        assert self._kept is not None
+        return self._kept.at(rows)
 
     def _encode_to_keep(self, caption: str) -> Conditioning:
         with torch.no_grad(), self._autocast():
@@ -120,22 +148,85 @@ class Text:
         names = self._names
         return self._family.encode_text([names.replaced(c) if names else c for c in captions])
 
-    def _move_encoders(self, device: torch.device) -> None:
+    def _move_encoders(self) -> None:
+        self._family.unread.have(*self._family.text_encoder_names)
         for name in self._family.text_encoder_names:
-            self._family.pipeline.components[name].to(device)
+            self._family.pipeline.components[name].to(self._device)
 
 
-@dataclass(frozen=True)
 class Encodings:
-    """What captions and pictures are to the denoiser.
+    """What captions and pictures are to the denoiser: the one place that a step's inputs come from.
 
     Args:
+        family: with its VAE where pictures are encoded in each step.
         text: the conditioning of the captions.
         pictures: encoded pictures, or nothing where they are encoded in each step.
+        device: where inputs are needed.
     """
 
-    text: Text
-    pictures: EncodedPictures | None
+    def __init__(
+        self, family: Family, text: Text, pictures: Pictures | None, device: torch.device
+    ) -> None:
+        self._family = family
+        self.text = text
+        self.pictures = pictures
+        self._device = device
+
+    @property
+    def resident(self) -> bool:
+        """Whether all inputs lie on the device, so that a step only says where."""
+        return self.text.resident and self.pictures is not None and self.pictures.resident
+
+    def inputs(self, batch: Batch) -> StepInputs:
+        """What a forward pass of a batch is given; differentiable while the text is live."""
+        if self.pictures is not None and not self.text.is_live:
+            return self.at(self.where(batch))
+        shown = self._encoded(batch) if self.pictures is None else self._read(batch)
+        text = self.text.of(batch.captions)
+        return StepInputs.of(shown, text, moved(batch.weights, self._device))
+
+    def shown(self, batch: Batch) -> StepInputs | Where:
+        """A batch's inputs, or where they lie, if all of them are kept."""
+        if self.pictures is not None and not self.text.is_live:
+            return self.where(batch)
+        return self.inputs(batch)
+
+    def latents_shape(self, shown: StepInputs | Where) -> torch.Size:
+        """The shape (C, h, w) of one example's latents."""
+        if isinstance(shown, StepInputs):
+            return shown.mean.shape[1:]
+        assert self.pictures is not None
+        return self.pictures.latents_shape(shown.size)
+
+    def where(self, batch: Batch) -> Where:
+        """Where the inputs of a batch lie, pictures and text being kept."""
+        assert self.pictures is not None
+        rows = [self.pictures.rows_of(batch.views), self.text.rows_of(batch.captions)]
+        places, shares = torch.tensor(rows), batch.weights
+        if self.resident:
+            places = moved(places, self._device)
+        return Where(batch.size, places, moved(shares, self._device))
+
+    def at(self, where: Where) -> StepInputs:
+        """The inputs that lie there; where all are resident, by nothing but work of the device."""
+        assert self.pictures is not None
+        pictures, captions = where.rows
+        shown = self.pictures.at(where.size, pictures)
+        return StepInputs.of(shown, self.text.at(captions), where.shares)
+
+    def _read(self, batch: Batch) -> Tensors:
+        assert self.pictures is not None
+        rows = torch.tensor(self.pictures.rows_of(batch.views))
+        return self.pictures.at(batch.size, rows)
+
+    def _encoded(self, batch: Batch) -> Tensors:
+        assert batch.pixels is not None
+        latents = encode(self._family, moved(batch.pixels, self._device))
+        facts = {"is_class": batch.is_class, **flat_geometry(batch.geometry)}
+        if batch.masks is not None:
+            facts["mask"] = batch.masks
+        on_device = {name: moved(fact, self._device) for name, fact in facts.items()}
+        return {"mean": latents.mean, "std": latents.std, **on_device}
 
 
 def tokenizer_of(family: Family, text_encoder: str) -> Any:
@@ -209,30 +300,86 @@ def _is_common(word: str, tokenizer: Any) -> bool:
 
 
 def encode_pictures(
-    family: Family, dataset: Dataset, device: torch.device, processes: Processes = ALONE
-) -> Generator[Event, None, EncodedPictures]:
+    family: Family,
+    dataset: Dataset,
+    device: torch.device,
+    processes: Processes = ALONE,
+    shelf: Shelf | None = None,
+) -> Generator[Event, None, Pictures]:
     """Encodes every picture, and its mirror image where flips are drawn; gives up the VAE.
 
     Args:
         processes: those that share the work.
+        shelf: what the VAE made of pictures in earlier trainings.
 
     Raises:
         NonFiniteError: the VAE overflows on a picture.
     """
-    family.pipeline.vae.to(device)
-    views = dataset.all_views()
-    encoded: dict[tuple[int, bool], LatentDistribution] = {}
 
-    def encoded_view(view: tuple[int, bool]) -> LatentDistribution:
+    def encoded_view(view: View) -> Tensors:
         pixels = dataset.pixels_of(*view)[None].to(device)
         latents = _checked(encode(family, pixels), dataset.examples[view[0]].name)
-        return LatentDistribution(latents.mean.cpu(), latents.std.cpu())
+        return {"mean": latents.mean.cpu(), "std": latents.std.cpu()}
 
-    for done, (view, latents) in enumerate(processes.shared(views, encoded_view), start=1):
-        encoded[view] = latents
-        yield StageEvent("encode pictures", done, len(views))
+    def prepare() -> None:
+        family.unread.have("vae")
+        family.pipeline.vae.to(device)
+
+    kept = yield from _kept(
+        "encode pictures",
+        dataset.all_views(),
+        encoded_view,
+        ingredients=lambda view: dataset.ingredients_of(*view),
+        shelf=shelf,
+        processes=processes,
+        prepare=prepare,
+    )
     family.pipeline.register_modules(vae=None)
-    return encoded
+    latents = {view: LatentDistribution(**tensors) for view, tensors in kept.items()}
+    return Pictures(latents, dataset, device)
+
+
+def _kept(
+    stage: str,
+    items: Sequence[Item],
+    encode_one: Callable[[Item], Tensors],
+    *,
+    ingredients: Callable[[Item], Any],
+    shelf: Shelf | None,
+    processes: Processes,
+    prepare: Callable[[], Any],
+) -> Generator[Event, None, dict[Item, Tensors]]:
+    """The encodings of all items: those on the shelf are read, the others made and put there.
+
+    Args:
+        ingredients: what of an item decides its encoding, as JSON can hold it.
+        prepare: is called once before any is made.
+    """
+    kept: dict[Item, Tensors] = {}
+    ingredients = cache(ingredients)
+
+    def read(items: Sequence[Item]) -> dict[Item, Tensors]:
+        found = {item: shelf.get(ingredients(item)) for item in items} if shelf is not None else {}
+        return {item: tensors for item, tensors in found.items() if tensors is not None}
+
+    # The main process reads and writes for all: others may have another cache folder.
+    for _, found in processes.shared([items], read):
+        for item, tensors in found.items():
+            kept[item] = tensors
+            yield StageEvent(stage, len(kept), len(items))
+    missing = [item for item in items if item not in kept]
+    if not missing:
+        return kept
+    prepare()
+    keeping = shelf if processes.is_main else None
+    for item, tensors in processes.shared(missing, encode_one):
+        kept[item] = tensors
+        if keeping is not None:
+            keeping.put(ingredients(item), tensors)
+        yield StageEvent(stage, len(kept), len(items))
+    if keeping is not None:
+        keeping.prune()
+    return kept
 
 
 def encode(family: Family, pixels: torch.Tensor) -> LatentDistribution:
@@ -253,22 +400,3 @@ def _checked(latents: LatentDistribution, name: str) -> LatentDistribution:
             "set upscale_vae_32bit: true, or give a vae_url made for half precision",
         )
     return latents
-
-
-def stack_conditioning(
-    encoded: EncodedCaptions, captions: Sequence[str], device: torch.device
-) -> Conditioning:
-    """The conditioning of a batch, in the order of its captions."""
-    rows = [encoded[caption] for caption in captions]
-    return {name: moved(torch.cat([row[name] for row in rows]), device) for name in rows[0]}
-
-
-def stack_latents(
-    encoded: EncodedPictures, views: Sequence[tuple[int, bool]], device: torch.device
-) -> LatentDistribution:
-    """The latent distributions of a batch, in the order of its views."""
-    rows = [encoded[view] for view in views]
-    return LatentDistribution(
-        moved(torch.cat([row.mean for row in rows]), device),
-        moved(torch.cat([row.std for row in rows]), device),
-    )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trainer import base_model, checkpoint, frozen, optim, results
+from trainer import base_model, checkpoint, class_images, contents, frozen, optim, pace, results
 from trainer.base_model import BaseModel, Precision
 from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
@@ -28,6 +28,7 @@ from trainer.data.plan import Plan, Portion
 from trainer.data.prepared import Example
 from trainer.determinism import deterministic
 from trainer.durable import write_text
+from trainer.encoded import shelf_of_captions, shelf_of_pictures
 from trainer.encoding import (
     Encodings,
     Text,
@@ -47,8 +48,11 @@ from trainer.machine import (
 )
 from trainer.measurements import measurement_key, record_measurement
 from trainer.out_of_memory import Place, out_of_memory, ran_out_of_memory
+from trainer.peaks import telling_peaks
 from trainer.processes import ALONE, Launched, Processes
+from trainer.readahead import read_ahead
 from trainer.remarks import notes_on_captions, notes_on_views, notes_on_words, pool_at_end
+from trainer.resident import Pictures
 from trainer.schedule import Schedule
 from trainer.sharding import asked_for, refuse_in_shards
 from trainer.spread import Spread
@@ -81,9 +85,10 @@ def _run_here(
     config: TrainingConfig, folder: RunFolder, stop: Stop, processes: Processes
 ) -> Iterator[Event]:
     place = Place()
+    events = _run(config, folder, stop, processes)
     try:
         with deterministic(config.run.deterministic and torch.cuda.is_available()):
-            for event in _run(config, folder, stop, processes):
+            for event in telling_peaks(events, apart=class_images.STAGE):
                 place.hear(event)
                 yield event
     except (RuntimeError, MemoryError) as error:
@@ -155,6 +160,16 @@ def compose(
     yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
         folder.create()
+    # While pictures are prepared and encoders work.
+    with read_ahead(contents.weights_of(base, base.family.denoiser_name)):
+        return (yield from _composed(config, base, folder, spread))
+
+
+def _composed(
+    config: TrainingConfig, base: BaseModel, folder: RunFolder, spread: Spread
+) -> Generator[Event, None, Composition]:
+    """The training of a settled configuration."""
+    accelerator, processes = spread.accelerator, spread.processes
     notes: list[Note] = []
     preparing = prepare_concepts(config, folder, processes)
     instances, classes = yield from _noted(preparing, notes)
@@ -164,9 +179,9 @@ def compose(
     plan = _plan(config.run, accelerator, portions, given)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
     schedule = Schedule.of(config.token, config.adapter, total_steps)
-    family, contents = _loaded(config, base, accelerator.device, names)
+    family, held = _loaded(config, base, spread, names)
     # Quantised, a base model makes other class pictures.
-    maker = f"{contents} {config.model.quantization}"
+    maker = f"{held} {config.model.quantization}"
     classes |= yield from make_classes(config, folder, processes, family, maker, accelerator.device)
     examples, portions = joined(config.subjects(), instances, classes)
     plan = replace(plan, portions=portions, sizes=tuple(e.target for e in examples))
@@ -175,6 +190,8 @@ def compose(
     notes += [*notes_on_views(dataset), *trainables.notes]
     if names is not None and config.token.ti_pooling == "eos":
         notes += pool_at_end(family, names)
+    yield from notes_on_words(config, family, dataset, names)
+    learns_text = bool(trainables.text_encoders or trainables.new_tokens)
     text = Text(
         family,
         dataset.all_captions(),
@@ -183,13 +200,11 @@ def compose(
         # Weights of one format need none, and some of T5's must not be narrowed to fp16.
         autocast=accelerator.autocast if config.adapter.train_text_encoder else nullcontext,
         processes=processes,
+        shelf=None if learns_text else shelf_of_captions(family, accelerator.device),
     )
-    yield from notes_on_words(config, family, dataset, names)
     if not schedule.text_learns_at(0):
         yield from text.keep()
-    pictures = None
-    if config.data.cache_latents:
-        pictures = yield from encode_pictures(family, dataset, accelerator.device, processes)
+    pictures = yield from _pictures(config, family, dataset, spread)
     training = Training(
         config,
         family,
@@ -197,28 +212,44 @@ def compose(
         dataset,
         trainables=trainables,
         schedule=schedule,
-        encodings=Encodings(text, pictures),
-        base_contents=contents,
+        encodings=Encodings(family, text, pictures, accelerator.device),
+        base_contents=held,
     )
     notes += training.notes
     yield from map(_as_event, notes)
     return Composition(config.with_notes(*notes), base, precision_of(config), training)
 
 
+def _pictures(
+    config: TrainingConfig, family: Family, dataset: Dataset, spread: Spread
+) -> Generator[Event, None, Pictures | None]:
+    """All pictures encoded, where that is done once."""
+    if not config.data.cache_latents:
+        return None
+    device = spread.accelerator.device
+    shelf = shelf_of_pictures(family, device)
+    return (yield from encode_pictures(family, dataset, device, spread.processes, shelf))
+
+
 def _loaded(
-    config: TrainingConfig, base: BaseModel, device: torch.device, names: TokenNames | None
+    config: TrainingConfig, base: BaseModel, spread: Spread, names: TokenNames | None
 ) -> tuple[Family, str]:
-    """The base model as it is trained, and the digest of what it was made of.
+    """The base model as it is trained, and the digest of what it holds.
+
+    Encoders of which all may be kept that they would make are read when they are needed.
 
     Args:
-        device: where weights are quantised.
+        spread: its device quantises weights.
         names: of the new tokens, if any are to be learnt.
 
     Raises:
         InputError: it cannot be read, or knows a new token already.
     """
-    family = base_model.load(base, precision_of(config))
-    contents = base_model.contents_digest(family)
+    learns_text = config.adapter.train_text_encoder or config.token.train_text_encoder_ti
+    spared = set() if learns_text else {*base.family.text_encoder_names}
+    spared |= {"vae"} if config.data.cache_latents else set()
+    family = contents.opened(base, precision_of(config), spared, remember=spread.processes.is_main)
+    held = contents.contents_digest(family)
     for text_encoder in token_encoders(family) if names else ():
         assert names is not None
         refuse_taken(names, tokenizer_of(family, text_encoder), component=text_encoder)
@@ -226,9 +257,9 @@ def _loaded(
         family.denoiser,
         quantization=config.model.quantization,
         offload_blocks=config.run.offload_blocks,
-        device=device,
+        device=spread.accelerator.device,
     )
-    return family, contents
+    return family, held
 
 
 def _noted(
@@ -268,17 +299,19 @@ def _settled(config: TrainingConfig, base: BaseModel, spread: Spread) -> Trainin
     Raises:
         InputError: something that would only fail later, before any weights are read.
     """
-    config = completed(config, base)
-    refuse_updates_in_backward(config, spread.accelerator.num_processes)
+    denoiser = base_model.skeleton(base, base.family.denoiser_name)
+    config = completed(config, base, denoiser)
+    num_processes, device = spread.accelerator.num_processes, spread.accelerator.device
+    refuse_updates_in_backward(config, num_processes)
+    pace.refuse_impossible(config, num_processes, on_gpu=device.type == "cuda")
     if spread.sharding is not None:
-        refuse_in_shards(config, spread.accelerator.num_processes)
+        refuse_in_shards(config, num_processes)
         config = config.with_notes(*spread.sharding.notes)
     base_model.objective_of(base, config.loss).check_maximum(config.loss.max_timestep_trained)
     optim.refuse_unavailable(config.optim)
-    denoiser = base_model.skeleton(base, base.family.denoiser_name)
     frozen.refuse_unavailable(config.model.quantization)
     frozen.refuse_too_many(denoiser, config.run.offload_blocks)
-    return config
+    return pace.without_meaning(config, denoiser)
 
 
 def _as_event(note: Note) -> NoteEvent:
@@ -338,6 +371,7 @@ def _run_event(composed: Composition) -> RunEvent:
             "device": str(training.accelerator.device),
             "processes": training.accelerator.num_processes,
             "precision": str(composed.precision.frozen).removeprefix("torch."),
+            "steps": str(training.pace),
         },
         num_pictures=scales.count(0),
         num_sizes=len(set(scales)),

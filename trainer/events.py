@@ -114,6 +114,19 @@ class CheckpointEvent(Event):
 
 
 @dataclass(frozen=True)
+class MemoryEvent(Event):
+    """How much memory a training took, told at its end.
+
+    Args:
+        peaks: part of the training to the most bytes at one time: of `tensors` on a GPU, `reserved`
+            for them there, and of the `process` in the computer's memory since it began.
+    """
+
+    kind = "memory"
+    peaks: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
 class FileEvent(Event):
     """A result file is written; `role` says what it is, `path` is relative to the run folder."""
 

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from trainer.adapters import target_layers
 from trainer.base_model import BaseModel, skeleton
 from trainer.config import LEAVES, AdapterConfig, Note, TrainingConfig
@@ -25,8 +27,13 @@ _TOKENS = "train_text_encoder_ti"
 _TEXT = "train_text_encoder"
 
 
-def fitted(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
+def fitted(
+    config: TrainingConfig, base: BaseModel, denoiser: torch.nn.Module | None = None
+) -> TrainingConfig:
     """The configuration as this base model takes it.
+
+    Args:
+        denoiser: its skeleton, if there is one already.
 
     Raises:
         InputError: with everything that somebody set and that means nothing here.
@@ -35,7 +42,7 @@ def fitted(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
         *_without_meaning(config, base),
         *_without_learner(config, base),
         *_odd_sizes(config, base),
-        *_without_layers(config, base),
+        *_without_layers(config, base, denoiser),
     ]
     if problems:
         raise InputError(problems)
@@ -103,17 +110,20 @@ def _odd_sizes(config: TrainingConfig, base: BaseModel) -> Iterator[Problem]:
             yield Problem(leaf, message, f"give {near}")
 
 
-def _without_layers(config: TrainingConfig, base: BaseModel) -> Iterator[Problem]:
+def _without_layers(
+    config: TrainingConfig, base: BaseModel, denoiser: torch.nn.Module | None
+) -> Iterator[Problem]:
     """Targets that somebody chose and that are the end of no layer."""
     adapter = config.adapter
     if not adapter.use_lora:
         return
+    made = {} if denoiser is None else {base.family.denoiser_name: denoiser}
     targets = {base.family.denoiser_name: ("target_unet_modules", adapter.target_unet_modules)}
     if adapter.train_text_encoder:
         ours = ("target_text_encoder_modules", adapter.target_text_encoder_modules)
         targets |= dict.fromkeys(adapted_encoders(base.family), ours)
     for component, (field, names) in targets.items():
-        model = skeleton(base, component)
+        model = made[component] if component in made else skeleton(base, component)
         try:
             target_layers(model, names, field=field, must_match=config.is_explicit(field))
         except InputError as error:

@@ -158,6 +158,11 @@ class FrozenLinear(torch.nn.Linear):
         return self._device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the widened weight."""
+        return self._dtype
+
+    @property
     def parts_on_device(self) -> Parts:
         """What of the weight takes memory where the layer is."""
         return () if self.offloaded else self.parts

@@ -9,7 +9,7 @@ checkpoints/     step-N folders, each with a manifest
 logs/            TensorBoard
 outputs/         the result files
 verify.json      is among the outputs: what each reader read back
-result.json      status, exit code and files; written last
+result.json      status, exit code, files and memory taken; written last
 result.X.json    the same in the words of the service that dialect X speaks
 ```
 
@@ -109,6 +109,7 @@ class Result(BaseModel):
 
     Args:
         explicit: the options that somebody set on purpose.
+        peak_memory: see `MemoryEvent`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -122,6 +123,7 @@ class Result(BaseModel):
     problems: tuple[ResultProblem, ...] = ()
     ignored_options: dict[str, str] = {}
     explicit: tuple[str, ...] = ()
+    peak_memory: dict[str, dict[str, int]] = {}
     files: tuple[ResultFile, ...] = ()
 
     @classmethod

@@ -388,7 +388,7 @@ class Summary(_Plain):
 
     def table(self, result: Result) -> Table:
         """Every result file with its role, size and what each reader said of it."""
-        table = Table(title=headline(result))
+        table = Table(title=headline(result), caption=memory_line(result))
         table.add_column("file", overflow="fold")
         table.add_column("role", overflow="fold")
         table.add_column("size", justify="right", no_wrap=True)
@@ -402,6 +402,15 @@ class Summary(_Plain):
 def headline(result: Result) -> str:
     """One line on how a run ended."""
     return f"{result.status}: {result.step} of {result.total_steps} steps"
+
+
+def memory_line(result: Result) -> str | None:
+    """One line on the most memory of each part of a run: the GPU's, where there is one."""
+    told = [
+        f"{part} {size_text(peak.get('reserved', peak['process']))}"
+        for part, peak in result.peak_memory.items()
+    ]
+    return f"most memory: {', '.join(told)}" if told else None
 
 
 def size_text(size: int) -> str:

@@ -12,32 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trainer.frozen import frozen_layers
+from trainer.outcomes import Outcomes
 
 # PyTorch's CUDA allocator hands out multiples of this many bytes.
 ALLOCATION_UNIT = 512
 
 # What autograd and autocast ask tensors without data for more often than for anything else.
 _DEVICE_OF = torch.ops.prim.device.default
-
-_ATEN: Any = torch.ops.aten
-# Most of what a model computes; each makes one tensor on its inputs' device, as its kernel for
-# tensors without data says. Asked directly, that takes a third of the time.
-QUICK = frozenset(
-    {
-        *(_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.t.default, _ATEN.detach.default),
-        *(_ATEN.transpose.int, _ATEN.permute.default, _ATEN.unsqueeze.default, _ATEN.slice.Tensor),
-        *(_ATEN.expand.default, _ATEN.select.int, _ATEN.mm.default, _ATEN.addmm.default),
-        *(_ATEN.add.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN._to_copy.default),
-        *(_ATEN.silu.default, _ATEN.silu_backward.default, _ATEN.gelu.default),
-        *(_ATEN.gelu_backward.default, _ATEN.sum.dim_IntList),
-    }
-)
 
 # Blocks left of a row of equal ones: the first and the last have other neighbours than those
 # between them, of which one is left.
@@ -124,15 +110,17 @@ class LiveBytes(TorchDispatchMode):
     Args:
         stand_ins: blocks of what is counted, whose every pass counts as many times over as the
             blocks they stand for: their weights, and what forward and backward leave behind.
+        outcomes: what is known of operations on tensors without data.
     """
 
-    def __init__(self, stand_ins: Iterable[StandIn] = ()) -> None:
+    def __init__(self, stand_ins: Iterable[StandIn] = (), outcomes: Outcomes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch gives it no types
         self.now = 0
         self.peak = 0
         self.maker: int = 0
         self._sizes = WeakIdKeyDictionary()
         self._caches_end = False
+        self._outcomes = outcomes or Outcomes()
         self._repetitions = [_Repetition(self, each) for each in stand_ins]
 
     def hold(self, module: torch.nn.Module) -> None:
@@ -165,8 +153,7 @@ class LiveBytes(TorchDispatchMode):
         """Runs one operation and counts the storages it makes."""
         if func is _DEVICE_OF:
             return args[0].fake_device
-        kwargs = kwargs or {}
-        outcome = _without_data(func, args, kwargs) if func in QUICK else func(*args, **kwargs)
+        outcome = self._outcomes.of(func, args, kwargs or {})
         for tensor in tree_iter(outcome):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor)
@@ -186,20 +173,6 @@ class LiveBytes(TorchDispatchMode):
         self.now -= record.size
         if self._caches_end:
             self.now -= record.others_size
-
-
-def _without_data(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What an operation of `QUICK` makes of tensors, if these have no data and one device."""
-    tensors = [each for each in args if isinstance(each, torch.Tensor)]
-    first, *others = tensors
-    if "device" in kwargs or not isinstance(first, FakeTensor):
-        return func(*args, **kwargs)
-    device = first.fake_device
-    if not all(isinstance(each, FakeTensor) and each.fake_device == device for each in others):
-        return func(*args, **kwargs)
-    with in_kernel_invocation_manager(first.fake_mode):
-        made = func(*args, **kwargs)
-    return FakeTensor(first.fake_mode, made, device)
 
 
 def allocated(size: int) -> int:

@@ -22,11 +22,15 @@ _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 NO_GPU = "there is no GPU here to take memory from"
 SAME_ANYWAY = "a processor computes the same bits each time anyway"
-# Options that mean something on a GPU alone: switched off, and why elsewhere.
-_ON_A_GPU: Mapping[str, tuple[bool | int, str]] = {
-    "offload_models": (False, NO_GPU),
-    "offload_blocks": (0, NO_GPU),
-    "deterministic": (False, SAME_ANYWAY),
+NO_GRAPH = "there is no GPU here that could be given a graph"
+NO_TF32 = "a processor has no TF32"
+# Options that mean something on a GPU alone: what is as good as left out, and why elsewhere.
+_ON_A_GPU: Mapping[str, tuple[tuple[bool | int | None, ...], str]] = {
+    "offload_models": ((False,), NO_GPU),
+    "offload_blocks": ((0,), NO_GPU),
+    "deterministic": ((False,), SAME_ANYWAY),
+    "cuda_graph": ((None, False), NO_GRAPH),
+    "tf32": ((None, False), NO_TF32),
 }
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -83,9 +87,15 @@ def accelerator_of(run: RunConfig) -> Accelerator:
     return accelerator
 
 
-def completed(config: TrainingConfig, base: BaseModel) -> TrainingConfig:
-    """The configuration with what only the checkpoint and the machine could tell."""
-    config = fitted(config, base)
+def completed(
+    config: TrainingConfig, base: BaseModel, denoiser: torch.nn.Module | None = None
+) -> TrainingConfig:
+    """The configuration with what only the checkpoint and the machine could tell.
+
+    Args:
+        denoiser: its skeleton, if there is one already.
+    """
+    config = fitted(config, base, denoiser)
     config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
     for field in ("resolution_width", "resolution_height"):
         if config.leaf(field) is None:
@@ -99,9 +109,9 @@ def _for_a_processor(config: TrainingConfig) -> TrainingConfig:
     if torch.cuda.is_available():
         return config
     for field, (off, reason) in _ON_A_GPU.items():
-        if config.leaf(field) != off:
+        if config.leaf(field) not in off:
             note = Note(kind="ignored", field=field, message=reason)
-            config = config.with_leaf(field, off).with_notes(note)
+            config = config.with_leaf(field, off[0]).with_notes(note)
     return config
 
 

@@ -24,6 +24,7 @@ class MeasurementKey:
         method: form of the adapter, or `all weights`.
         targets: layers that get an adapter, by the end of their name.
         rank: of the adapter.
+        adapter_layers: who computes it.
         text_method: what learns beside the denoiser: `new tokens`, `all weights` of the text
             encoders, the form of their adapter, or nothing.
         text_targets: layers of the text encoders that get an adapter.
@@ -40,6 +41,12 @@ class MeasurementKey:
         quantization: how frozen weights are kept.
         offload_blocks: blocks whose frozen weights come from the computer's memory.
         gradient_checkpointing: whether activations are recomputed.
+        deterministic: whether only operations are used that give the same bits each time.
+        cuda_graph: whether steps are recorded; None here and below: as the run decides.
+        compile_blocks: whether blocks are compiled.
+        channels_last: whether convolutions' weights are kept so.
+        tf32: whether 32-bit floats are multiplied with fewer bits.
+        attention: which kernel computes it.
         cache_latents: whether pictures are encoded beforehand.
         upscale_vae_32bit: whether they are encoded in 32 bits.
         num_workers: processes that read pictures ahead.
@@ -54,6 +61,7 @@ class MeasurementKey:
     method: str
     targets: str
     rank: int
+    adapter_layers: str
     text_method: str
     text_targets: str
     text_rank: int
@@ -70,6 +78,12 @@ class MeasurementKey:
     quantization: str
     offload_blocks: int
     gradient_checkpointing: bool
+    deterministic: bool
+    cuda_graph: bool | None
+    compile_blocks: bool | None
+    channels_last: bool | None
+    tf32: bool | None
+    attention: str
     cache_latents: bool
     upscale_vae_32bit: bool
     num_workers: int
@@ -99,6 +113,7 @@ def measurement_key(
         method=_form(adapter),
         targets=",".join(adapter.target_unet_modules) if adapter.use_lora else "",
         rank=adapter.rank if adapter.use_lora else 0,
+        adapter_layers=adapter.adapter_layers if adapter.use_lora else "",
         text_method=text_method,
         text_targets=text_targets,
         text_rank=text_rank,
@@ -116,6 +131,12 @@ def measurement_key(
         quantization=config.model.quantization,
         offload_blocks=run.offload_blocks,
         gradient_checkpointing=run.gradient_checkpointing,
+        deterministic=run.deterministic,
+        cuda_graph=run.cuda_graph,
+        compile_blocks=run.compile_blocks,
+        channels_last=run.channels_last,
+        tf32=run.tf32,
+        attention=run.attention,
         cache_latents=config.data.cache_latents,
         upscale_vae_32bit=config.model.upscale_vae_32bit,
         num_workers=run.num_workers,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from trainer.base_model import BaseModel, Precision
 from trainer.collection import uncollected
 from trainer.config import DataConfig, TokenConfig, TrainingConfig
 from trainer.dataless import (
+    Encoded,
     Model,
     able_encoders,
     give_tensors,
@@ -29,7 +31,7 @@ from trainer.dataless import (
     prepare_denoiser,
 )
 from trainer.families.base import Conditioning, Family
-from trainer.live_bytes import LiveBytes
+from trainer.outcomes import Outcomes
 from trainer.sections.subjects import class_sources
 from trainer.trainables import recompute_activations
 from trainer.update_memory import UpdateMemory
@@ -82,7 +84,7 @@ class Forecast:
 
     def __init__(self, base: BaseModel, device: torch.device) -> None:
         self._base, self._device = base, device
-        self._mode = FakeTensorMode()
+        self._mode, self._outcomes = FakeTensorMode(), Outcomes()
         self._made: dict[Hashable, object] = {}
 
     def footprint(self, config: TrainingConfig, precision: Precision) -> Footprint:
@@ -96,23 +98,29 @@ class Forecast:
             InputError: this model or machine cannot be trained so.
             OSError: a configuration or tokenizer is neither here nor on the hub.
         """
+        settings = config.model_dump_json(exclude={"resolved"})
+        return self._once((settings, precision), lambda: self._footprint(config, precision))
+
+    def _footprint(self, config: TrainingConfig, precision: Precision) -> Footprint:
         sources = class_sources(config.subjects())
         update = _update_of(config, precision, self._device)
         stages = {}
         with uncollected(), self._mode:
             if any(source.url is None for source in sources):
                 untrained = self._model(precision, config, learns=False)
-                stages[CLASS_PICTURES] = _peak_of_class_images(untrained, config)
+                latents = self._pictures(untrained, config, precision).made
+                stages[CLASS_PICTURES] = _peak_of_class_images(untrained, config, latents)
             model = self._model(precision, config, learns=True)
             learning = _learning(model.family)
             if config.run.gradient_checkpointing:
                 _recompute_activations(model.family, learning)
             else:
                 model.family.denoiser.disable_gradient_checkpointing()
-            stages[ENCODING] = self._peak_of_encoding(model.family, config, precision, learning)
-            kept = self._captions_of_frozen(model.family, precision, learning)
+            captions = self._captions(model, precision, learning)
+            pictures = self._pictures(model, config, precision)
+            stages[ENCODING] = _peak_of_encoding(captions, pictures, text_stays=len(learning) > 1)
             steps = [
-                _peak_of_steps(model, config, precision, parts, update, kept)
+                _peak_of_steps(model, config, precision, parts, update, (captions, pictures))
                 for parts in _phases(config.token, learning)
             ]
             _freeze_all_but(model.family, [p for group in learning.values() for p in group])
@@ -161,10 +169,10 @@ class Forecast:
             denoiser = torch.nn.Module.to(denoiser, precision.denoiser)
             stand_ins = prepare_denoiser(self._base, denoiser, config, learns=learns)
         parts[family.denoiser_name] = denoiser
-        give_tensors(denoiser, self._device)
+        give_tensors(denoiser, self._mode, self._device)
         pipeline = copy(self._once("pipeline", lambda: self._pipeline(parts)))
         pipeline.register_modules(**parts)
-        return Model(family(pipeline), stand_ins)
+        return Model(family(pipeline), stand_ins, self._outcomes)
 
     def _pipeline(self, parts: Mapping[str, torch.nn.Module]) -> Any:
         source, family = self._base.configurations, self._base.family
@@ -181,7 +189,7 @@ class Forecast:
         with unset_fake_temporarily():
             # Only numbers change: diffusers and transformers warn of it.
             part = torch.nn.Module.to(base_model.skeleton(self._base, name), dtype)
-        give_tensors(part, self._device)
+        give_tensors(part, self._mode, self._device)
         return part
 
     def _text_encoder(
@@ -191,33 +199,35 @@ class Forecast:
         with unset_fake_temporarily():
             part = torch.nn.Module.to(base_model.skeleton(self._base, name), dtype)
             make_text_trainable(self._base.family, part, name, config)
-        give_tensors(part, self._device)
+        give_tensors(part, self._mode, self._device)
         return part
 
-    def _peak_of_encoding(
-        self, family: Family, config: TrainingConfig, precision: Precision, learning: _Learning
-    ) -> int:
-        def make() -> int:
-            return _peak_of_encoding(family, config.data, text_stays=len(learning) > 1)
+    def _captions(
+        self, model: Model, precision: Precision, learning: _Learning
+    ) -> Encoded[Conditioning]:
+        """One caption, encoded as where text encoders do not learn."""
+        family = model.family
+        encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
 
-        if len(learning) > 1:
-            return make()
-        size = config.data.resolution_height, config.data.resolution_width
-        narrow = precision.vae, precision.frozen, precision.text_encoders
-        return self._once((ENCODING, *size, *narrow), make)
+        def make() -> Encoded[Conditioning]:
+            return model.encoded(encoders, lambda: family.encode_text([""]))
 
-    def _captions_of_frozen(
-        self, family: Family, precision: Precision, learning: _Learning
-    ) -> Conditioning | None:
-        """What text encoders say of one caption, where none of them learns."""
         if any(name in learning for name in family.text_encoder_names):
-            return None
+            return make()
+        return self._once(("captions", precision.frozen, precision.text_encoders), make)
 
-        def make() -> Conditioning:
-            with torch.no_grad(), _autocast(family, precision):
-                return family.encode_text([""])
+    def _pictures(
+        self, model: Model, config: TrainingConfig, precision: Precision
+    ) -> Encoded[torch.Tensor]:
+        """One picture, encoded."""
 
-        return self._once(("text", precision.frozen, precision.text_encoders), make)
+        def make() -> Encoded[torch.Tensor]:
+            vae = model.family.pipeline.vae
+            encode = partial(_encode_pictures, model.family, config.data, 1)
+            return model.encoded([vae], encode)
+
+        size = config.data.resolution_height, config.data.resolution_width
+        return self._once(("pictures", *size, precision.vae), make)
 
 
 def _update_of(config: TrainingConfig, precision: Precision, device: torch.device) -> UpdateMemory:
@@ -262,17 +272,19 @@ def _recompute_activations(family: Family, learning: _Learning) -> None:
         recompute_activations(family.pipeline.components[name], preserve_rng_state=False)
 
 
-def _peak_of_class_images(model: Model, config: TrainingConfig) -> int:
+def _peak_of_class_images(model: Model, config: TrainingConfig, latents: torch.Tensor) -> int:
     """Making one class picture: text, a step of denoising, decoding.
 
     All parts are on the device all the time, or each in its turn.
+
+    Args:
+        latents: of one picture.
     """
     family = model.family
     # Without guidance, or where the denoiser is told it, there is but one row.
     scale = config.prior.class_guidance_scale
     is_told = family.denoiser.config.get("guidance_embeds", False)
     rows = 1 if is_told or (scale is not None and scale <= 1) else 2
-    latents = _encode_pictures(family, config.data, 1)
     noisy_latents = torch.empty(rows, *latents.shape[1:], device=latents.device)
     vae, denoiser = family.pipeline.vae, family.denoiser
     encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
@@ -290,31 +302,21 @@ def _peak_of_class_images(model: Model, config: TrainingConfig) -> int:
         shape = (1, vae.config.latent_channels, *latents.shape[-2:])
         vae.decode(torch.empty(shape, dtype=vae.dtype, device=latents.device))
 
-    with torch.no_grad():
-        text = encode()
-    peaks = []
-    for parts, work in ((encoders, encode), ([denoiser], denoise), ([vae], decode)):
-        there = parts if config.run.offload_models else (denoiser, vae, *encoders)
-        with LiveBytes(model.stand_ins) as stage, torch.no_grad():
-            for part in there:
-                stage.hold(part)
-            work()
-        peaks.append(int(stage.peak))
-    return max(peaks)
+    def there(*parts: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        return parts if config.run.offload_models else (denoiser, vae, *encoders)
+
+    told = model.encoded(there(*encoders), encode)
+    text = told.made
+    denoised = model.encoded(there(denoiser), denoise)
+    decoded = model.encoded(there(vae), decode)
+    return max(told.peak, denoised.peak, decoded.peak)
 
 
-def _peak_of_encoding(family: Family, data: DataConfig, *, text_stays: bool) -> int:
+def _peak_of_encoding(
+    captions: Encoded[Conditioning], pictures: Encoded[torch.Tensor], *, text_stays: bool
+) -> int:
     """Captions, then pictures, each by itself; text encoders that learn stay on the device."""
-    encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
-    with LiveBytes() as text_stage, torch.no_grad():
-        for encoder in encoders:
-            text_stage.hold(encoder)
-        family.encode_text([""])
-    with LiveBytes() as picture_stage:
-        for part in (family.pipeline.vae, *(encoders if text_stays else ())):
-            picture_stage.hold(part)
-        _encode_pictures(family, data, 1)
-    return max(int(text_stage.peak), int(picture_stage.peak))
+    return max(captions.peak, pictures.peak + (captions.weights if text_stays else 0))
 
 
 @dataclass(frozen=True)
@@ -332,33 +334,30 @@ def _peak_of_steps(
     precision: Precision,
     learning: _Learning,
     update: UpdateMemory,
-    frozen_text: Conditioning | None,
+    encoded: tuple[Encoded[Conditioning], Encoded[torch.Tensor]],
 ) -> _Steps:
     """Forward and backward passes while these parameters learn, beside the optimizer's state.
 
     Args:
-        frozen_text: of one caption, where text encoders never learn.
+        encoded: a caption and a picture.
     """
     family = model.family
     encoders = [family.pipeline.components[n] for n in family.text_encoder_names if n in learning]
     parameters = [p for group in learning.values() for p in group]
     rows, num_captions = _forward_pass(config)
-    latents = _encode_pictures(family, config.data, 1)
-    kept = None
-    if not encoders:
-        if frozen_text is None:
-            with torch.no_grad(), _autocast(family, precision):
-                frozen_text = family.encode_text([""])
-        kept = _in_rows(frozen_text, rows)
+    captions, pictures = encoded
+    kept = None if encoders else _in_rows(captions.made, rows)
+    shape = pictures.made.shape[1:]
     _freeze_all_but(family, parameters)
     hooks = update.in_backward(parameters) if config.optim.fused_backward else []
-    with LiveBytes(model.stand_ins) as steps:
+    with model.counter() as steps:
         for module in (family.denoiser, *encoders):
             steps.hold(module)
         if not config.data.cache_latents:
             steps.hold(family.pipeline.vae)
         weights, state = steps.now, round(update.state * model.count(parameters))
         steps.add(state)
+        copies = model.copies([family.denoiser, *encoders], precision.frozen, steps)
         # From the second pass on, the gradients of the first are there from the start, unless each
         # is given up at once. What of a text encoder gets none is not known before.
         accumulates = config.run.gradient_accumulation_steps > 1 and not hooks
@@ -366,11 +365,12 @@ def _peak_of_steps(
         for _ in range(1 + (accumulates and bool(encoders))):
             if not config.data.cache_latents:
                 _encode_pictures(family, config.data, rows)
-            noisy_latents = torch.empty(rows, *latents.shape[1:], device=latents.device)
-            text = kept or _encode_captions(family, precision, num_captions, rows)
-            with steps.ending_caches(_autocast(family, precision)):
-                prediction = _predict(family, noisy_latents, text)
-            (prediction.float() - noisy_latents).square().mean().backward()
+            noisy_latents = torch.empty(rows, *shape, device=family.denoiser.device)
+            with copies.of_this_step():
+                text = kept or _encode_captions(family, precision, num_captions, rows)
+                with steps.ending_caches(_autocast(family, precision)):
+                    prediction = _predict(family, noisy_latents, text)
+                (prediction.float() - noisy_latents).square().mean().backward()
             del text, prediction
         for parameter in parameters:
             update.of(parameter)

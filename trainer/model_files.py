@@ -64,6 +64,15 @@ class Source:
             raise self._broken(name, "holds no object of names and values")
         return content
 
+    def folder_of(self, name: str) -> Path:
+        """Where on this machine the files beside one of these files lie.
+
+        Raises:
+            InputError: it cannot be had.
+        """
+        with hub_errors(self.field, self.url):
+            return self._path(name).parent
+
     def _path(self, name: str) -> Path:
         folder = Path(self.url)
         if not folder.is_dir():

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prodigyopt import Prodigy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 from trainer import shards
 from trainer.config import OptimConfig
 from trainer.errors import InputError
+from trainer.prodigy import Prodigy
 
 # Learning rate at the end of `polynomial` (diffusers' and transformers' value).
 POLYNOMIAL_END = 1e-7
@@ -82,6 +82,7 @@ def _adafactor(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optim
 
 
 def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
+    assert len({group["lr"] for group in groups}) == 1
     optimizer: torch.optim.Optimizer = Prodigy(
         groups,
         betas=(optim.adam_beta1, optim.adam_beta2),
@@ -104,17 +105,12 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Op
 
 
 def _leave_out_in_kernel(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
-    # The names by which torch's gradient scaler tells a fused kernel to change nothing.
+    # The names by which torch's gradient scaler tells a fused kernel to change nothing; Prodigy
+    # knows them, too.
     gated: Any = optimizer
     gated.grad_scale, gated.found_inf = None, (~allowed).float()
     optimizer.step()
     del gated.grad_scale, gated.found_inf
-
-
-def _leave_out_step(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
-    # Prodigy waits for the device in each step anyway, to learn its own step size.
-    if bool(allowed):
-        optimizer.step()
 
 
 def _leave_out_gradients(optimizer: torch.optim.Optimizer, allowed: torch.Tensor) -> None:
@@ -125,13 +121,13 @@ def _leave_out_gradients(optimizer: torch.optim.Optimizer, allowed: torch.Tensor
     optimizer.step()
 
 
-# How each optimizer's step is kept from a gradient that is not finite. The first two change
-# nothing at all then; the last goes on with its momentum, in a run that ends at the next reading.
+# How each optimizer's step is kept from a gradient that is not finite. The first way changes
+# nothing at all then; the second goes on with its momentum, in a run that ends at the next reading.
 _GATES: Mapping[str, Callable[[torch.optim.Optimizer, torch.Tensor], None]] = {
     "adamw": _leave_out_in_kernel,
     "adamw8bit": _leave_out_gradients,
     "adafactor": _leave_out_gradients,
-    "prodigy": _leave_out_step,
+    "prodigy": _leave_out_in_kernel,
 }
 
 
@@ -141,12 +137,49 @@ def step_where(optimizer: torch.optim.Optimizer, name: str, allowed: torch.Tenso
     Args:
         optimizer: with its gradients in place.
         name: a key of `OPTIMIZERS`.
-        allowed: () bool on the device; only Prodigy waits for it. None: it is.
+        allowed: () bool on the device, which nothing waits for. None: it is.
     """
     if allowed is None:
         optimizer.step()
     else:
         _GATES[name](optimizer, allowed)
+
+
+# Optimizers whose steps a CUDA graph can hold, and what their groups are told then. The others
+# cannot be: adamw8bit and adafactor count their steps on the processor.
+CAPTURABLE: Mapping[str, Mapping[str, bool]] = {"adamw": {"capturable": True}, "prodigy": {}}
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Lets a CUDA graph hold the optimizer's steps, and its schedule still set their rates.
+
+    Learning rates become tensors on the device, always the same ones, which a schedule fills in
+    place. What the optimizer saves has numbers in their place and can be loaded by any other.
+
+    Args:
+        optimizer: with its schedule; changed in place.
+        name: a key of `CAPTURABLE`.
+    """
+    flags = CAPTURABLE[name]
+    groups = optimizer.param_groups
+    assert all("initial_lr" in group for group in groups)
+    device = next(parameter.device for group in groups for parameter in group["params"])
+    rates = [torch.tensor(group["lr"], device=device) for group in groups]
+
+    def hold(optimizer: torch.optim.Optimizer) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group.update(flags, lr=rate.fill_(group["lr"]))
+
+    def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.update(dict.fromkeys(flags, False), lr=float(group["lr"]))
+
+    hold(optimizer)
+    optimizer.register_load_state_dict_post_hook(hold)
+    optimizer.register_state_dict_post_hook(save)
+    # Steps outside a graph, which the first ones must be, are no mistake to be warned of.
+    warned: Any = optimizer
+    warned._warned_capturable_if_run_uncaptured = True
 
 
 def refuse_unavailable(optim: OptimConfig) -> None:
@@ -197,29 +230,8 @@ def enter_phase(
     """
     for parameter in frozen:
         optimizer.state.pop(parameter, None)
-    if optim.optimizer == "prodigy":
-        _estimate_anew(optimizer, staying)
-
-
-def _estimate_anew(prodigy: torch.optim.Optimizer, staying: Sequence[torch.nn.Parameter]) -> None:
-    """Lets Prodigy estimate its step size for what learns from here on.
-
-    Its estimate is one quotient over all parameters, kept over many steps: parameters that leave
-    would stay in the numerator alone, and the step size leap. What stays goes on with the size
-    and moments that it has, from where it is; where nothing stays, all begins anew.
-
-    Source: the sums of prodigyopt's `step`; `p0` is where the distance is measured from.
-    """
-    for group in prodigy.param_groups:
-        group["d_numerator"] = 0.0
-        group["d_max"] = group["d"]
-        if not staying:
-            group.update(d=group["d0"], d_max=group["d0"], k=0)
-    # A parameter that has never had a gradient has no state.
-    for parameter in filter(prodigy.state.get, staying):
-        state = prodigy.state[parameter]
-        state["s"].zero_()
-        state["p0"] = parameter.detach().flatten().clone()
+    if isinstance(optimizer, Prodigy):
+        optimizer.estimate_anew(staying)
 
 
 @dataclass(frozen=True)
@@ -279,15 +291,28 @@ def learning_rate_factor(step: int, total_steps: int, optim: OptimConfig, *, pea
     return SCHEDULES[optim.lr_scheduler](progress, course)
 
 
+class LearningRates(LambdaLR):
+    """The course of every group's learning rate, told without asking the device."""
+
+    def get_last_lr(self) -> list[float | torch.Tensor]:
+        """The rates of the coming step, as numbers, be they tensors in the optimizer."""
+        courses = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        return [peak * factor(self.last_epoch) for peak, factor in courses]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on from here, as JSON can hold it."""
+        return super().state_dict() | {"_last_lr": self.get_last_lr()}
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, optim: OptimConfig, total_steps: int
-) -> LambdaLR:
+) -> LearningRates:
     """The course of every group's learning rate; to be stepped once an optimizer step."""
 
     def factor_of(peak: float) -> Callable[[int], float]:
         return lambda step: learning_rate_factor(step, total_steps, optim, peak=peak)
 
-    return LambdaLR(optimizer, [factor_of(group["lr"]) for group in optimizer.param_groups])
+    return LearningRates(optimizer, [factor_of(group["lr"]) for group in optimizer.param_groups])
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -297,17 +322,15 @@ def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Ten
         parameters: those without a gradient are passed over; of sharded ones, all parts count.
         max_norm: largest L2 norm; 0: leave the gradients alone.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sharded = [gradient for gradient in gradients if shards.is_sharded(gradient)]
-    norms = [norm_of(gradient) for gradient in gradients if not shards.is_sharded(gradient)]
-    norm = total_norm([*norms, shards.norm(sharded)] if sharded else norms)
-    if max_norm > 0:
-        for gradient in sharded:
-            # As `clip_grads_with_norm_` does, which cannot mix them with others.
-            shards.part(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        others = [p for p in parameters if not shards.is_sharded(p)]
-        torch.nn.utils.clip_grads_with_norm_(others, max_norm, norm)
+    whole = [gradient for gradient in gradients if not shards.is_sharded(gradient)]
+    norm = total_norm([*_norms_of(whole), *([shards.norm(sharded)] if sharded else [])])
+    if max_norm > 0 and gradients:
+        # The factor of `torch.nn.utils.clip_grad_norm_`, which cannot mix sharded ones with others.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for alike in _by_format([*whole, *map(shards.part, sharded)]):
+            torch._foreach_mul_(alike, factor)
     return norm
 
 
@@ -322,3 +345,15 @@ def total_norm(norms: Iterable[torch.Tensor]) -> torch.Tensor:
     parts = list(norms)
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
     return norm
+
+
+def _norms_of(gradients: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """As `norm_of` each, in one operation for a number format."""
+    for alike in _by_format(gradients):
+        yield from torch._foreach_norm(alike, dtype=torch.float32)
+
+
+def _by_format(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    # Over several formats, torch goes one by one.
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        yield [gradient for gradient in gradients if gradient.dtype == dtype]

@@ -17,7 +17,7 @@ from typing import NoReturn, cast
 
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError, DiskError, InputError, TrainerError
-from trainer.events import Event, FileEvent, RunEvent, StepEvent
+from trainer.events import Event, FileEvent, MemoryEvent, RunEvent, StepEvent
 from trainer.job import Result, ResultFile, Role, RunFolder
 from trainer.listeners import EarlierResult, Listener
 
@@ -178,6 +178,7 @@ class Tally:
         self._step = 0
         self._total_steps = 0
         self._files: dict[str, Role] = {}
+        self._peak_memory: dict[str, dict[str, int]] = {}
 
     @property
     def began(self) -> bool:
@@ -194,6 +195,8 @@ class Tally:
                 self._step = event.step
             case FileEvent():
                 self._files[event.path] = cast(Role, event.role)
+            case MemoryEvent():
+                self._peak_memory = event.peaks
             case _:
                 pass
 
@@ -206,6 +209,7 @@ class Tally:
             total_steps=self._total_steps,
             ignored_options=self._ignored,
             explicit=self._explicit,
+            peak_memory=self._peak_memory,
             files=tuple(self._described()),
         )
 

@@ -95,7 +95,7 @@ def norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         gradients: at least one, all sharded over the same processes.
     """
-    own = [torch.linalg.vector_norm(part(g), dtype=torch.float32) for g in gradients]
+    own = torch._foreach_norm([part(gradient) for gradient in gradients], dtype=torch.float32)
     squares = torch.stack(own).square().sum()
     (group,) = {g.device_mesh.get_group() for g in gradients if isinstance(g, DTensor)}
     dist.all_reduce(squares, group=group)

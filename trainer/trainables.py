@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import adapters, shards, tokens
@@ -136,7 +137,7 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
         if config.adapter.train_text_encoder
     }
     if config.run.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing(recomputed)
         for name in dict.fromkeys([*text_encoders, *new_tokens]):
             recompute_activations(family.pipeline.components[name])
     notes = [*_make_trainable(config, denoiser_name, denoiser, is_text=False)]
@@ -186,6 +187,15 @@ def _whole_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _learning(module: torch.nn.Module) -> tuple[torch.nn.Parameter, ...]:
     return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def recomputed(module: torch.nn.Module, *inputs: Any) -> Any:
+    """What a block of a denoiser gives, of which backward keeps the inputs only.
+
+    States of random generators are not kept: nothing is drawn inside, where a CUDA graph would not
+    allow it either.
+    """
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def recompute_activations(text_encoder: Any, **settings: bool) -> None:

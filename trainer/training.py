@@ -6,7 +6,6 @@ depends on nothing but its number and the weights it starts from.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,30 +14,32 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from trainer import checkpoint, encoding, faults, loss, objectives, optim, shards, tokens
+from trainer import checkpoint, optim, pace, shards, tokens
+from trainer.adapted.layers import Copies
 from trainer.config import Note, TrainingConfig
 from trainer.data.dataset import Batch, Dataset, leave_signals_to_the_training
 from trainer.encoding import Encodings
 from trainer.errors import Interrupted, NonFiniteError
 from trainer.events import CheckpointEvent, Event, NoteEvent, PhaseEvent, StepEvent
-from trainer.families.base import Family, LatentDistribution
+from trainer.families.base import Family
 from trainer.identity import identity_of_contents
 from trainer.job import RunFolder
+from trainer.machine import precision_of
+from trainer.pace import Pace, Work, pace_of
 from trainer.readings import (
-    Figures,
     Reading,
     Readings,
     Seen,
     all_finite,
-    finite_examples,
     non_finite,
     way_on,
 )
+from trainer.recording import CudaRecorder, Recorder, Recordings
 from trainer.schedule import Part, Schedule
 from trainer.sharding import put_together, shard
 from trainer.spread import Spread
+from trainer.stepping import Stepper
 from trainer.trainables import Trainables
-from trainer.transfers import moved
 from trainer.updates import Updates
 
 # Halvings that fp16's scaler may need to come down from its first scale of 2**16, and some.
@@ -90,15 +91,12 @@ class Training:
         self.sharding = sharding = spread.sharding
         self.processes = spread.processes
         self.schedule = schedule
+        self.encodings = encodings
         self.text = encodings.text
-        self.pictures = encodings.pictures
         self.base_contents = base_contents
         self.step = 0
         self.last_checkpoint: int | None = None
         self.losses: list[float] = []
-        self.objective = family.objective_class.from_scheduler(
-            family.pipeline.scheduler, config.loss
-        )
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
         # What comes next is communication, which must not wait for one that loads slowly.
@@ -110,8 +108,9 @@ class Training:
             self._spread_denoiser = self.denoiser
         self.trainables = trainables
         self.parameters = trainables.of(trainables.parameters)
-        if self.pictures is None:
+        if encodings.pictures is None:
             family.pipeline.vae.to(accelerator.device)
+        self.pace = self._paced()
         self.updates = Updates(
             trainables.groups(config.optim),
             config.optim,
@@ -120,9 +119,39 @@ class Training:
         )
         self.optimizer = self.updates.optimizer
         self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
-        self.accelerated_optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.readings = Readings(accelerator.device, self._steps_per_reading())
-        self._fault = faults.wanted_fault()
+        self.stepper = Stepper(
+            config,
+            family,
+            spread,
+            encodings=encodings,
+            trainables=trainables,
+            updates=self.updates,
+            copies=Copies(trainables.modules.values(), precision_of(config).frozen),
+        )
+        if self.pace.cuda_graph:
+            self.record(CudaRecorder())
+
+    def record(self, recorder: Recorder) -> None:
+        """Records steps from now on, wherever all that they need lies on the device."""
+        optim.make_capturable(self.optimizer, self.config.optim.optimizer)
+        self.stepper.recordings = Recordings(recorder)
+
+    def _paced(self) -> Pace:
+        """How steps are computed, for which the denoiser is prepared."""
+        plan = self.dataset.plan
+        has_class = any(portion.class_images for portion in plan.portions)
+        passes = plan.batch_size * plan.gradient_accumulation_steps
+        work = Work(
+            denoiser=self.denoiser,
+            steps=self.total_steps,
+            sizes=tuple(dict.fromkeys(plan.sizes)),
+            examples=2 * passes if has_class else passes,
+        )
+        on_gpu = self.accelerator.device.type == "cuda"
+        chosen = pace_of(self.config, work, on_gpu=on_gpu, num_processes=self.processes.count)
+        pace.prepare(self.denoiser, chosen)
+        return chosen
 
     @property
     def total_steps(self) -> int:
@@ -160,17 +189,10 @@ class Training:
             Interrupted: `stop` said so; the checkpoint of the last step is published.
             NonFiniteError: loss, gradients or weights are not finite; checkpoints are untouched.
         """
-        batches_of_steps = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=range(self.step, self.total_steps),
-            num_workers=self.config.run.num_workers if self.pictures is None else 0,
-            collate_fn=list,
-            worker_init_fn=leave_signals_to_the_training,
-        )
-        self.denoiser.train()
+        # What dropout and PEFT's layers draw in training mode comes from no seed of ours.
+        self.denoiser.eval()
         every = self.config.run.checkpointing_steps
-        loading = iter(batches_of_steps)
+        loading = self._batches()
         parts: frozenset[Part] | None = None
         started, warm_at = time.perf_counter(), self.step
         while self.step < self.total_steps:
@@ -179,7 +201,9 @@ class Training:
                 yield from self._read(started)
                 yield from self._enter_phase(parts)
                 started, warm_at = time.perf_counter(), self.step + WARM_UP_STEPS
-            self._one_step(next(loading))
+            with pace.arithmetic(self.pace):
+                self._one_step(next(loading))
+            yield from self.stepper.remarks()
             warming_up = self.config.run.report_steps is None and self.step <= warm_at
             if self.readings.due or warming_up:
                 yield from self._read(started)
@@ -195,9 +219,26 @@ class Training:
                     "run the same command to go on from there",
                 )
 
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The batches of the remaining steps; their pictures are read ahead."""
+        steps = range(self.step, self.total_steps)
+        if self.encodings.pictures is not None:
+            return (self.dataset[step] for step in steps)
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=steps,
+            num_workers=self.config.run.num_workers,
+            collate_fn=list,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_training,
+        )
+        return iter(loader)
+
     def _enter_phase(self, parts: frozenset[Part]) -> Iterator[Event]:
         """Lets these parts learn, and freezes for good what has learnt enough."""
         self.trainables.learn(parts)
+        self.stepper.forget()
         # A denoiser that learns nothing has no gradients for its processes to wait for.
         learns = "denoiser" in parts
         self.family.denoiser = self._spread_denoiser if learns else self.denoiser
@@ -240,7 +281,7 @@ class Training:
         learning_rate = float(self.course.get_last_lr()[0])
         scaler = self.accelerator.scaler
         for _ in range(1 if scaler is None else _MOST_ATTEMPTS):
-            figures = self._attempt(batches)
+            figures = self.stepper.take(batches, self.readings.healthy, step=self.step)
             # With a scaler, gradients that overflowed change nothing: once more, scaled less.
             if scaler is None or bool(figures.healthy | ~figures.loss.isfinite()):
                 break
@@ -280,96 +321,6 @@ class Training:
                 grad_norm=reading.grad_norm,
                 seconds=seconds,
             )
-
-    def _attempt(self, batches: Sequence[Batch]) -> Figures:
-        """Gradients and update of a step; no update where they are not finite."""
-        total = torch.zeros((), device=self.accelerator.device)
-        finite: list[torch.Tensor] = []
-        timesteps: list[torch.Tensor] = []
-        self.updates.begin(self.step, self.readings.healthy)
-        for batch in batches:
-            last = batch is batches[-1]
-            waiting = self.accelerator.no_sync(self.family.denoiser)
-            with contextlib.nullcontext() if last else waiting:
-                timesteps.append(moved(self._timesteps(batch), self.accelerator.device))
-                batch_loss, batch_finite = self._loss(batch, timesteps[-1])
-                self.accelerator.backward(batch_loss)
-            total += batch_loss.detach()
-            finite.append(batch_finite)
-        self.spread.average_gradients(self.trainables)
-        step_loss = self.accelerator.reduce(total, "mean")
-        self.accelerator.unscale_gradients(self.accelerated_optimizer)
-        if self.updates.in_backward:
-            grad_norm = self.updates.norm()
-        else:
-            grad_norm = optim.clip(self.parameters, self.config.optim.max_grad_norm)
-        figures = Figures(step_loss, grad_norm, torch.cat(finite), torch.cat(timesteps))
-        allowed = self.readings.healthy & figures.healthy
-        scaler = self.accelerator.scaler
-        if scaler is None or self.updates.is_piecewise:
-            self.updates.apply(allowed)
-            return figures
-        if bool(allowed):
-            self.accelerated_optimizer.step()
-        else:
-            # It looks at gradients alone, and asks less of the next attempt if they overflowed.
-            scaler.update()
-        self.accelerated_optimizer.zero_grad(set_to_none=True)
-        return figures
-
-    def _loss(self, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch, and what of each example is finite, see `Figures`."""
-        device, seed, settings = self.accelerator.device, self.config.run.seed, self.config.loss
-        distribution = self._distribution(batch)
-        shape = distribution.mean.shape[1:]
-        draw = moved(objectives.normal(seed, "posterior", batch.positions, shape), device)
-        latents = distribution.mean + distribution.std * draw
-        noise = objectives.noise_for(seed, batch.positions, shape, settings.noise_offset)
-        noise = moved(noise, device)
-        noisy_latents = self.objective.add_noise(latents, noise, timesteps)
-        text = self.text.of(batch.captions)
-        geometry = {name: moved(sizes, device) for name, sizes in batch.geometry.items()}
-        geometry["guidance"] = torch.full((len(latents),), settings.guidance_scale, device=device)
-        prediction = self.family.predict(noisy_latents, timesteps, text, geometry)
-        batch_loss = loss.diffusion_loss(
-            prediction,
-            self.objective.target(latents, noise, timesteps),
-            shares=moved(batch.weights, device),
-            is_class=moved(batch.is_class, device),
-            mask=None if batch.masks is None else moved(batch.masks, device),
-            snr=self.objective.snr(timesteps),
-            snr_gamma=settings.snr_gamma,
-            prediction_type=self.objective.prediction_type,
-        )
-        if self._fault is not None:
-            batch_loss = self._fault.strike(
-                batch_loss,
-                step=self.step + 1,
-                is_last_process=self.accelerator.is_last_process,
-            )
-        text_is_finite = torch.stack([finite_examples(states) for states in text.values()]).all(0)
-        causes = (finite_examples(latents), text_is_finite, finite_examples(prediction))
-        return batch_loss, torch.stack(causes, 1)
-
-    def _distribution(self, batch: Batch) -> LatentDistribution:
-        device = self.accelerator.device
-        if self.pictures is not None:
-            views = list(zip(batch.numbers, batch.flipped, strict=True))
-            return encoding.stack_latents(self.pictures, views, device)
-        assert batch.pixels is not None
-        return encoding.encode(self.family, moved(batch.pixels, device))
-
-    def _timesteps(self, batch: Batch) -> torch.Tensor:
-        # All pictures of a batch have one size.
-        height, width = batch.geometry["target_size"][0].tolist()
-        side = self.family.pipeline.vae_scale_factor
-        return self.objective.sample_timesteps(
-            self.config.run.seed,
-            batch.positions,
-            minimum=self.config.loss.min_timestep_trained,
-            maximum=self.config.loss.max_timestep_trained,
-            latent_size=(height // side, width // side),
-        )
 
     def _non_finite(self, reading: Reading) -> NonFiniteError:
         """What was not finite in a step, in the pictures of all processes."""

@@ -217,12 +217,7 @@ def _whole_state(
     """What an optimizer keeps of a weight, put together from all parts, on the processor."""
     answer = dict(values)
     for name in _elementwise(values) if shards.is_sharded(weight) else ():
-        part = shards.part(weight)
-        # Prodigy keeps tensors flat, and one of zeros as a single zero.
-        flat = values[name].flatten().expand(part.numel())
-        full = shards.whole(flat.view(part.shape), weight)
-        if values[name].ndim != weight.ndim:
-            full = full.flatten()
+        full = shards.whole(values[name], weight)
         answer[name] = full.cpu() if keep else None
     return answer
 
@@ -232,8 +227,7 @@ def _state_of_part(values: Mapping[str, Any], weight: torch.nn.Parameter) -> dic
     answer = dict(values)
     for name in _elementwise(values) if shards.is_sharded(weight) else ():
         # A view would keep the whole tensor, and the file that it is mapped from.
-        part = shards.part_of(values[name].view(weight.shape), weight).clone()
-        answer[name] = part if values[name].ndim == weight.ndim else part.flatten()
+        answer[name] = shards.part_of(values[name], weight).clone()
     return answer
 
 

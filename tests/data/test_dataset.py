@@ -408,9 +408,8 @@ def test_a_fixed_angle_is_seen_by_cached_latents_too(examples: Examples) -> None
     (batch,) = dataset_of(examples, **turned)[0]
 
     assert torch.equal(cached.pixels_of(batch.numbers[0], False), batch.pixels[0])
-    (without,) = cached[0]
     assert batch.masks is not None
-    assert torch.equal(without.masks, batch.masks)
+    assert torch.equal(cached.mask_of(batch.numbers[0], False)[None], batch.masks)
 
 
 def ramp(height: int = 64, width: int = 64) -> np.ndarray:
@@ -437,11 +436,11 @@ def test_masks_are_there_with_cached_latents_and_never_rounded(examples: Example
     weights[40, 50] = 1
     masked = [with_mask(example, weights) for example in examples]
 
-    (batch,) = dataset_of(masked, with_pixels=False)[0]
+    mask = dataset_of(masked, with_pixels=False).mask_of(0, False)
 
-    assert batch.masks.shape == (1, 1, 64, 64)
-    assert batch.masks.dtype == torch.float32
-    assert float(batch.masks.min()) == np.float32(0.001)
+    assert mask.shape == (1, 64, 64)
+    assert mask.dtype == torch.float32
+    assert float(mask.min()) == np.float32(0.001)
 
 
 def test_there_are_no_masks_where_every_weight_is_one(examples: Examples) -> None:
@@ -720,7 +719,7 @@ def test_a_found_window_is_what_cached_latents_and_masks_see(examples: Examples)
         top, left = windows[number]
         assert seen(cached.pixels_of(number, False)) == (top, left, False, number)
         expected = weights[top : top + 64, left : left + 64]
-        np.testing.assert_array_equal(batch.masks[0, 0].numpy(), expected)
+        np.testing.assert_array_equal(cached.mask_of(number, False)[0].numpy(), expected)
 
 
 def test_offsets_move_a_found_window_inside_the_picture(tmp_path: Path) -> None:

@@ -349,8 +349,9 @@ def test_a_class_picture_stands_beside_a_subject_at_the_same_scale(
     # One forward pass for both.
     assert pairs == {(64, 64): 2, (48, 48): 2, (32, 32): 2}
     # Latents are kept at each size.
-    assert training.pictures is not None
-    assert len(training.pictures) == 9
+    pictures = training.encodings.pictures
+    assert pictures is not None
+    assert [pictures.latents_shape((side, side))[1] for side in (64, 48, 32)] == [8, 6, 4]
     seen = list(trained_examples(training.dataset, range(6)))
     assert {example.concept for example in seen} == {1}
 

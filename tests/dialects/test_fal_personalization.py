@@ -268,6 +268,21 @@ def test_a_default_of_the_service_yields_to_what_the_request_asks(
     assert leaf in {note.field for note in config.resolved.notes if note.kind == "yielded"}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "cached"),
+    [({}, True), ({"cache_latents": False}, False), ({"random_crop_offset_x": 4}, False)],
+)
+def test_latents_are_cached_where_windows_stand_still_unless_the_request_forbids_it(
+    chosen: dict[str, Any], cached: bool
+) -> None:
+    still = {"random_rotation_start": 0, "random_rotation_end": 0}
+
+    config = resolve(to_layers({**MINIMAL, **still, **chosen}))
+
+    assert config.data.cache_latents == cached
+    assert "cache_latents" not in {note.field for note in config.resolved.notes}
+
+
 def test_the_odd_gamma_of_the_service_is_kept_with_a_warning() -> None:
     config = resolve(to_layers(MINIMAL))
 

@@ -7,6 +7,7 @@ the loss are given is listened to on the way; nothing of it is replaced.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import never
 
-from trainer import encoding, engine, loss, optim, results
+from trainer import encoded, encoding, engine, loss, optim, results
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Batch, Dataset
+from trainer.data.store import Store
 from trainer.engine import Composition
 from trainer.events import NoteEvent, StepEvent
 from trainer.job import RunFolder
@@ -111,6 +114,10 @@ class Probe:
         new_tokens: component to the deviation of its own table.
         files: of the run folder at the end, by relative path.
         reading: how often this process itself read a step's pictures.
+        kernels: of attention, those that were allowed inside the denoiser.
+        layouts: of the convolutions' frozen weights: whether channels are last.
+        compiled: how many parts of the denoiser were to be compiled.
+        adapted_by: the packages whose code computes layers with an adapter.
     """
 
     config: TrainingConfig
@@ -124,6 +131,10 @@ class Probe:
     new_tokens: Mapping[str, float]
     files: frozenset[str]
     reading: int
+    kernels: set[str]
+    layouts: set[bool]
+    compiled: int
+    adapted_by: set[str]
 
     @property
     def first(self) -> Step:
@@ -188,6 +199,10 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
         new_tokens={n: new.deviation for n, new in training.trainables.new_tokens.items()},
         files=frozenset(p.relative_to(root).as_posix() for p in root.rglob("*")),
         reading=recorder.reading,
+        kernels=recorder.kernels,
+        layouts=_layouts(training.denoiser),
+        adapted_by=_adapted_by(training.denoiser),
+        compiled=sum(part._compiled_call_impl is not None for part in training.denoiser.modules()),
     )
 
 
@@ -203,6 +218,21 @@ def _composed(config: TrainingConfig, root: Path) -> tuple[Composition, list[Not
         except StopIteration as end:
             composition: Composition = end.value
             return composition, notes
+
+
+def _adapted_by(denoiser: torch.nn.Module) -> set[str]:
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    return {type(layer).__module__.partition(".")[0] for layer in layers}
+
+
+def _layouts(denoiser: torch.nn.Module) -> set[bool]:
+    """Whether channels are last, of windows of more than one pixel."""
+    windows = [p for p in denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+    return {
+        weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in windows
+        if not weight.requires_grad and weight.shape[1] > 1
+    }
 
 
 def _dtypes(training: Training) -> tuple[set[torch.dtype], set[torch.dtype]]:
@@ -221,6 +251,7 @@ class _Recorder:
         self.steps: list[Step] = []
         self.pixels: list[torch.Tensor] = []
         self.reading = 0
+        self.kernels: set[str] = set()
         self._named: dict[str, torch.nn.Parameter] = {}
         self._training: Training | None = None
         self._step = Step({})
@@ -228,13 +259,17 @@ class _Recorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, what the VAE and the loss are given and what is clipped is heard."""
+        """While this lasts, what the VAE and the loss are given and what is clipped is heard.
+
+        Encodings are kept nowhere: the VAE would be given nothing that was encoded before.
+        """
         with ExitStack() as stack:
             for module, name, listener in (
                 (encoding, "encode", self._encode),
                 (loss, "diffusion_loss", self._loss),
                 (optim, "clip", self._clip),
                 (Dataset, "__getitem__", self._read),
+                (encoded, "store_of_encodings", lambda _: lambda: Store(Path(os.devnull))),
             ):
                 original = getattr(module, name)
                 stack.enter_context(patch.object(module, name, listener(original)))
@@ -338,6 +373,11 @@ class _Recorder:
         return listen
 
     def _is_told(self, _: Any, __: Any, named: dict[str, Any]) -> None:
+        allowed = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        self.kernels |= {name for name, is_allowed in allowed.items() if is_allowed}
         told = {**named, **(named.get("added_cond_kwargs") or {})}
         self._told = {n: told[n].detach().clone() for n in TOLD if told.get(n) is not None}
 

@@ -46,6 +46,13 @@ def ends_in(names: set[str], endings: tuple[str, ...]) -> set[str]:
     return {name for name in names if name.endswith(tuple(f".{end}" for end in endings))}
 
 
+def pefts_layers_compute_the_same(case: Case) -> None:
+    ours, theirs = case.before(), case.after()
+    assert (ours.adapted_by, theirs.adapted_by) == ({"trainer"}, {"peft"})
+    same(ours.first.before, theirs.first.before)
+    near(theirs.first.gradients, ours.first.gradients, rtol=1e-3, atol=1e-6)
+
+
 def linear_layers(case: Case, component: str = "denoiser") -> set[str]:
     name = case.world.denoiser if component == "denoiser" else component
     module = case.pipeline().pipeline.components[name]
@@ -246,6 +253,17 @@ def alpha_row(form: str) -> Row:
     )
 
 
+def layers_row(form: str) -> Row:
+    return acts(
+        "adapter_layers",
+        "gradient",
+        "peft: PEFT's own code computes the same first weights to the same gradients",
+        pefts_layers_compute_the_same,
+        flipped={"adapter_layers": "peft"},
+        form=form,
+    )
+
+
 def targets_row(form: str) -> Row:
     return acts(
         "target_unet_modules",
@@ -384,6 +402,7 @@ ADAPTER = [
         if form != "lokr"
         for row in idle("lora_type is not lokr", form=form, lokr_factor=2)
     ],
+    *for_each_form(layers_row),
     *for_each_form(targets_row),
     refused("target_unet_modules", {"target_unet_modules": ["to_q", "to_kk"]}, "to_kk"),
     *for_each_form(text_row),
@@ -418,6 +437,7 @@ ADAPTER = [
         alpha=8.0,
         use_dora=True,
         target_unet_modules=["to_q"],
+        adapter_layers="peft",
     ),
     *idle(
         NO_ADAPTER,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ from unittest.mock import patch
 import torch
 from options.bases import PRIOR, UNCACHED
 from options.case import Case, near, same
-from options.matrix import Leaves, Place, acts, idle, refused
+from options.matrix import DDPM, FLOW, Leaves, Place, acts, idle, refused
 from options.probe import Probe
 from tiny import never
 from torch.distributed import DistStoreError
@@ -22,6 +24,8 @@ from torch.distributed import DistStoreError
 from trainer import engine, results
 from trainer.job import Result, RunFolder
 from trainer.listeners import logs_for
+from trainer.machine import NO_GRAPH, NO_TF32
+from trainer.pace import NO_WINDOWS
 from trainer.runner import supervise
 
 Shows = Callable[[Case], None]
@@ -99,6 +103,30 @@ def computes_blocks_twice(case: Case) -> None:
     assert [step.inner_calls for step in plain.steps] == [1, 1]
     assert [step.inner_calls for step in again.steps] == [2, 2]
     near(again.first.gradients, plain.first.gradients, rtol=1e-4, atol=1e-7)
+
+
+def is_computed_by_one_kernel(case: Case) -> None:
+    free, bound = case.before(), case.after()
+    assert (free.kernels, bound.kernels) == ({"flash", "math"}, {"math"})
+    near(bound.first.gradients, free.first.gradients, rtol=1e-3, atol=1e-6)
+
+
+def has_its_channels_last(case: Case) -> None:
+    first, last = case.before(), case.after()
+    assert (first.layouts, last.layouts) == ({False}, {True})
+    near(last.first.gradients, first.first.gradients, rtol=1e-3, atol=1e-6)
+
+
+def compiles_each_block(case: Case) -> None:
+    # Inductor takes a minute; a thorough test of `pace` has it.
+    compile_by = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    with patch.object(torch.nn.Module, "compile", compile_by), warnings.catch_warnings():
+        # The compiler warns of what it does itself.
+        warnings.simplefilter("ignore")
+        plain, compiled = case.before(), case.after()
+    assert plain.compiled == 0
+    assert compiled.compiled > 1
+    near(compiled.first.gradients, plain.first.gradients, rtol=1e-3, atol=1e-6)
 
 
 def others_read_the_pictures(case: Case) -> None:
@@ -265,6 +293,31 @@ RUN = [
         "blocks are computed twice, and gradients are the same",
         computes_blocks_twice,
         flipped={"gradient_checkpointing": True},
+    ),
+    *idle(NO_GRAPH, cuda_graph=True),
+    *idle(NO_TF32, tf32=True),
+    acts(
+        "attention",
+        "gradient",
+        "the chosen kernel alone may compute attention, and gradients are the same",
+        is_computed_by_one_kernel,
+        flipped={"attention": "math"},
+    ),
+    acts(
+        "channels_last",
+        "gradient",
+        "convolutions' frozen weights have their channels last, and gradients are the same",
+        has_its_channels_last,
+        flipped={"channels_last": True},
+        families=DDPM,
+    ),
+    *idle(NO_WINDOWS, channels_last=True, families=FLOW),
+    acts(
+        "compile_blocks",
+        "gradient",
+        "each repeated block is compiled, and gradients are the same",
+        compiles_each_block,
+        flipped={"compile_blocks": True},
     ),
     acts(
         "num_workers",

@@ -29,9 +29,15 @@ from options.rows_tokens import PRIORS, TOKEN
 from options.rows_whole import WHOLE_ROWS
 from options.rows_windows import WINDOWS
 
-# Seen on a GPU alone, and in what: tests/test_frozen.py and tests/reliability/test_same_bytes.py
-# look at what they do.
-ON_A_GPU = {"offload_models": "memory", "offload_blocks": "memory", "deterministic": "arithmetic"}
+# Seen on a GPU alone, and in what: tests/test_frozen.py, tests/reliability/test_same_bytes.py,
+# tests/test_pace.py and tests/test_recording.py look at what they do.
+ON_A_GPU = {
+    "offload_models": "memory",
+    "offload_blocks": "memory",
+    "deterministic": "arithmetic",
+    "tf32": "arithmetic",
+    "cuda_graph": "time",
+}
 
 _SIZES = ("resolution_width", "resolution_height")
 

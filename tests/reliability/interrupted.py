@@ -32,7 +32,7 @@ def ending(root: Path) -> dict[str, Any]:
         "outputs": digests(folder.outputs),
         "checkpoints": digests(folder.checkpoints),
         "losses": [(e["step"], e["loss"]) for e in folder.read_events() if e["event"] == "step"],
-        "result": None if result is None else result.model_dump(),
+        "result": None if result is None else result.model_dump(exclude={"peak_memory"}),
         "half written": [str(path) for path in root.rglob(".tmp*")],
     }
 

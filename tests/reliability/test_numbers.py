@@ -180,7 +180,7 @@ def scaled(model: Path, photos: Path, folder: Path, **leaves: Any) -> Training:
     accelerator = training.accelerator
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    training.accelerated_optimizer = accelerator.prepare_optimizer(training.optimizer)
+    training.stepper.scaled_optimizer = accelerator.prepare_optimizer(training.optimizer)
     return training
 
 
@@ -198,7 +198,7 @@ def test_under_a_scaler_a_loss_that_is_not_finite_updates_nothing_though_its_gra
     sd15_folder: Path, photo_folder: Path, tmp_path: Path, figure: Figure
 ) -> None:
     training = scaled(sd15_folder, photo_folder, tmp_path, max_train_steps=3)
-    training._fault = _Overflow(step=2)
+    training.stepper.fault = _Overflow(step=2)
     before: list[list[torch.Tensor]] = []
     training.parameters[0].register_hook(lambda _: before.append(weights(training)))
     seen, error = told(training, tmp_path)

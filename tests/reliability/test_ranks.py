@@ -139,6 +139,7 @@ def test_a_process_that_hangs_ends_all_and_is_named_with_what_it_was_at(
 WATCHED = """
 import atexit, os, sys
 from trainer import encoding
+os.environ["XDG_CACHE_HOME"] = EMPTY
 out = os.open(PATH, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 def note(*words):
     os.write(out, (" ".join(map(str, words)) + "\\n").encode())
@@ -164,7 +165,8 @@ def test_one_process_writes_and_each_encodes_its_share(
     zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     short = [word if word != "400" else "4" for word in arguments]
-    hooks = {rank: WATCHED.replace("PATH", repr(f"{tmp_path}/seen.{rank}")) for rank in (0, 1)}
+    watched = WATCHED.replace("EMPTY", repr(f"{tmp_path}/cache"))
+    hooks = {rank: watched.replace("PATH", repr(f"{tmp_path}/seen.{rank}")) for rank in (0, 1)}
     job = starting(zygote, short, tmp_path / "run", hooks=hooks)
     assert job.ended() == [0, 0], job.said()
     lines = [Path(f"{tmp_path}/seen.{rank}").read_text().splitlines() for rank in (0, 1)]
@@ -177,6 +179,7 @@ def test_one_process_writes_and_each_encodes_its_share(
     assert written[1] == []
     shares = [[of_one.count(name) for of_one in lines] for name in ("encode_text", "encode_image")]
     assert all(abs(first - second) <= 1 for first, second in shares), shares
+    assert all(sum(share) > 0 for share in shares)
     figure(f"encoded {shares[0]} captions, {shares[1]} pictures")
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +21,12 @@ from PIL import Image
 from trainer import randomness
 from trainer.config import DataConfig
 from trainer.data.plan import Plan, Slot
-from trainer.data.prepared import Example
+from trainer.data.prepared import Example, sha256_of
 from trainer.images.crop import (
     Mask,
     Pixels,
     Placement,
+    Size,
     Window,
     center_window,
     jittered,
@@ -31,7 +34,10 @@ from trainer.images.crop import (
 )
 from trainer.images.masks import resized_mask
 
-__all__ = ["Batch", "Dataset", "Plan", "Slot", "leave_signals_to_the_training"]
+# A picture by its number, and whether it is mirrored.
+View = tuple[int, bool]
+
+__all__ = ["Batch", "Dataset", "Plan", "Slot", "View", "leave_signals_to_the_training"]
 
 # Ctrl-C, a closed terminal and many service managers send theirs to every process of a group.
 _SIGNALS_TO_A_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,7 +57,8 @@ class Batch:
             `crop_top_left` (top, left) in the resized and perhaps mirrored picture,
             `target_size` (height, width).
         pixels: float32 (B, 3, H, W) in [-1, 1], or nothing where latents are cached.
-        masks: float32 (B, 1, H, W) in [0, 1], or nothing where every pixel counts alike.
+        masks: float32 (B, 1, H, W) in [0, 1], or nothing where every pixel counts alike or
+            latents are cached: views then have theirs for good, see `Dataset.mask_of`.
         weights: float32 (B,), see `plan.Slot`; 0 where nothing is seen of what a mask keeps.
         is_class: bool (B,).
     """
@@ -66,6 +73,21 @@ class Batch:
     masks: torch.Tensor | None
     weights: torch.Tensor
     is_class: torch.Tensor
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What is seen of which picture, where only mirrors are drawn."""
+        return tuple(zip(self.numbers, self.flipped, strict=True))
+
+    @property
+    def size(self) -> Size:
+        """Trained (height, width)."""
+        height, width = self.geometry["target_size"][0].tolist()
+        return height, width
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from where a GPU takes it while all others work."""
+        return replace(self, pixels=_pinned(self.pixels), masks=_pinned(self.masks))
 
 
 class Dataset(torch.utils.data.Dataset[list[Batch]]):
@@ -102,6 +124,35 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         example = self.examples[number]
         return _to_tensor(self._fixed_placement(example, flipped).apply(_load(example)))
 
+    def mask_of(self, number: int, flipped: bool) -> torch.Tensor | None:
+        """The weights of the fixed view of one picture: float32 (1, H, W) in [0, 1].
+
+        Nothing where every pixel counts alike, and where none counts, see `Batch.weights`.
+        """
+        example = self.examples[number]
+        masks = _stacked([_mask(example, self._fixed_placement(example, flipped))])
+        return None if masks is None else masks[0]
+
+    def geometry_of(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+        """The geometry of fixed views, as in `Batch`."""
+        examples = [self.examples[number] for number, _ in views]
+        placements = [self._fixed_placement(self.examples[n], flipped) for n, flipped in views]
+        return _geometry(examples, placements)
+
+    def ingredients_of(self, number: int, flipped: bool) -> dict[str, Any]:
+        """All that decides the pixels of a fixed view, as JSON can hold it.
+
+        Raises:
+            OSError: the prepared file cannot be read.
+        """
+        example = self.examples[number]
+        placement = self._fixed_placement(example, flipped)
+        return {
+            "file": sha256_of(example.path.read_bytes()),
+            "size": example.size,
+            **asdict(placement),
+        }
+
     def all_captions(self) -> tuple[str, ...]:
         """Every caption that a step may ask for, each once, in the order of the pictures."""
         dropped = [""] if self.data.caption_dropout > 0 else []
@@ -121,14 +172,8 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         """
         if not has_fixed_window(self.data):
             return []
-        names = []
-        for example in self.examples:
-            if example.is_class or example.mask_path is None:
-                continue
-            mask = _mask(example, self._fixed_placement(example, flipped=False))
-            if mask is not None and not mask.any():
-                names.append(example.name)
-        return names
+        counted = zip(self.examples, self._counts, strict=True)
+        return [example.name for example, counts in counted if not (counts or example.is_class)]
 
     def offsets_without_room(self) -> list[str]:
         """The options that move windows, where every picture is just as long as its window."""
@@ -143,6 +188,12 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
             and all(example.size[axis] == example.target[axis] for example in self.examples)
         ]
 
+    @cached_property
+    def _counts(self) -> tuple[bool, ...]:
+        """By number, whether a fixed view shows anything that its mask keeps."""
+        seen = [_mask(e, self._fixed_placement(e, flipped=False)) for e in self.examples]
+        return tuple(mask is None or bool(mask.any()) for mask in seen)
+
     def _fixed_placement(self, example: Example, flipped: bool) -> Placement:
         window = _given_window(example) or center_window(example.size, example.target)
         return Placement(window, flipped, float(self.data.random_rotation_start))
@@ -151,45 +202,34 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         examples = [self.examples[slot.number] for slot in slots]
         assert len({example.target for example in examples}) == 1
         placements = [self._placement(slot) for slot in slots]
-        corners = [
-            placement.crop_top_left(example.size)
-            for placement, example in zip(placements, examples, strict=True)
-        ]
-        pixels = None
+        pixels = masks = None
         if self.with_pixels:
-            pixels = torch.stack(
-                [
-                    _to_tensor(placement.apply(_load(example)))
-                    for placement, example in zip(placements, examples, strict=True)
-                ]
-            )
-        masks = [
-            _mask(example, placement)
-            for placement, example in zip(placements, examples, strict=True)
-        ]
-        weights = [
-            slot.weight if mask is None or mask.any() else 0.0
-            for slot, mask in zip(slots, masks, strict=True)
-        ]
+            shown = list(zip(examples, placements, strict=True))
+            pixels = torch.stack([_to_tensor(p.apply(_load(example))) for example, p in shown])
+            seen = [_mask(example, placement) for example, placement in shown]
+            masks = _stacked(seen)
+            counts = [mask is None or bool(mask.any()) for mask in seen]
+        else:
+            counts = [self._counts[slot.number] for slot in slots]
+        weights = [slot.weight if c else 0.0 for slot, c in zip(slots, counts, strict=True)]
         return Batch(
             numbers=tuple(slot.number for slot in slots),
             positions=tuple(slot.position for slot in slots),
             captions=tuple(self._caption(slot) for slot in slots),
             flipped=tuple(placement.flipped for placement in placements),
             angles=tuple(placement.angle for placement in placements),
-            geometry={
-                "original_size": torch.tensor([example.original_size for example in examples]),
-                "crop_top_left": torch.tensor(corners),
-                "target_size": torch.tensor([example.target for example in examples]),
-            },
+            geometry=_geometry(examples, placements),
             pixels=pixels,
-            masks=_stacked(masks),
+            masks=masks,
             weights=torch.tensor(weights, dtype=torch.float32),
             is_class=torch.tensor([slot.is_class for slot in slots]),
         )
 
     def _placement(self, slot: Slot) -> Placement:
         example, data = self.examples[slot.number], self.data
+        flipped = data.random_flip and self._source("flip", slot).random() < 0.5
+        if not self.with_pixels:
+            return self._fixed_placement(example, flipped)
         rng = self._source("crop", slot)
         window = _given_window(example)
         if window is None and data.center_crop:
@@ -201,14 +241,13 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
             offset_x=data.random_crop_offset_x,
             offset_y=data.random_crop_offset_y,
         )
-        flipped = data.random_flip and self._source("flip", slot).random() < 0.5
         smallest, largest = data.random_rotation_start, data.random_rotation_end
         angle = self._source("rotation", slot).uniform(smallest, largest)
         return Placement(window, flipped, angle)
 
     def _caption(self, slot: Slot) -> str:
         # The class keeps its caption: it is what the prior preserves.
-        if slot.is_class:
+        if slot.is_class or self.data.caption_dropout == 0:
             return self.examples[slot.number].caption
         dropped = self._source("caption_dropout", slot).random() < self.data.caption_dropout
         return "" if dropped else self.examples[slot.number].caption
@@ -234,6 +273,18 @@ def has_fixed_window(data: DataConfig) -> bool:
     still = data.random_crop_offset_x == data.random_crop_offset_y == 0
     upright = data.random_rotation_start == data.random_rotation_end
     return (data.center_crop or data.face_aware_cropping) and still and upright
+
+
+def _geometry(
+    examples: Sequence[Example], placements: Sequence[Placement]
+) -> dict[str, torch.Tensor]:
+    """What a denoiser may be told of pictures, see `Batch`."""
+    corners = [p.crop_top_left(e.size) for e, p in zip(examples, placements, strict=True)]
+    return {
+        "original_size": torch.tensor([example.original_size for example in examples]),
+        "crop_top_left": torch.tensor(corners),
+        "target_size": torch.tensor([example.target for example in examples]),
+    }
 
 
 def _given_window(example: Example) -> Window | None:
@@ -274,6 +325,10 @@ def _stacked(masks: Sequence[Mask | None]) -> torch.Tensor | None:
         return None
     rows = [np.ones(shapes[0], np.float32) if mask is None else mask for mask in weights]
     return torch.from_numpy(np.stack(rows)[:, None])
+
+
+def _pinned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.pin_memory()
 
 
 def _to_tensor(pixels: Pixels) -> torch.Tensor:

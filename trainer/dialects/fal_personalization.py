@@ -2,7 +2,8 @@
 
 Where the service's prose and its schema disagree, the schema's default stands here: its prose
 names prodigy, batch size 1, an inverted class mask and variant fp16. Fields that the schema's
-example leaves out have the falsy default of their type.
+example leaves out have the falsy default of their type. That latents are not cached by default
+counts only where windows move: where they stand still, the result is the same.
 """
 
 from __future__ import annotations

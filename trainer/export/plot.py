@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from trainer.durable import write_bytes
@@ -25,6 +22,11 @@ def write_loss_plot(path: Path, losses: Sequence[tuple[int, float]], title: str)
         losses: step and loss, in order; steps with NaN leave a gap.
         title: what was trained.
     """
+    # Needed at the end of a training, whose start it would hold up.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -306,9 +306,11 @@ def _add(comparison: _Comparison, reading: Reading, holds: TrainedWeights) -> No
     # Of a new token, all is changed.
     change = size if before is None else _norm(target - before)
     is_exact = comparison.reader.reads_exactly
-    expected = target.to(comparison.dtype).float() if is_exact else target
     allowed = TOLERANCES[comparison.dtype] * change + ARITHMETIC_NOISE * size
-    if not _norm(reading.after - expected) <= allowed:
+    missed = error
+    if is_exact:
+        missed = _norm(reading.after - target.to(comparison.dtype).float())
+    if not missed <= allowed:
         comparison.problems.append(
             f"`{name}` is off by {error / max(change, 1e-30):.1e} of its change"
         )

@@ -6,7 +6,7 @@ components.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -92,11 +92,67 @@ class Checkpoints:
         return None
 
 
+@dataclass(frozen=True)
+class UnreadModel:
+    """A model of a pipeline that was left in its files.
+
+    Args:
+        contents: digest of what it holds.
+        dtype: number format that it is read in.
+    """
+
+    contents: str
+    dtype: torch.dtype
+
+
+# Names of models to these models, read from their files.
+Reader = Callable[[Collection[str]], Mapping[str, torch.nn.Module]]
+
+
+def _nothing(names: Collection[str]) -> Mapping[str, torch.nn.Module]:
+    return {}
+
+
+@dataclass
+class Unread:
+    """The models of a pipeline that were left in their files until they are needed.
+
+    Args:
+        pipeline: that they belong to.
+        models: by name; one that has been read is among them no more.
+        read: reads them.
+    """
+
+    pipeline: Any
+    models: dict[str, UnreadModel] = field(default_factory=dict)
+    read: Reader = _nothing
+
+    def have(self, *names: str) -> None:
+        """Reads those of these models that were left in their files.
+
+        Raises:
+            InputError: files are missing or unreadable.
+        """
+        lacking = [name for name in names if name in self.models]
+        if lacking:
+            self.pipeline.register_modules(**self.read(lacking))
+            for name in lacking:
+                del self.models[name]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The number format of a model of the pipeline, read or not."""
+        if name in self.models:
+            return self.models[name].dtype
+        dtype: torch.dtype = self.pipeline.components[name].dtype
+        return dtype
+
+
 class Family(ABC):
     """A model family at work on one loaded pipeline.
 
     Args:
         pipeline: an instance of `pipeline_class`.
+        unread: its models that were left in their files. None: none was.
     """
 
     pipeline_class: ClassVar[type[Any]]
@@ -107,9 +163,10 @@ class Family(ABC):
     checkpoints: ClassVar[Checkpoints]
     kohya: ClassVar[KohyaNames]
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, unread: Unread | None = None) -> None:
         self.pipeline = pipeline
         self.denoiser: Any = pipeline.components[self.denoiser_name]
+        self.unread = unread or Unread(pipeline)
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:

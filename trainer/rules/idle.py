@@ -119,7 +119,7 @@ def _asks_for_a_class(values: Values) -> bool:
 
 IDLE: _Idle = (
     (
-        ("rank", "alpha", "lora_type", "use_dora", "target_unet_modules"),
+        ("rank", "alpha", "lora_type", "use_dora", "target_unet_modules", "adapter_layers"),
         is_off("use_lora"),
         "all weights are trained, there is no adapter",
     ),

@@ -52,8 +52,13 @@ def _random_geometry(values: Values) -> dict[str, Any]:
 
 
 def hold_cached_windows(draft: Draft) -> None:
-    """A cached latent shows one window of its picture; a mirrored twin is cached beside it."""
+    """A cached latent shows one window of its picture; a mirrored twin is cached beside it.
+
+    Where windows stand still, caching changes no result: it is left out only on purpose.
+    """
     moving = _random_geometry(draft.values)
+    if not moving and "cache_latents" not in draft.explicit:
+        draft.values["cache_latents"] = True
     if not draft.values["cache_latents"] or not moving:
         return
     strongest = max(moving, key=draft.strength)

@@ -170,8 +170,9 @@ class DataConfig(Section):
     )
     cache_latents: bool = Field(
         True,
-        description="Encode each picture once and sample from its stored posterior; flips are "
-        "stored as twins, other random geometry cannot be cached; fal's default is false (fal).",
+        description="Encode each picture once, for later runs too, and sample from its stored "
+        "posterior; flips are stored as twins, other random geometry cannot be cached; fal's "
+        "default of false counts only there (fal).",
     )
 
     @model_validator(mode="after")

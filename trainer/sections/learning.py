@@ -106,6 +106,11 @@ class AdapterConfig(Section):
         min_length=1,
         description="Layers of the denoiser that get an adapter, by the end of their name (fal).",
     )
+    adapter_layers: Literal["ours", "peft"] = Field(
+        "ours",
+        description="Whose code computes layers with an adapter: ours, which is faster and takes "
+        "less memory, or PEFT's; weights and files are the same but for rounding (ours).",
+    )
     train_text_encoder: bool = Field(
         False,
         description="Train the text encoders too: by an adapter, or all their weights without "

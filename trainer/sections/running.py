@@ -103,6 +103,32 @@ class RunConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations backward: less memory, more time (ours)."
     )
+    cuda_graph: bool | None = Field(
+        None,
+        description="Record a step as a CUDA graph, one for each size of pictures, and play it: a "
+        "small batch then does not wait for the processor. None: on a GPU wherever a step can be "
+        "recorded (ours).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    compile_blocks: bool | None = Field(
+        None,
+        description="Compile the denoiser's repeated blocks; what was compiled is kept for later "
+        "trainings. None: on a GPU, where the run is long enough to gain by it (ours).",
+    )
+    channels_last: bool | None = Field(
+        None,
+        description="Keep convolutions' frozen weights with channels last, as a GPU multiplies "
+        "them. None: on a GPU in half precision (ours).",
+    )
+    tf32: bool | None = Field(
+        None,
+        description="Let a GPU multiply what stays in 32 bits with 10 bits of mantissa. None: in "
+        "mixed precision (ours).",
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = Field(
+        "auto",
+        description="Which of torch's kernels computes attention; auto: torch chooses (ours).",
+    )
     offload_models: bool = Field(
         False,
         description="Keep on the GPU only the part at work while class pictures are made: text "

@@ -1,0 +1,87 @@
+"""LoHa: a frozen layer with the elementwise product of two low-rank products beside its weight.
+
+Such a weight has no cheaper form than itself. So it is added to the frozen one before the product
+with the inputs, not multiplied by them apart, wherever nothing is lost by rounding their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trainer.adapted.frozen_layer import FrozenLayer
+from trainer.adapted.low_rank import Gradients, of_learning
+
+
+class Loha(torch.autograd.Function):
+    """(W + s (B1 A1) ∘ (B2 A2)) x + b (Hyeon-Woo et al. 2022, "FedPara", equation 2)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, layer: FrozenLayer, scale: float, *factors: torch.Tensor
+    ) -> torch.Tensor:
+        """The outputs.
+
+        Args:
+            inputs: of the layer, in any number format.
+            layer: W and b.
+            scale: s.
+            factors: B1 (out, r), A1 (r, in and window), B2 and A2 likewise, which learn; and
+                copies of the four in the number format of the product.
+        """
+        copies, geometry = factors[4:], layer.geometry
+        entered = geometry.enter(inputs.to(copies[0].dtype))
+        weight, bias = layer.weight(entered), layer.bias(entered.dtype)
+        first, second = _products(copies, weight)
+        if entered.dtype == torch.float32:
+            whole = torch.addcmul(weight, first, second, value=scale)
+            outputs = geometry.product(entered, whole, bias)
+        else:
+            # Rounded to 16 bits, the sum would lose what has just been learnt.
+            outputs = geometry.product(entered, weight, bias)
+            geometry.add_product_(outputs, entered, first.mul_(second), scale)
+        ctx.save_for_backward(entered, *copies)
+        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
+        return geometry.leave(outputs, inputs.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        """Gradients of inputs, B1, A1, B2 and A2."""
+        entered, *copies = ctx.saved_tensors
+        layer, scale, geometry = ctx.layer, ctx.scale, ctx.layer.geometry
+        gradient = geometry.enter(gradient)
+        weight = layer.weight(gradient)
+        first, second = _products(copies, weight)
+        of_inputs: torch.Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            # Here a rounded sum only makes a gradient a little less exact.
+            whole = torch.addcmul(weight, first, second, value=scale)
+            of_inputs = geometry.input_gradient(gradient, entered, whole)
+            of_inputs = geometry.leave(of_inputs, ctx.shape).to(ctx.dtype)
+        learning: Gradients = (None,) * 4
+        if ctx.needs_input_grad[3]:
+            of_product = geometry.weight_gradient(gradient, entered, weight)
+            learning = (
+                *_of_factors(of_product * second, copies[:2], scale),
+                *_of_factors(of_product.mul_(first), copies[2:], scale),
+            )
+        return of_inputs, None, None, *learning, None, None, None, None
+
+
+def _products(
+    copies: Sequence[torch.Tensor], weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B1 A1 and B2 A2 in the shape of the weight."""
+    first_up, first_down, second_up, second_down = copies
+    first, second = torch.mm(first_up, first_down), torch.mm(second_up, second_down)
+    return first.view(weight.shape), second.view(weight.shape)
+
+
+def _of_factors(gradient: torch.Tensor, copies: Sequence[torch.Tensor], scale: float) -> Gradients:
+    """Gradients of B and A from that of B A in the shape of the weight."""
+    up, down = copies
+    matrix = gradient.reshape(len(up), -1)
+    of_up, of_down = torch.mm(matrix, down.t()), torch.mm(up.t(), matrix)
+    return of_learning(of_up, scale), of_learning(of_down, scale)
