@@ -1,11 +1,11 @@
 """Times the start and the end of whole trainings against what no training can start without.
 
-A base model, of true size with random weights if none is given, is trained for one step on
-photographs by `trainer train`, in processes of its own: with an empty cache folder, then again with
-what the first kept. Before them, a bare process imports torch and diffusers and reads all weights
-once. Everything is timed from outside, from the start of a process, and of several rounds the
-shortest counts: files are in the system's memory, and other work only adds. Where other work goes
-on, set OMP_NUM_THREADS=1. Options: bench_start.py --help. See docs/benchmarks/README.md.
+A base model, if none is given one of SDXL's structure with random weights, is trained for one step
+on photographs by `trainer train`, in processes of its own: with an empty cache folder, then again
+with what the first kept. Before them, a bare process imports torch and diffusers and reads all
+weights once. Everything is timed from outside, from the start of a process, and of several rounds
+the shortest counts: files are in the system's memory, and other work only adds. Where other work
+goes on, set OMP_NUM_THREADS=1. Options: bench_start.py --help. See docs/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import make_random_models
 import torch
 from gpu_measures import machine
 from gpu_rows import commit, today
+from make_random_models import narrow_sdxl
 
 ROOT = Path(__file__).parent.parent
 BARE = Path(__file__).with_name("bare_start.py")
@@ -35,6 +36,7 @@ START_BOUND, PREPARATION_BOUND = 1.3, 0.2
 # Seconds from the files' verification to the end of the process.
 TAIL_BOUND = 1.0
 PHOTOS, MEGAPIXELS, RESOLUTION = 4, 2.0, 256
+TRUE_CHANNELS = 320
 
 
 def bare(model: Path) -> float:
@@ -116,10 +118,11 @@ def figures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def make_model(folder: Path, family: str, *, small: bool) -> Path:
-    """A base model with random weights, in a new folder."""
+def make_model(folder: Path, channels: int, *, small: bool) -> Path:
+    """A base model of SDXL's structure with random weights, in a new folder."""
+    sizes = narrow_sdxl(channels) if channels < TRUE_CHANNELS else None
     make_random_models.make_base_model(
-        family, folder, small=small, t5_layers=1, device=torch.device("cpu")
+        "sdxl", folder, small=small, t5_layers=1, device=torch.device("cpu"), sizes=sizes
     )
     return folder
 
@@ -162,19 +165,24 @@ def lines(told: Mapping[str, Any]) -> list[str]:
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--family", default="sd15", type=click.Choice([*make_random_models.TRUE_SIZES]))
-@click.option("--model", type=click.Path(path_type=Path), help="A folder, in place of --family.")
+@click.option(
+    "--channels",
+    default=96,
+    type=click.IntRange(32, TRUE_CHANNELS),
+    help="Of the UNet's first block, a multiple of 32; 320: the model in its true size.",
+)
+@click.option("--model", type=click.Path(path_type=Path), help="A folder, trained instead.")
 @click.option("--rounds", default=3, type=click.IntRange(min=1), help="The shortest counts.")
 @click.option("--small", is_flag=True, help="A tiny model, to try the benchmark itself.")
 @click.option("--remark", default="", help="On the machine, such as what else it does.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON, written anew.")
 def main(
-    *, family: str, model: Path | None, rounds: int, small: bool, remark: str, out: Path | None
+    *, channels: int, model: Path | None, rounds: int, small: bool, remark: str, out: Path | None
 ) -> None:
     """Measures, prints the figures and writes them down."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = model or make_model(place / "model", family, small=small)
+        model = model or make_model(place / "model", channels, small=small)
         told = measure(place, model, rounds)
     print(*lines(told), sep="\n")
     if out is not None:

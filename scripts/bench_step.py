@@ -28,31 +28,17 @@ import make_tiny_models
 import torch
 from gpu_measures import machine
 from gpu_rows import commit, today
-from make_random_models import SHARD_BYTES, write_weights
+from make_random_models import SHARD_BYTES, Sizes, narrow_sdxl, write_weights
 from step_contest import FORMS, Setting
 
 from trainer import base_model
 from trainer.config import ModelConfig
 
-# What the true SDXL has otherwise than the tiny one, in a fifth of its channels. Widths of text are
-# its own, and its text encoders have one layer each.
-STRUCTURE: Mapping[str, Mapping[str, Any]] = {
-    "unet": {
-        "block_out_channels": [64, 128, 256],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [2, 4, 8],
-        "cross_attention_dim": 2048,
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "norm_num_groups": 32,
-    },
-    "text_encoder": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1},
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "projection_dim": 1280,
-        "num_attention_heads": 20,
-        "num_hidden_layers": 1,
-    },
+# SDXL in a fifth of its channels, with a vocabulary and a VAE that are tiny.
+STRUCTURE: Sizes = {
+    part: {name: value for name, value in values.items() if name != "vocab_size"}
+    for part, values in narrow_sdxl(64).items()
+    if part != "vae"
 }
 PHOTOS = 4
 MEGAPIXELS = 0.1

@@ -54,10 +54,13 @@ _T5_XXL = {
 }
 _VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
 
+# What the configurations of a model's parts have otherwise than the tiny one's.
+Sizes = Mapping[str, Mapping[str, Any]]
+
 # What the true models' configurations have otherwise than the tiny ones'.
 # Source: the files of stable-diffusion-v1-5/stable-diffusion-v1-5,
 # stabilityai/stable-diffusion-xl-base-1.0 and black-forest-labs/FLUX.1-dev.
-TRUE_SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+TRUE_SIZES: Mapping[str, Sizes] = {
     "sd15": {
         "unet": {
             "block_out_channels": [320, 640, 1280, 1280],
@@ -107,6 +110,23 @@ TRUE_SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 T5_LAYERS = ("num_layers", "num_decoder_layers")
 
 
+def narrow_sdxl(channels: int) -> Sizes:
+    """SDXL with other channels in its UNet, and text encoders of one layer.
+
+    Args:
+        channels: of the UNet's first block, a multiple of 32; the true one has 320.
+    """
+    true = TRUE_SIZES["sdxl"]
+    widths = [channels, 2 * channels, 4 * channels]
+    heads = [width // 32 for width in widths]
+    return {
+        "unet": {**true["unet"], "block_out_channels": widths, "attention_head_dim": heads},
+        "vae": true["vae"],
+        "text_encoder": {**true["text_encoder"], "num_hidden_layers": 1},
+        "text_encoder_2": {**true["text_encoder_2"], "num_hidden_layers": 1},
+    }
+
+
 def make_base_model(
     family: str,
     folder: Path,
@@ -115,6 +135,7 @@ def make_base_model(
     t5_layers: int,
     device: torch.device,
     shard_bytes: int = SHARD_BYTES,
+    sizes: Sizes | None = None,
 ) -> None:
     """Writes a base model with random weights in bf16.
 
@@ -125,8 +146,9 @@ def make_base_model(
         t5_layers: of T5, where it is not small; the true one has 24.
         device: where random numbers are made.
         shard_bytes: of the weights, at most this many are in memory at one time.
+        sizes: in place of the true ones.
     """
-    base = describe(family, folder, small=small, t5_layers=t5_layers)
+    base = describe(family, folder, small=small, t5_layers=t5_layers, sizes=sizes)
     counts = {}
     for part in TRUE_SIZES[family]:
         (replaced,) = (folder / part).glob("*.safetensors")
@@ -140,10 +162,12 @@ def make_base_model(
     (folder / MADE).write_text(json.dumps(made, indent=2) + "\n")
 
 
-def describe(family: str, folder: Path, *, small: bool, t5_layers: int) -> BaseModel:
+def describe(
+    family: str, folder: Path, *, small: bool, t5_layers: int, sizes: Sizes | None = None
+) -> BaseModel:
     """Writes tokenizers, schedule and configurations; the weights beside them are tiny ones."""
     make_tiny_models.MAKERS[family](folder)
-    for part, values in TRUE_SIZES[family].items():
+    for part, values in (sizes or TRUE_SIZES[family]).items():
         file = folder / part / "config.json"
         config = json.loads(file.read_text())
         if not small:

@@ -23,7 +23,7 @@ import bench_prepare
 import torch
 from count_step import IDLE
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from step_meter import covered
+from step_meter import after_each_step, covered
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +35,6 @@ from trainer.encoding import Encodings
 from trainer.events import StepEvent
 from trainer.job import RunFolder
 from trainer.machine import precision_of
-from trainer.readings import Readings
 from trainer.resolve import Layer, resolve
 from trainer.stepping import Stepper
 
@@ -238,14 +237,8 @@ class Follower:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Hears when a step of the engine ends, and how long it was with its data."""
-        keep = Readings.take
-
-        def take(readings: Readings, *figures: Any, **named: Any) -> None:
-            keep(readings, *figures, **named)
-            self.end_step()
-
         with ExitStack() as patches:
-            patches.enter_context(patch.object(Readings, "take", take))
+            patches.enter_context(after_each_step(self.end_step))
             for owner, name in SOURCES:
                 patches.enter_context(patch.object(owner, name, self._timed(vars(owner)[name])))
             yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,19 @@ WARM_UP_STEPS = 6
 TIMED_STEPS = 20
 HOST_STEPS = 5
 SEEN_STEPS = 3
+
+
+@contextmanager
+def after_each_step(call: Callable[[], None]) -> Iterator[None]:
+    """Calls at the end of each step of the engine, when all its work is on its way."""
+    keep = Readings.take
+
+    def take(readings: Readings, *figures: Any, **named: Any) -> None:
+        keep(readings, *figures, **named)
+        call()
+
+    with patch.object(Readings, "take", take):
+        yield
 
 
 @dataclass
@@ -54,13 +67,7 @@ class Meter:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Hears of the end of each step that trainings inside of this take."""
-        keep = Readings.take
-
-        def take(readings: Readings, *figures: Any, **named: Any) -> None:
-            keep(readings, *figures, **named)
-            self.end_step()
-
-        with patch.object(Readings, "take", take):
+        with after_each_step(self.end_step):
             yield
 
     def end_step(self) -> None:

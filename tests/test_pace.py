@@ -98,6 +98,19 @@ def test_what_cannot_be_recorded_is_computed_and_refused_where_somebody_asked_fo
         pace.refuse_impossible(config_of(**leaves, cuda_graph=True), 1, on_gpu=True)
 
 
+def test_weights_keep_their_layout_where_all_learn_or_each_gpu_has_a_part() -> None:
+    assert not on_gpu(config_of(use_lora=False), work_of()).channels_last
+    whole = config_of(use_lora=False, channels_last=True)
+    assert not on_gpu(whole, work_of()).channels_last
+    assert "channels_last" in whole.resolved.ignored_options
+    assert pace.without_meaning(whole, TRANSFORMS) == whole
+    large_model = large(torch.nn.Conv2d(1, 1, 3), 11.9e9)
+    shared = pace_of(
+        config_of(), work_of(large_model), on_gpu=True, num_processes=2, in_shards=True
+    )
+    assert str(shared) == "TF32"
+
+
 def test_several_processes_do_not_record() -> None:
     assert not on_gpu(config_of(), work_of(), num_processes=2).cuda_graph
     with pytest.raises(InputError, match="several processes"):

@@ -465,6 +465,7 @@ def test_a_usual_value_gives_no_warning(options: dict[str, object]) -> None:
 WAKING: dict[str, dict[str, object]] = {
     "rank": {},
     "adapter_layers": {},
+    "channels_last": {},
     "alpha": {},
     "lora_type": {},
     "use_dora": {},
@@ -535,7 +536,7 @@ LULLING: dict[str, dict[str, object]] = {
         leaf: {"use_lora": False}
         for leaf in (
             *("rank", "alpha", "lora_type", "use_dora", "target_unet_modules"),
-            "adapter_layers",
+            *("adapter_layers", "channels_last"),
         )
     },
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), {"optimizer": "adafactor"}),

@@ -95,7 +95,14 @@ class Work:
     examples: int
 
 
-def pace_of(config: TrainingConfig, work: Work, *, on_gpu: bool, num_processes: int) -> Pace:
+def pace_of(
+    config: TrainingConfig,
+    work: Work,
+    *,
+    on_gpu: bool,
+    num_processes: int,
+    in_shards: bool = False,
+) -> Pace:
     """What the configuration says, and where it leaves it open, what pays.
 
     Args:
@@ -103,15 +110,19 @@ def pace_of(config: TrainingConfig, work: Work, *, on_gpu: bool, num_processes: 
         work: what is to be computed.
         on_gpu: whether it is on a GPU.
         num_processes: that train together.
+        in_shards: whether each of them holds a part of the denoiser.
     """
     run = config.run
     in_half = run.mixed_precision != "no"
     records = on_gpu and work.steps >= _STEPS_WORTH_RECORDING
     records = records and unrecordable(config, num_processes) is None
+    compiles = on_gpu and not in_shards and _pays_to_compile(config, work)
+    # Weights that all learn, and shards of them, keep the layout that they are updated in.
+    can_lay_out = config.adapter.use_lora and not in_shards and _convolves(work.denoiser)
     return Pace(
         cuda_graph=_given(run.cuda_graph, records),
-        compile_blocks=_given(run.compile_blocks, on_gpu and _pays_to_compile(config, work)),
-        channels_last=_given(run.channels_last, on_gpu and in_half and _convolves(work.denoiser)),
+        compile_blocks=_given(run.compile_blocks, compiles),
+        channels_last=can_lay_out and _given(run.channels_last, on_gpu and in_half),
         tf32=_given(run.tf32, on_gpu and in_half),
         attention=run.attention,
     )
@@ -124,7 +135,8 @@ def without_meaning(config: TrainingConfig, denoiser: torch.nn.Module) -> Traini
         config: completed.
         denoiser: its weights are not needed.
     """
-    if config.run.channels_last is None or _convolves(denoiser):
+    is_told = "channels_last" in config.resolved.ignored_options
+    if config.run.channels_last is None or is_told or _convolves(denoiser):
         return config
     note = Note(kind="ignored", field="channels_last", message=NO_WINDOWS)
     return config.with_leaf("channels_last", None).with_notes(note)

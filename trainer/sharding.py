@@ -144,6 +144,16 @@ def refuse_in_shards(config: TrainingConfig, num_processes: int) -> None:
             "a block in the computer's memory is not sharded",
             "give `offload_blocks: 0`: every further process holds less of the model",
         ),
+        "compile_blocks": (
+            config.run.compile_blocks is True,
+            "a block is put together outside of what would be compiled",
+            "leave it out",
+        ),
+        "channels_last": (
+            config.run.channels_last is True,
+            "a shard has no layout to choose",
+            "leave it out",
+        ),
         "fused_backward": (
             whole and config.optim.fused_backward,
             "gradients are summed over the processes before an update",

@@ -149,7 +149,13 @@ class Training:
             examples=2 * passes if has_class else passes,
         )
         on_gpu = self.accelerator.device.type == "cuda"
-        chosen = pace_of(self.config, work, on_gpu=on_gpu, num_processes=self.processes.count)
+        chosen = pace_of(
+            self.config,
+            work,
+            on_gpu=on_gpu,
+            num_processes=self.processes.count,
+            in_shards=self.sharding is not None,
+        )
         pace.prepare(self.denoiser, chosen)
         return chosen
 

@@ -153,4 +153,5 @@ WHOLE_ROWS: tuple[Row, ...] = (
         adam_beta2=0.9,
         adam_epsilon=1e-2,
     ),
+    *idle("all weights are trained, none is frozen", base=WHOLE, channels_last=True),
 )

@@ -233,6 +233,8 @@ def test_one_process_has_nobody_to_share_with(
     [
         ("quantization", {"quantization": "int8"}),
         ("offload_blocks", {"offload_blocks": 1}),
+        ("channels_last", {"channels_last": True}),
+        ("compile_blocks", {"compile_blocks": True}),
         ("optimizer", {"use_lora": False, "optimizer": "adafactor"}),
         ("mixed_precision", {"use_lora": False, "mixed_precision": "fp16"}),
         ("fused_backward", {"use_lora": False, "fused_backward": True, "max_grad_norm": 0.0}),

@@ -124,6 +124,11 @@ IDLE: _Idle = (
         "all weights are trained, there is no adapter",
     ),
     (
+        ("channels_last",),
+        is_off("use_lora"),
+        "all weights are trained, none is frozen",
+    ),
+    (
         ("lokr_factor",),
         lambda v: not v["use_lora"] or v["lora_type"] != "lokr",
         "lora_type is not lokr",
