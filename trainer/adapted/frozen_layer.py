@@ -6,6 +6,7 @@ whole only while its block computes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,30 @@ class FrozenLayer:
     def input_gradient(self, gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs of `product`."""
         return self.geometry.input_gradient(gradient, inputs, self.weight(gradient))
+
+
+def side_by_side(layers: Sequence[FrozenLayer], dtype: torch.dtype) -> torch.Tensor | None:
+    """Moves the weights of layers of one shape into one tensor, to be multiplied by at once.
+
+    Args:
+        layers: which compute with their part of it from then on.
+        dtype: number format of products.
+
+    Returns:
+        The weights (n, out, in and window), or nothing where one of them is widened first or lies
+        otherwise: those stay where they are.
+    """
+    weights: list[torch.Tensor] = []
+    for layer in layers:
+        if isinstance(layer.module, FrozenLinear):
+            return None
+        weight = layer.module.weight
+        if weight.dtype != dtype or not weight.is_contiguous():
+            return None
+        weights.append(weight)
+    moved = weights[0].new_empty(len(weights), len(weights[0]), weights[0][0].numel())
+    for weight, rows in zip(weights, moved, strict=True):
+        # One after the other: what was copied is given up before the next.
+        rows.copy_(weight.detach().flatten(1))
+        weight.data = rows.view(weight.shape)
+    return moved

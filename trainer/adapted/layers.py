@@ -15,7 +15,7 @@ import torch
 from peft.tuners import loha, lokr, lora
 
 from trainer import shards
-from trainer.adapted.frozen_layer import FrozenLayer
+from trainer.adapted.frozen_layer import FrozenLayer, side_by_side
 from trainer.adapted.hadamard import Loha
 from trainer.adapted.kronecker import Lokr
 from trainer.adapted.low_rank import Dora, Lora
@@ -89,11 +89,11 @@ class _Dora(_Lora):
     def copied_anew(self, dtype: torch.dtype) -> Factors:
         down, up, magnitude = (factor.detach() for factor in self.factors())
         copies = down.to(dtype), up.to(dtype)
-        weight = self.frozen.weight(copies[0]).flatten(1)
-        product = torch.mm(weight, copies[0].flatten(1).t())[None]
-        squares = squared_rows(weight)[None]
-        (norm,) = row_norms(squares, product, [down], [up], self.scaling[ADAPTER])
-        return *copies, magnitude.flatten() / norm, norm
+        rows, columns = (copy.flatten(1) for copy in copies)
+        weight = self.frozen.weight(rows).flatten(1)
+        squares, product = squared_rows(weight)[None], torch.mm(weight, rows.t())[None]
+        (norm,) = row_norms(squares, product, rows[None], columns[None], self.scaling[ADAPTER])
+        return *copies, (magnitude.flatten() / norm - 1).to(dtype), norm
 
 
 class _Lokr(AdaptedLayer):
@@ -186,7 +186,7 @@ class Copies:
     def __init__(self, modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.are_current = False
-        layers = [
+        layers: list[AdaptedLayer] = [
             layer
             for module in modules
             for layer in module.modules()
@@ -198,21 +198,27 @@ class Copies:
         for layer in layers:
             factors = [factor.detach() for factor in layer.factors()]
             if isinstance(layer, _Dora):
-                if _is_in_parts(layer):
-                    continue
-                down, up, _ = factors
-                factors = [down, up]
-                alike[down.shape, up.shape, layer.scaling[ADAPTER]].append(layer)
+                if not _is_in_parts(layer):
+                    alike[factors[0].shape, factors[1].shape, layer.scaling[ADAPTER]].append(layer)
+                continue
             layer.copies = self
             layer.copied = tuple(factor.to(dtype) for factor in factors)
             if dtype != torch.float32:
-                self._sources += factors
-                self._targets += layer.copied
+                self._copy(factors, layer.copied)
         self._norms = [
             _Norms(group[start : start + _NORMS_TOGETHER], dtype)
             for group in alike.values()
             for start in range(0, len(group), _NORMS_TOGETHER)
         ]
+        for norms in self._norms:
+            for layer in norms.layers:
+                layer.copies = self
+                self._copy([factor.detach() for factor in layer.factors()[:2]], layer.copied[:2])
+
+    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Makes these copies anew in each step."""
+        self._sources += sources
+        self._targets += targets
 
     @contextmanager
     def of_this_step(self) -> Iterator[None]:
@@ -235,28 +241,40 @@ def _is_in_parts(layer: AdaptedLayer) -> bool:
 
 
 class _Norms:
-    """The norms of layers of one shape and rank, and what their magnitudes are over these."""
+    """The norms of layers of one shape and rank, and what their magnitudes are over these.
+
+    Args:
+        layers: whose copies are made here, side by side; their frozen weights are moved so too.
+        dtype: number format of products.
+    """
 
     def __init__(self, layers: Sequence[_Dora], dtype: torch.dtype) -> None:
-        self._layers = layers
-        self._factors = [tuple(f.detach() for f in layer.factors()) for layer in layers]
+        self.layers = layers
+        self._magnitudes = [layer.factors()[2].detach().flatten() for layer in layers]
+        down, up, _ = (factor.detach() for factor in layers[0].factors())
+        count, out = len(layers), self._magnitudes[0].numel()
+        downs = down.new_empty((count, *down.shape), dtype=dtype)
+        ups = up.new_empty((count, *up.shape), dtype=dtype)
+        self._down, self._up = downs.flatten(2), ups.flatten(2)
+        self._weights = side_by_side([layer.frozen for layer in layers], dtype)
         # One by one: a quantised weight is widened to be looked at.
-        squares = [squared_rows(layer.frozen.weight(layer.copied[0])) for layer in layers]
-        self._squares, up = torch.stack(squares), layers[0].copied[1]
-        self._products = up.new_empty(len(layers), *up.shape[:2])
+        squares = [squared_rows(layer.frozen.weight(downs)) for layer in layers]
+        self._squares = torch.stack(squares)
+        self._products = torch.empty_like(self._up)
         self._norms = torch.empty_like(self._squares)
-        self._gains = torch.empty_like(self._squares)
-        for layer, *its in zip(layers, self._gains, self._norms, strict=True):
-            layer.copied = (*layer.copied, *its)
+        self._excess = downs.new_empty(count, out)
+        for layer, *copied in zip(layers, downs, ups, self._excess, self._norms, strict=True):
+            layer.copied = tuple(copied)
 
     def refresh(self) -> None:
-        """Computes norms and gains anew, in their places."""
-        for layer, product in zip(self._layers, self._products, strict=True):
-            down = layer.copied[0]
-            weight = layer.frozen.weight(down)
-            torch.mm(weight.flatten(1), down.flatten(1).t(), out=product)
-        downs, ups, magnitudes = zip(*self._factors, strict=True)
-        scale = self._layers[0].scaling[ADAPTER]
-        self._norms.copy_(row_norms(self._squares, self._products, downs, ups, scale))
-        magnitude = torch.stack([each.flatten() for each in magnitudes])
-        torch.div(magnitude, self._norms, out=self._gains)
+        """Computes norms and gains anew from copies that were, each in its place."""
+        if self._weights is not None:
+            torch.bmm(self._weights, self._down.transpose(1, 2), out=self._products)
+        else:
+            for layer, down, product in zip(self.layers, self._down, self._products, strict=True):
+                weight = layer.frozen.weight(down)
+                torch.mm(weight.flatten(1), down.t(), out=product)
+        scale = self.layers[0].scaling[ADAPTER]
+        norms = row_norms(self._squares, self._products, self._down, self._up, scale)
+        self._norms.copy_(norms)
+        self._excess.copy_(torch.stack(self._magnitudes).div_(norms).sub_(1))

@@ -61,15 +61,15 @@ class Dora(torch.autograd.Function):
             layer: W and b.
             scale: s.
             factors: A (r, in, …), B (out, r, …) and m, of `out` numbers in any shape, which
-                learn; copies of A and B in the number format of the product; in 32 bits, since
-                near one 16 bits cannot tell what has been learnt, m / |W + s B A| (out,); and
-                |W + s B A| (out,).
+                learn; in the number format of the product copies of A and B and, since near one
+                16 bits cannot tell what has been learnt, m / |W + s B A| - 1 (out,); and in 32
+                bits |W + s B A| (out,).
         """
-        _, _, magnitude, down, up, gain, norm = factors
+        _, _, magnitude, down, up, excess, norm = factors
         entered = layer.geometry.enter(inputs.to(down.dtype))
         direction, hidden = _sum(layer, scale, entered, down, up, with_bias=False)
-        outputs = _scaled(layer, direction, gain, layer.bias(direction.dtype))
-        ctx.save_for_backward(entered, hidden, down, up, direction, gain, norm)
+        outputs = _scaled(layer, direction, excess, layer.bias(direction.dtype))
+        ctx.save_for_backward(entered, hidden, down, up, direction, excess, norm)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
         ctx.magnitude_shape = magnitude.shape
         return layer.geometry.leave(outputs, inputs.shape)
@@ -77,14 +77,14 @@ class Dora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
         """Gradients of inputs, A, B and m."""
-        *products, direction, gain, norm = ctx.saved_tensors
+        *products, direction, excess, norm = ctx.saved_tensors
         geometry = ctx.layer.geometry
         gradient = geometry.enter(gradient)
         of_magnitude = None
         if ctx.needs_input_grad[5]:
             sums = geometry.channel_sums(gradient * direction)
             of_magnitude = (sums / norm).view(ctx.magnitude_shape)
-        gradient = _scaled(ctx.layer, gradient, gain)
+        gradient = _scaled(ctx.layer, gradient, excess)
         of_inputs, *learning = _gradients(ctx, gradient, *products)
         return of_inputs, None, None, *learning, of_magnitude, None, None, None, None
 
@@ -114,14 +114,15 @@ def _sum(
 def _scaled(
     layer: FrozenLayer,
     values: torch.Tensor,
-    gain: torch.Tensor,
+    excess: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each channel times its gain, and perhaps a bias added; rounded once."""
-    by_channel, scaled = layer.geometry.by_channel, torch.empty_like(values)
+    """Each channel times its gain, of which what is beyond one is given, and perhaps a bias."""
+    by_channel = layer.geometry.by_channel
     if bias is None:
-        return torch.mul(values, by_channel(gain), out=scaled)
-    return torch.addcmul(by_channel(bias), values, by_channel(gain), out=scaled)
+        return torch.addcmul(values, values, by_channel(excess))
+    # What is added to the values is the least of it: rounded first, it is rounded least.
+    return torch.addcmul(by_channel(bias), values, by_channel(excess)).add_(values)
 
 
 def _gradients(

@@ -6,8 +6,6 @@ else is of the adapter's size. Several layers of one shape are computed together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -21,25 +19,25 @@ def squared_rows(weight: torch.Tensor) -> torch.Tensor:
 def row_norms(
     squares: torch.Tensor,
     products: torch.Tensor,
-    downs: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
+    down: torch.Tensor,
+    up: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """|W + s B A| (n, out) of n layers of one shape, in 32 bits also where autocast asks for less.
+    """|W + s B A| (n, out) of n layers of one shape, in 32 bits.
 
     Args:
-        squares: |W|² (n, out).
-        products: W Aᵀ (n, out, r) in any number format.
-        downs: A (r, in, …) of each.
-        ups: B (out, r, …) of each.
+        squares: |W|² (n, out), in 32 bits.
+        products: W Aᵀ (n, out, r), in the number format of the factors.
+        down: A (n, r, in and window), in the number format in which layers multiply by it; what
+            rounding changes of |W|² is as much less than it as the adapter is less than W.
+        up: B (n, out, r), likewise.
         scale: s.
     """
-    down = torch.stack([each.flatten(1) for each in downs])
-    up = torch.stack([each.flatten(1) for each in ups])
     with torch.autocast(squares.device.type, enabled=False):
         gram = torch.bmm(down, down.transpose(1, 2))
         # ⟨2 W Aᵀ + s B (A Aᵀ), B⟩
-        mixed = torch.baddbmm(products.float(), up, gram, beta=2, alpha=scale)
-    summed = torch.addcmul(squares, (mixed * up).sum(-1), squares.new_full((), scale))
+        mixed = torch.baddbmm(products, up, gram, beta=2, alpha=scale)
+    sums = (mixed * up).sum(-1, dtype=torch.float32)
+    summed = torch.addcmul(squares, sums, squares.new_full((), scale))
     # Rounding may leave less than nothing of a row that the adapter cancels.
     return summed.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()
