@@ -104,6 +104,16 @@ CASES: Mapping[str, Case] = {
         ("engine-lora", "engine-loha"),
         {"engine-loha / engine-lora": Bound(1.3, 1.4)},
     ),
+    "loha-fp32": Case(
+        replace(LARGE_STEP, mixed_precision="no"),
+        ("engine-lora", "engine-loha"),
+        {"engine-loha / engine-lora": Bound(1.3, 1.4)},
+    ),
+    "loha8": Case(
+        LARGE_STEP,
+        ("engine-lora8", "engine-loha8"),
+        {"engine-loha8 / engine-lora8": Bound(1.3, 1.4)},
+    ),
     "alone": Case(
         SMALL_STEP,
         ("engine-lora", "bare-lora", "peft-lora", "engine-dora", "peft-dora"),

@@ -44,6 +44,9 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"use_dora": True},
     "lokr": {"lora_type": "lokr"},
     "loha": {"lora_type": "loha"},
+    # PEFT's own default.
+    "loha8": {"lora_type": "loha", "rank": 8},
+    "lora8": {"rank": 8},
 }
 # Who takes the steps, and with whose layers.
 LOOPS: Mapping[str, str] = {"engine": "ours", "bare": "ours", "peft": "peft"}

@@ -18,6 +18,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "lokr": {"lora_type": "lokr", "rank": 8},
     "factored lokr": {"lora_type": "lokr", "rank": 1},
     "loha": {"lora_type": "loha"},
+    "thin loha": {"lora_type": "loha", "rank": 2},
 }
 
 # Layers of a kind each, with the shape of their inputs.

@@ -23,6 +23,7 @@ from layer_pairs import (
 )
 
 from trainer import adapters
+from trainer.adapted.hadamard import is_thin
 from trainer.adapted.layers import AdaptedLayer, Copies
 from trainer.config import AdapterConfig
 from trainer.frozen import FrozenLinear
@@ -366,3 +367,11 @@ def test_a_copy_of_a_model_learns_by_itself() -> None:
         ours = module(inputs)
         assert distance(other(inputs), ours) > 1e-3
     assert torch.equal(ours, module(inputs))
+
+
+def test_a_loha_is_thin_where_its_rank_squared_is_little() -> None:
+    # Three products by (in + out) r² numbers against two by in x out.
+    wide = [torch.zeros(1280, 1), torch.zeros(1, 1280)]
+    for rank, expected in ((16, True), (20, True), (21, False), (32, False)):
+        up, down = wide[0].expand(-1, rank), wide[1].expand(rank, -1)
+        assert is_thin(up, down) is expected

@@ -6,6 +6,7 @@ these are made once in each step, see `Copies`; anywhere else, whenever they are
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from peft.tuners import loha, lokr, lora
 
 from trainer import shards
 from trainer.adapted.frozen_layer import FrozenLayer, side_by_side
-from trainer.adapted.hadamard import Loha
+from trainer.adapted.hadamard import Loha, ThinLoha, is_thin, join
 from trainer.adapted.kronecker import Lokr
 from trainer.adapted.low_rank import Dora, Lora
 from trainer.adapted.norms import row_norms, squared_rows
@@ -103,7 +104,25 @@ class _Lokr(AdaptedLayer):
 
 class _Loha(AdaptedLayer):
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    product = Loha
+    product: ClassVar[type[torch.autograd.Function]] = Loha
+
+
+class _ThinLoha(_Loha):
+    product = ThinLoha
+
+    def copied_anew(self, dtype: torch.dtype) -> Factors:
+        up, down, *_ = (factor.detach() for factor in self.factors())
+        window, rank = self.frozen.window, len(down) ** 2
+        copied = (
+            down.new_empty(rank, down.shape[1] // math.prod(window), *window, dtype=dtype),
+            up.new_empty(len(up), rank, *(1 for _ in window), dtype=dtype),
+        )
+        self.join_into(copied)
+        return copied
+
+    def join_into(self, copied: Factors) -> None:
+        """Makes copies of what the factors are now, each in its place."""
+        join([factor.detach() for factor in self.factors()], *copied)
 
 
 class LoraLinear(_Lora, lora.layer.Linear):
@@ -138,6 +157,14 @@ class LohaConv2d(_Loha, loha.layer.Conv2d):
     """LoHa on a convolution."""
 
 
+class ThinLohaLinear(_ThinLoha, loha.layer.Linear):
+    """LoHa of little rank on a linear layer."""
+
+
+class ThinLohaConv2d(_ThinLoha, loha.layer.Conv2d):
+    """LoHa of little rank on a convolution."""
+
+
 # PEFT's class and whether there are magnitudes, to ours.
 _OURS: Mapping[tuple[type, bool], type] = {
     (lora.layer.Linear, False): LoraLinear,
@@ -149,6 +176,9 @@ _OURS: Mapping[tuple[type, bool], type] = {
     (loha.layer.Linear, False): LohaLinear,
     (loha.layer.Conv2d, False): LohaConv2d,
 }
+
+
+_THIN: Mapping[type, type] = {LohaLinear: ThinLohaLinear, LohaConv2d: ThinLohaConv2d}
 
 
 def take_over(module: torch.nn.Module) -> None:
@@ -164,6 +194,8 @@ def take_over(module: torch.nn.Module) -> None:
             continue
         layer.__class__ = ours
         layer.frozen, layer.copies = FrozenLayer.of(layer.base_layer), None
+        if isinstance(layer, _Loha) and is_thin(*layer.factors()[:2]):
+            layer.__class__ = _THIN[ours]
 
 
 def _is_plain(layer: Any) -> bool:
@@ -193,6 +225,7 @@ class Copies:
             if isinstance(layer, AdaptedLayer)
         ]
         alike: dict[tuple[torch.Size, torch.Size, float], list[_Dora]] = defaultdict(list)
+        self._thin: list[_ThinLoha] = []
         self._sources: list[torch.Tensor] = []
         self._targets: list[torch.Tensor] = []
         for layer in layers:
@@ -202,6 +235,10 @@ class Copies:
                     alike[factors[0].shape, factors[1].shape, layer.scaling[ADAPTER]].append(layer)
                 continue
             layer.copies = self
+            if isinstance(layer, _ThinLoha):
+                layer.copied = layer.copied_anew(dtype)
+                self._thin.append(layer)
+                continue
             layer.copied = tuple(factor.to(dtype) for factor in factors)
             if dtype != torch.float32:
                 self._copy(factors, layer.copied)
@@ -228,6 +265,8 @@ class Copies:
                 torch._foreach_copy_(self._targets, self._sources)
             for norms in self._norms:
                 norms.refresh()
+            for layer in self._thin:
+                layer.join_into(layer.copied)
         self.are_current = True
         try:
             yield

@@ -34,7 +34,7 @@ class Lora(torch.autograd.Function):
         """
         _, _, down, up = factors
         entered = layer.geometry.enter(inputs.to(down.dtype))
-        outputs, hidden = _sum(layer, scale, entered, down, up, with_bias=True)
+        outputs, hidden = summed(layer, scale, entered, down, up, with_bias=True)
         ctx.save_for_backward(entered, hidden, down, up)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
         return layer.geometry.leave(outputs, inputs.shape)
@@ -43,7 +43,7 @@ class Lora(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
         """Gradients of inputs, A and B."""
         gradient = ctx.layer.geometry.enter(gradient)
-        of_inputs, *learning = _gradients(ctx, gradient, *ctx.saved_tensors)
+        of_inputs, *learning = gradients(ctx, gradient, *ctx.saved_tensors)
         return of_inputs, None, None, *learning, None, None
 
 
@@ -67,7 +67,7 @@ class Dora(torch.autograd.Function):
         """
         _, _, magnitude, down, up, excess, norm = factors
         entered = layer.geometry.enter(inputs.to(down.dtype))
-        direction, hidden = _sum(layer, scale, entered, down, up, with_bias=False)
+        direction, hidden = summed(layer, scale, entered, down, up, with_bias=False)
         outputs = _scaled(layer, direction, excess, layer.bias(direction.dtype))
         ctx.save_for_backward(entered, hidden, down, up, direction, excess, norm)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
@@ -85,7 +85,7 @@ class Dora(torch.autograd.Function):
             sums = geometry.channel_sums(gradient * direction)
             of_magnitude = (sums / norm).view(ctx.magnitude_shape)
         gradient = _scaled(ctx.layer, gradient, excess)
-        of_inputs, *learning = _gradients(ctx, gradient, *products)
+        of_inputs, *learning = gradients(ctx, gradient, *products)
         return of_inputs, None, None, *learning, of_magnitude, None, None, None, None
 
 
@@ -95,7 +95,7 @@ def of_learning(gradient: torch.Tensor, scale: float) -> torch.Tensor:
     return gradient if scale == 1 else gradient * scale
 
 
-def _sum(
+def summed(
     layer: FrozenLayer,
     scale: float,
     inputs: torch.Tensor,
@@ -125,7 +125,7 @@ def _scaled(
     return torch.addcmul(by_channel(bias), values, by_channel(excess)).add_(values)
 
 
-def _gradients(
+def gradients(
     ctx: Any,
     gradient: torch.Tensor,
     inputs: torch.Tensor,
