@@ -131,7 +131,7 @@ def test_a_case_is_the_training_that_its_name_says(name: str) -> None:
     if case.preset is None and "fal" not in words:
         assert config.data.resolution_width == int(words[1])
         assert config.run.batch_size == int(words[2].removeprefix("b"))
-        assert config.run.gradient_checkpointing == ("ckpt" in words)
+        assert bool(config.run.gradient_checkpointing) == ("ckpt" in words)
 
 
 def test_fals_default_job_is_what_the_service_trains() -> None:

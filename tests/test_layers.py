@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "forecast": (
         {
             *("estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"),
-            *("remedies", "dataless", "outcomes"),
+            *("remedies", "dataless", "outcomes", "capacity", "recomputing", "foreseen"),
         },
         {
             "foundation",
@@ -86,7 +86,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine": (
         {
-            *("engine", "training", "stepping", "recording", "pace"),
+            *("engine", "training", "stepping", "recording", "pace", "affordable"),
             *("readings", "faults", "results", "artifacts"),
             *("out_of_memory", "peaks", "remarks"),
         },

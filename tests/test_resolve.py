@@ -466,6 +466,7 @@ WAKING: dict[str, dict[str, object]] = {
     "rank": {},
     "adapter_layers": {},
     "channels_last": {},
+    "checkpointing_share": {},
     "alpha": {},
     "lora_type": {},
     "use_dora": {},
@@ -532,6 +533,7 @@ WAKING: dict[str, dict[str, object]] = {
     "single_file_config": {"model_url": "model.safetensors"},
 }
 LULLING: dict[str, dict[str, object]] = {
+    "checkpointing_share": {"gradient_checkpointing": False},
     **{
         leaf: {"use_lora": False}
         for leaf in (

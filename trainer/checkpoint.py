@@ -196,18 +196,34 @@ def refuse_other(folder: Path, config_values: Mapping[str, Any]) -> None:
         CheckpointError: the newest readable manifest belongs to another configuration.
         DiskError: what is in the folder cannot be told.
     """
+    newest = _newest_settings(folder)
+    if newest is not None:
+        path, theirs = newest
+        known = {name: theirs.get(name) for name in config_values}
+        _check_config(path, known, config_values)
+
+
+def settings_of(folder: Path) -> Mapping[str, Any]:
+    """The values that the newest readable manifest was published with; none where there is none.
+
+    Args:
+        folder: the run's `checkpoints/`, which need not exist.
+    """
+    newest = _newest_settings(folder)
+    return {} if newest is None else newest[1]
+
+
+def _newest_settings(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for step in _steps(folder):
         path = place_of(folder, step)
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
             if manifest["sha256"] != _digest_of(manifest["content"]):
                 continue
-            theirs = manifest["content"]["config"]
+            return path, dict(manifest["content"]["config"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        known = {name: theirs.get(name) for name in config_values}
-        _check_config(path, known, config_values)
-        return
+    return None
 
 
 def _write(folder: Path, checkpoint: Checkpoint, config_values: Mapping[str, Any]) -> None:

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trainer import base_model, checkpoint, class_images, contents, frozen, optim, pace, results
+from trainer import (
+    base_model,
+    checkpoint,
+    class_images,
+    contents,
+    frozen,
+    optim,
+    pace,
+    recomputing,
+    results,
+)
+from trainer.affordable import affordable
 from trainer.base_model import BaseModel, Precision
 from trainer.concepts import joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
@@ -156,6 +167,7 @@ def compose(
     accelerator = spread.accelerator
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = _settled(config, base, spread)
+    config = affordable(config, base, spread, checkpoint.settings_of(folder.checkpoints))
     checkpoint.refuse_other(folder.checkpoints, spread.identity_of(config))
     yield from map(_as_event, config.resolved.notes)
     if accelerator.is_main_process:
@@ -372,6 +384,7 @@ def _run_event(composed: Composition) -> RunEvent:
             "processes": training.accelerator.num_processes,
             "precision": str(composed.precision.frozen).removeprefix("torch."),
             "steps": str(training.pace),
+            "activations": recomputing.words(config),
         },
         num_pictures=scales.count(0),
         num_sizes=len(set(scales)),

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from trainer import base_model
+from trainer import base_model, recomputing
+from trainer.capacity import device_memory, fits
 from trainer.config import Concept, TrainingConfig
 from trainer.data.plan import Plan, Portion
 from trainer.errors import InputError
@@ -21,7 +22,7 @@ from trainer.inspection import inspect_concepts
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
 from trainer.memory import Footprint, Forecast
-from trainer.remedies import Advice, advise, device_memory, fits
+from trainer.remedies import Advice, advise
 from trainer.sections.subjects import class_sources
 
 
@@ -96,8 +97,11 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         config = completed(config, base)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         forecast = Forecast(base, device)
-        footprint = forecast.footprint(config, precision_of(config))
         capacity = device_memory(device)
+        config = recomputing.decided(config, forecast, capacity, device)
+        footprint = forecast.footprint(config, precision_of(config))
+        if config.run.gradient_checkpointing and given.run.gradient_checkpointing is None:
+            notes.append(f"so that it fits, activations are {recomputing.words(config)}")
         if not fits(footprint.peak_bytes, capacity):
             advice = advise(given, base, capacity=capacity, device=device, forecast=forecast)
     except (InputError, OSError) as error:

@@ -41,6 +41,7 @@ class MeasurementKey:
         quantization: how frozen weights are kept.
         offload_blocks: blocks whose frozen weights come from the computer's memory.
         gradient_checkpointing: whether activations are recomputed.
+        checkpointing_share: in which share of the blocks.
         deterministic: whether only operations are used that give the same bits each time.
         cuda_graph: whether steps are recorded; None here and below: as the run decides.
         compile_blocks: whether blocks are compiled.
@@ -78,6 +79,7 @@ class MeasurementKey:
     quantization: str
     offload_blocks: int
     gradient_checkpointing: bool
+    checkpointing_share: float
     deterministic: bool
     cuda_graph: bool | None
     compile_blocks: bool | None
@@ -130,7 +132,8 @@ def measurement_key(
         weights_dtype="" if adapter.use_lora else adapter.weights_dtype,
         quantization=config.model.quantization,
         offload_blocks=run.offload_blocks,
-        gradient_checkpointing=run.gradient_checkpointing,
+        gradient_checkpointing=bool(run.gradient_checkpointing),
+        checkpointing_share=run.checkpointing_share if run.gradient_checkpointing else 1.0,
         deterministic=run.deterministic,
         cuda_graph=run.cuda_graph,
         compile_blocks=run.compile_blocks,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -98,8 +98,19 @@ class Forecast:
             InputError: this model or machine cannot be trained so.
             OSError: a configuration or tokenizer is neither here nor on the hub.
         """
+        share = config.run.checkpointing_share
+        if config.run.gradient_checkpointing and share < 1:
+            return self._between(config, precision, share)
         settings = config.model_dump_json(exclude={"resolved"})
         return self._once((settings, precision), lambda: self._footprint(config, precision))
+
+    def _between(self, config: TrainingConfig, precision: Precision, share: float) -> Footprint:
+        """Where only some blocks recompute: what they save is their share, or more."""
+        keeping = self.footprint(config.with_leaf("gradient_checkpointing", False), precision)
+        recomputing = self.footprint(config.with_leaf("checkpointing_share", 1.0), precision)
+        saved = max(0, keeping.stages[STEPS] - recomputing.stages[STEPS])
+        steps = recomputing.stages[STEPS] + round((1 - share) * saved)
+        return replace(recomputing, stages={**recomputing.stages, STEPS: steps})
 
     def _footprint(self, config: TrainingConfig, precision: Precision) -> Footprint:
         sources = class_sources(config.subjects())

@@ -10,11 +10,12 @@ from collections.abc import Generator
 import torch
 
 from trainer import base_model
+from trainer.capacity import device_memory
 from trainer.config import TrainingConfig
 from trainer.errors import OutOfMemoryError, TrainerError
 from trainer.events import CheckpointEvent, Event, RunEvent, StageEvent, StepEvent
 from trainer.machine import refuse_updates_in_backward
-from trainer.remedies import advise, device_memory
+from trainer.remedies import advise
 from trainer.sharding import asked_for, refuse_in_shards
 
 STAGE = "what would save memory"

@@ -7,8 +7,6 @@ compared. Candidates are options in a table; no model, machine or arithmetic of 
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from trainer import base_model
+from trainer import base_model, recomputing
 from trainer.base_model import BaseModel
+from trainer.capacity import fits
 from trainer.config import LEAVES, ModelConfig, TrainingConfig
 from trainer.errors import InputError
 from trainer.frozen import repeated_blocks
@@ -27,8 +26,6 @@ from trainer.machine import completed, precision_of
 from trainer.memory import CLASS_PICTURES, ENCODING, STEPS, Footprint, Forecast
 from trainer.resolve import Layer, resolve
 
-# For the driver, kernels' own workspaces and what allocation wastes.
-SPARE = 2**30
 # Of the peak: what saves less is not worth a setting.
 _LEAST_SHARE = 0.01
 # Of a saving: what differs by less is as good.
@@ -74,6 +71,11 @@ def _where(leaf: str, value: Any, **options: Any) -> Callable[[TrainingConfig, B
     return lambda config, base: options if config.leaf(leaf) == value else {}
 
 
+def _all_recomputed(config: TrainingConfig, base: BaseModel) -> Options:
+    some = config.run.checkpointing_share < 1
+    return {"gradient_checkpointing": True} | ({"checkpointing_share": 1.0} if some else {})
+
+
 def _picture_by_picture(config: TrainingConfig, base: BaseModel) -> Options:
     passes = config.run.batch_size * config.run.gradient_accumulation_steps
     if config.run.batch_size == 1:
@@ -103,7 +105,7 @@ _NF4 = {"quantization": "nf4"}
 _BF16_IN_BACKWARD = {"weights_dtype": "bf16", "fused_backward": True}
 # Formats of less and less memory; only one that is smaller than what is set saves.
 CANDIDATES: Sequence[Candidate] = (
-    Candidate(_always(gradient_checkpointing=True), SAME, "activations"),
+    Candidate(_all_recomputed, SAME, "activations"),
     Candidate(_picture_by_picture, SAME, "activations"),
     Candidate(_always(cache_latents=True), SAME, "all"),
     Candidate(_all_blocks_offloaded, SAME, "weights", (CLASS_PICTURES,)),
@@ -217,20 +219,6 @@ def in_units(size: int) -> str:
     return f"{size / 2**10:.1f} KiB"
 
 
-def fits(peak_bytes: int, capacity: int) -> bool:
-    """Whether a training with this peak runs on a device with so much memory."""
-    return peak_bytes + SPARE <= capacity
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, or that this process may take of it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
-
-
 def with_options(config: TrainingConfig, options: Options) -> TrainingConfig:
     """The configuration as it would be had its user set these options too.
 
@@ -283,7 +271,11 @@ def advise(
         InputError: this training cannot be foreseen.
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
-    search = _Search(config, base, forecast or Forecast(base, device), refuse, seconds)
+    forecast = forecast or Forecast(base, device)
+    decided = recomputing.decided(completed(config, base), forecast, capacity, device)
+    for leaf in recomputing.LEAVES:
+        config = config.with_leaf(leaf, decided.leaf(leaf))
+    search = _Search(config, base, forecast, refuse, seconds)
     return search.advice(capacity, has_checkpoint=has_checkpoint)
 
 

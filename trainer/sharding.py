@@ -132,8 +132,15 @@ def refuse_in_shards(config: TrainingConfig, num_processes: int) -> None:
             "FSDP needs at least 2 processes",
             "give `num_processes`, or configs/accelerate/one_gpu.yaml",
         )
+    for field, (is_so, message, hint) in _impossible(config).items():
+        if is_so:
+            raise InputError.of(field, f"with FSDP, {message}", hint)
+
+
+def _impossible(config: TrainingConfig) -> Mapping[str, tuple[bool, str, str]]:
+    """Options that cannot be had in shards: whether this is one, why, and what to do."""
     whole = not config.adapter.use_lora
-    cases = {
+    return {
         "quantization": (
             config.model.quantization != "none",
             "weights in few bits are not sharded",
@@ -176,9 +183,6 @@ def refuse_in_shards(config: TrainingConfig, num_processes: int) -> None:
             "give false",
         ),
     }
-    for field, (is_so, message, hint) in cases.items():
-        if is_so:
-            raise InputError.of(field, f"with FSDP, {message}", hint)
 
 
 def shard(trainables: Trainables, sharding: Sharding, accelerator: Accelerator) -> Trainables:

@@ -6,7 +6,9 @@ beside them. Which part learns in which step is `trainer.schedule`'s to say; kno
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from trainer import adapters, shards, tokens
 from trainer.config import Note, OptimConfig, TrainingConfig
 from trainer.encoding import tokenizer_of
 from trainer.families.base import Family, adapted_encoders, token_encoders
+from trainer.frozen import repeated_blocks
 from trainer.optim import ParameterGroup
 from trainer.schedule import Part
 from trainer.tokens import NewTokens, TokenNames
@@ -137,7 +140,8 @@ def build(config: TrainingConfig, family: Family, names: TokenNames | None) -> T
         if config.adapter.train_text_encoder
     }
     if config.run.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing(recomputed)
+        share = config.run.checkpointing_share
+        denoiser.enable_gradient_checkpointing(recomputing(denoiser, share))
         for name in dict.fromkeys([*text_encoders, *new_tokens]):
             recompute_activations(family.pipeline.components[name])
     notes = [*_make_trainable(config, denoiser_name, denoiser, is_text=False)]
@@ -189,13 +193,30 @@ def _learning(module: torch.nn.Module) -> tuple[torch.nn.Parameter, ...]:
     return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
 
 
-def recomputed(module: torch.nn.Module, *inputs: Any) -> Any:
-    """What a block of a denoiser gives, of which backward keeps the inputs only.
+def recomputing(denoiser: Any, share: float) -> Callable[..., Any]:
+    """What calls the blocks of a denoiser so that backward keeps of most of them the inputs only.
 
     States of random generators are not kept: nothing is drawn inside, where a CUDA graph would not
     allow it either.
+
+    Args:
+        denoiser: of diffusers, before anything in it learns.
+        share: of its repeated blocks, and of each size of them. They are the first: when backward
+            comes to those, what later blocks kept is gone.
     """
-    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+    sizes: dict[int, list[torch.nn.Module]] = defaultdict(list)
+    for block in repeated_blocks(denoiser):
+        sizes[sum(parameter.numel() for parameter in block.parameters())].append(block)
+    keeping = {
+        block for blocks in sizes.values() for block in blocks[math.ceil(share * len(blocks)) :]
+    }
+
+    def called(block: torch.nn.Module, *inputs: Any) -> Any:
+        if block in keeping:
+            return block(*inputs)
+        return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return called
 
 
 def recompute_activations(text_encoder: Any, **settings: bool) -> None:

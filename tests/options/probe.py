@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from trainer.data.dataset import Batch, Dataset
 from trainer.data.store import Store
 from trainer.engine import Composition
 from trainer.events import NoteEvent, StepEvent
+from trainer.frozen import repeated_blocks
 from trainer.job import RunFolder
 from trainer.training import Training
 
@@ -84,6 +87,7 @@ class Step:
     clipped: Tensors = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     inner_calls: int = 0
+    block_calls: Counter[int] = field(default_factory=Counter)
     after: Tensors = field(default_factory=dict)
     event: StepEvent | None = None
 
@@ -292,6 +296,8 @@ class _Recorder:
         training.denoiser.register_forward_pre_hook(self._is_told, with_kwargs=True)
         block = training.denoiser.get_submodule(FIRST_BLOCKS[family.denoiser_name])
         block.register_forward_pre_hook(self._inside)
+        for number, each in enumerate(repeated_blocks(training.denoiser)):
+            each.register_forward_pre_hook(partial(self._in_block, number))
         for component in training.family.text_encoder_names:
             encoder = training.family.pipeline.components[component]
             if encoder is not None:
@@ -380,6 +386,9 @@ class _Recorder:
         self.kernels |= {name for name, is_allowed in allowed.items() if is_allowed}
         told = {**named, **(named.get("added_cond_kwargs") or {})}
         self._told = {n: told[n].detach().clone() for n in TOLD if told.get(n) is not None}
+
+    def _in_block(self, number: int, *_: Any) -> None:
+        self._step.block_calls[number] += 1
 
     def _inside(self, *_: Any) -> None:
         self._step.inner_calls += 1

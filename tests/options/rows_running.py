@@ -105,6 +105,15 @@ def computes_blocks_twice(case: Case) -> None:
     near(again.first.gradients, plain.first.gradients, rtol=1e-4, atol=1e-7)
 
 
+def computes_some_blocks_twice(case: Case) -> None:
+    every, some = case.before(), case.after()
+    assert set(every.first.block_calls.values()) == {2}
+    calls = some.first.block_calls.values()
+    # The first of each size of blocks.
+    assert 1 <= sum(count == 2 for count in calls) < len(calls)
+    near(some.first.gradients, every.first.gradients, rtol=1e-4, atol=1e-7)
+
+
 def is_computed_by_one_kernel(case: Case) -> None:
     free, bound = case.before(), case.after()
     assert (free.kernels, bound.kernels) == ({"flash", "math"}, {"math"})
@@ -293,6 +302,19 @@ RUN = [
         "blocks are computed twice, and gradients are the same",
         computes_blocks_twice,
         flipped={"gradient_checkpointing": True},
+    ),
+    acts(
+        "checkpointing_share",
+        "gradient",
+        "so many of the blocks are computed twice, and gradients are the same",
+        computes_some_blocks_twice,
+        base={"gradient_checkpointing": True},
+        flipped={"checkpointing_share": 0.01},
+    ),
+    *idle(
+        "gradient_checkpointing is false",
+        base={"gradient_checkpointing": False},
+        checkpointing_share=0.5,
     ),
     *idle(NO_GRAPH, cuda_graph=True),
     *idle(NO_TF32, tf32=True),

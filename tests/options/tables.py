@@ -54,7 +54,9 @@ ROWS: tuple[Row, ...] = (
     *knowing("kind", PRIORS, family=("class_inference_steps", "class_guidance_scale")),
     *knowing("kind", LOSS, family=("guidance_scale",)),
     *knowing("nothing", OPTIM, family=("text_encoder_lr",)),
-    *knowing("nothing", RUN, family=("mixed_precision", "gradient_checkpointing")),
+    *knowing(
+        "nothing", RUN, family=("mixed_precision", "gradient_checkpointing", "checkpointing_share")
+    ),
     *knowing("nothing", OUTPUT, family=("save_dtype", "extract_rank", "kohya_dora")),
     *knowing("kind", WHOLE_ROWS),
     *knowing("kind", FROZEN),

@@ -197,7 +197,7 @@ def _small_transformer(folder: Path, seed: int) -> Path:
     config = json.loads((place / "config.json").read_text())
     transformer_class = getattr(diffusers, config["_class_name"])
     torch.manual_seed(seed)
-    config |= {"num_layers": 1, "num_single_layers": 1}
+    config |= {"num_layers": 1, "num_single_layers": 2}
     transformer_class.from_config(config).save_pretrained(place)
     return folder
 

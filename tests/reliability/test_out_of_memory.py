@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_preset_memory import SIZES, true_size
+from make_random_models import describe
 from tiny import TWO_LAYERS, compose, configuration, digests, never, steps
 
 from trainer import base_model, engine, machine, memory, out_of_memory, remedies
+from trainer.capacity import fits
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError, InputError
 from trainer.estimate import estimate
@@ -267,10 +268,9 @@ def test_a_lora_of_sdxl_and_all_weights_of_flux_get_different_advice(
     tmp_path: Path,
     figure: Callable[[str], None],
 ) -> None:
-    for name in ("sdxl", "flux"):
-        (tmp_path / name).mkdir()
-    sdxl = true_size(sdxl_folder, tmp_path / "sdxl", SIZES["sdxl"][0])
-    flux = true_size(flux_folder, tmp_path / "flux", SIZES["flux"][0])
+    sdxl, flux = tmp_path / "sdxl", tmp_path / "flux"
+    for folder in (sdxl, flux):
+        describe(folder.name, folder, small=False, t5_layers=24)
     _, lora = advice_for(sdxl, 80 * GIBI, batch_size=4)
     whole_config, whole = advice_for(flux, 80 * GIBI, use_lora=False, max_grad_norm=0.0)
     settings = [[remedy.setting for remedy in each.remedies] for each in (lora, whole)]
@@ -285,7 +285,7 @@ def test_a_lora_of_sdxl_and_all_weights_of_flux_get_different_advice(
     figure(f"{lora.remedies[0]}; {whole.remedies[0]}")
     assert settings[0][2] == "quantization: nf4"
     # Settings are joined, each on top of those before.
-    assert remedies.fits(whole.reached_bytes, whole.capacity)
+    assert fits(whole.reached_bytes, whole.capacity)
     assert foreseen(remedies.with_options(whole_config, whole.together)) == whole.reached_bytes
 
 

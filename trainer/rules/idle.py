@@ -124,6 +124,11 @@ IDLE: _Idle = (
         "all weights are trained, there is no adapter",
     ),
     (
+        ("checkpointing_share",),
+        lambda v: v["gradient_checkpointing"] is False,
+        "gradient_checkpointing is false",
+    ),
+    (
         ("channels_last",),
         is_off("use_lora"),
         "all weights are trained, none is frozen",

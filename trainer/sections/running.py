@@ -100,8 +100,17 @@ class RunConfig(Section):
         "weights_dtype says otherwise. auto: bf16 where the GPU has it, else fp16 on a GPU, no on "
         "a CPU (ours).",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations backward: less memory, more time (ours)."
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations backward: less memory, more time. None: on a GPU whose "
+        "memory the steps would not fit otherwise, in as many blocks as that takes (ours).",
+    )
+    checkpointing_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the denoiser's transformer blocks that recompute, of each size of "
+        "them; what stands between them and text encoders that learn recompute anyway (ours).",
     )
     cuda_graph: bool | None = Field(
         None,

@@ -1,0 +1,25 @@
+"""How much memory a device has, and whether a training is foreseen to fit."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+
+# For the driver, kernels' own workspaces and what allocation wastes.
+SPARE = 2**30
+
+
+def fits(peak_bytes: int, capacity: int) -> bool:
+    """Whether a training with this peak runs on a device with so much memory."""
+    return peak_bytes + SPARE <= capacity
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, or that this process may take of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
