@@ -271,7 +271,7 @@ def test_what_is_offloaded_stays_in_pinned_memory_and_the_rest_is_on_the_gpu(
 
 
 @pytest.mark.usefixtures("whole_numbers")
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"])
 @pytest.mark.parametrize("weights_dtype", ["fp32", "bf16"])
 def test_updates_in_the_backward_pass_are_those_after_it_on_the_gpu(
     weights_dtype: str, optimizer: str, flux_folder: Path, photo_folder: Path, tmp_path: Path
@@ -479,3 +479,23 @@ def test_a_gradient_that_is_not_finite_leaves_weights_on_the_gpu_finite(
         if step < 3 or optimizer in ("adamw", "prodigy"):
             assert torch.equal(weight.detach(), before) == (step == 3)
     assert weight.isfinite().all()
+
+
+def test_a_paged_optimizer_keeps_its_state_in_shared_memory_also_when_it_is_loaded() -> None:
+    ends = []
+    for optimizer in ("adamw8bit", "paged_adamw8bit"):
+        weight = Parameter(torch.ones(512, 512, device=GPU))
+        group = ParameterGroup("denoiser", [weight], learning_rate=1e-3, weight_decay=0.0)
+        updates = Updates([group], OptimConfig(optimizer=optimizer), seed=0, in_backward=False)
+        for step in range(4):
+            updates.begin(step)
+            weight.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(step)).to(
+                GPU
+            )
+            updates.apply()
+            if step == 1:
+                updates.load(updates.state(keep=True))
+            is_paged = getattr(updates.optimizer.state[weight]["state1"], "is_paged", False)
+            assert is_paged is (optimizer == "paged_adamw8bit")
+        ends.append(weight.detach())
+    assert torch.equal(*ends)

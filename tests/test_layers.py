@@ -62,7 +62,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "determinism",
             ),
             *("sampling", "class_images", "concepts", "trainables", "sharding", "fitting"),
-            *("processes", "watch", "signs", "stores", "spread", "identity"),
+            *("processes", "watch", "signs", "stores", "spread", "identity", "capacity"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "forecast": (
         {
             *("estimate", "memory", "live_bytes", "update_memory", "measurements", "inspection"),
-            *("remedies", "dataless", "outcomes", "capacity", "recomputing", "foreseen"),
+            *("remedies", "dataless", "outcomes", "recomputing", "foreseen"),
         },
         {
             "foundation",

@@ -27,6 +27,8 @@ from trainer.optim import (
     clip,
     enter_phase,
     make_capturable,
+    page_state,
+    refuse_unavailable,
     step_where,
 )
 
@@ -171,6 +173,38 @@ def test_adamw8bit_keeps_its_state_in_bytes() -> None:
     optimizer = build_optimizer([group_of(parameter)], OptimConfig(optimizer="adamw8bit"))
     train(optimizer, parameter, gradients(1, 64, 128))
     assert optimizer.state[parameter]["state1"].dtype == torch.uint8
+
+
+def test_what_a_paged_optimizer_was_loaded_with_goes_back_to_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shared(*shape: int, dtype: torch.dtype, device: torch.device) -> Any:
+        memory: Any = torch.empty(shape, dtype=dtype)
+        memory.is_paged = True
+        return memory
+
+    monkeypatch.setattr("bitsandbytes.functional.get_paged", shared)
+    large, small = (Parameter(torch.ones(side, side)) for side in (320, 100))
+    optimizer: Any = build_optimizer(
+        [group_of(large), group_of(small)], OptimConfig(optimizer="paged_adamw8bit")
+    )
+    # bitsandbytes itself pages nothing on a processor, and warns of it.
+    with pytest.warns(UserWarning, match="Paged"):
+        for parameter in (large, small):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    before = {p: optimizer.state[p]["state1"].clone() for p in (large, small)}
+    page_state(optimizer)
+    for parameter, is_paged in ((large, True), (small, False)):
+        held = optimizer.state[parameter]["state1"]
+        assert torch.equal(held, before[parameter])
+        assert getattr(held, "is_paged", False) is is_paged
+
+
+def test_a_paged_optimizer_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="needs a GPU"):
+        refuse_unavailable(OptimConfig(optimizer="paged_adamw8bit"))
 
 
 def test_adamw8bit_without_bitsandbytes_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

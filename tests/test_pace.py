@@ -11,6 +11,7 @@ import torch
 from tiny import compose, configuration, losses, never
 
 from trainer import pace
+from trainer.capacity import Room
 from trainer.config import TrainingConfig
 from trainer.errors import InputError
 from trainer.job import RunFolder
@@ -70,6 +71,19 @@ def test_every_choice_can_be_forced(leaf: str, word: str) -> None:
 def test_a_run_of_few_steps_is_over_before_a_recording_has_paid() -> None:
     assert not on_gpu(config_of(), work_of(steps=49)).cuda_graph
     assert on_gpu(config_of(), work_of(steps=50)).cuda_graph
+
+
+def test_steps_of_several_sizes_are_recorded_where_their_activations_fit_twice() -> None:
+    several, gib = [(1024, 1024), (768, 1280)], 2**30
+
+    def records(capacity: int, sizes: list[tuple[int, int]], **leaves: Any) -> bool:
+        # 32 GiB, 20 of activations once more, and a spare one.
+        room = Room(capacity * gib, steps=32 * gib, activations=20 * gib)
+        return on_gpu(config_of(**leaves), work_of(sizes=sizes, room=room)).cuda_graph
+
+    assert (records(53, several), records(52, several)) == (True, False)
+    assert records(33, several[:1])
+    assert records(52, several, cuda_graph=True)
 
 
 UNRECORDABLE: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,19 @@ from tiny import compose, configuration, never, steps
 from trainer import affordable, engine, foreseen, recomputing
 from trainer.affordable import within
 from trainer.base_model import BaseModel, locate
+from trainer.capacity import Room
 from trainer.config import TrainingConfig
+from trainer.config_files import read_config_file
 from trainer.errors import InputError
-from trainer.events import RunEvent
+from trainer.events import CheckpointEvent, RunEvent
 from trainer.foreseen import Foreseen
 from trainer.job import RunFolder
 from trainer.live_bytes import LiveBytes
 from trainer.machine import completed, precision_of
-from trainer.memory import STEPS, Footprint, Forecast
+from trainer.memory import CLASS_PICTURES, STEPS, Footprint, Forecast
 from trainer.processes import ALONE
 from trainer.resolve import Layer, resolve
+from trainer.stages import drained
 
 GIB = 2**30
 
@@ -71,40 +75,35 @@ def test_what_somebody_chose_stays() -> None:
 
 
 def test_a_training_says_why_it_recomputes() -> None:
-    decided = within(config_of(), footprint, capacity=29 * GIB, parts=1, num_processes=1)
+    decided, _ = within(config_of(), footprint, capacity=29 * GIB)
     notes = {n.field: n.message for n in decided.resolved.notes if n.kind == "yielded"}
     assert "would take 32.0 GiB" in notes["gradient_checkpointing"]
-    roomy = within(config_of(), footprint, capacity=80 * GIB, parts=1, num_processes=1)
+    roomy, room = within(config_of(), footprint, capacity=80 * GIB)
     assert roomy.run.gradient_checkpointing is False
     assert not [n for n in roomy.resolved.notes if n.field == "gradient_checkpointing"]
+    assert room == Room(80 * GIB, 32 * GIB, 20 * GIB)
+
+
+def test_what_comes_before_the_steps_is_no_reason_to_recompute() -> None:
+    def with_class_pictures(config: TrainingConfig) -> Footprint:
+        found = footprint(config)
+        return replace(found, stages={**found.stages, CLASS_PICTURES: 60 * GIB})
+
+    decided, _ = within(config_of(), with_class_pictures, capacity=40 * GIB)
+    assert recomputing.words(decided) == "kept"
 
 
 def test_weights_in_parts_leave_more_room() -> None:
-    def words(parts: int, **leaves: Any) -> str:
-        config = config_of(**leaves)
-        return recomputing.words(
-            within(config, footprint, capacity=29 * GIB, parts=parts, num_processes=parts)
-        )
-
-    assert words(1) != "kept"
-    # An adapter and its state are whole everywhere: 22 GiB and half of 10; a spare one.
-    assert words(2) == "kept"
-    assert words(2, use_lora=False) == "kept"
-
-
-@pytest.mark.parametrize("sizes", [{"enable_bucket": True}, {"priority": "quality"}])
-def test_steps_of_several_sizes_are_recorded_where_their_activations_fit_twice(
-    sizes: dict[str, Any],
-) -> None:
-    def records(gib: int, **leaves: Any) -> bool | None:
+    def taken(parts: int, **leaves: Any) -> float:
         config = config_of(gradient_checkpointing=False, **leaves)
-        decided = within(config, footprint, capacity=gib * GIB, parts=1, num_processes=1)
-        return decided.run.cuda_graph
+        return within(config, footprint, capacity=80 * GIB, parts=parts)[1].steps / GIB
 
-    # 32 GiB, 20 of activations once more, and a spare one.
-    assert (records(53, **sizes), records(52, **sizes)) == (None, False)
-    assert records(52, **sizes, cuda_graph=True) is True
-    assert records(33, resolution_width=512, resolution_height=512) is None
+    # Half of 10 GiB of weights, less the adapter's one number; and of all weights' state.
+    assert taken(1) == 32
+    assert taken(2) == pytest.approx(27)
+    assert taken(2, use_lora=False) == 26
+    # Of text encoders that learn, and a VAE that encodes in steps, each device has all.
+    assert taken(2, train_text_encoder=True) == taken(2, cache_latents=False) == 32
 
 
 def spread_on(kind: str) -> Any:
@@ -112,39 +111,74 @@ def spread_on(kind: str) -> Any:
     return SimpleNamespace(accelerator=accelerator, processes=ALONE, sharding=None)
 
 
-def decided_on_a_gpu(
+def decided_on(
+    kind: str,
     monkeypatch: pytest.MonkeyPatch,
-    forecast: Callable[..., Footprint],
+    forecast: Callable[..., Footprint] = footprint,
     began_with: dict[str, Any] | None = None,
+    **leaves: Any,
 ) -> TrainingConfig:
+    """What is decided on a processor, or on a GPU of 29 GiB."""
     monkeypatch.setattr(affordable, "device_memory", lambda _: 29 * GIB)
     monkeypatch.setattr(Foreseen, "footprint", lambda _, config, precision: forecast(config))
     base: Any = None
-    return affordable.affordable(config_of(), base, spread_on("cuda"), began_with or {})
+    deciding = affordable.affordable(config_of(**leaves), base, spread_on(kind), began_with or {})
+    return drained(deciding)[0]
 
 
 def test_a_processor_keeps_all_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recomputing.words(decided_on_a_gpu(monkeypatch, footprint)).startswith("recomputed in")
-    base: Any = None
-    there = affordable.affordable(config_of(), base, spread_on("cpu"), {})
+    assert recomputing.words(decided_on("cuda", monkeypatch)).startswith("recomputed in")
+    there = decided_on("cpu", monkeypatch, checkpointing_share=0.5)
     assert there.run.gradient_checkpointing is False
+    assert "are kept" in there.resolved.ignored_options["checkpointing_share"]
 
 
-def test_a_training_that_goes_on_recomputes_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    began_with = {"gradient_checkpointing": True, "checkpointing_share": 0.75}
-    config = decided_on_a_gpu(monkeypatch, footprint, began_with)
-    assert (config.run.gradient_checkpointing, config.run.checkpointing_share) == (True, 0.75)
+RECOMPUTED = {"gradient_checkpointing": True, "checkpointing_share": 0.75}
+KEPT = {"gradient_checkpointing": False}
 
 
-def test_a_training_that_cannot_be_foreseen_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_training_that_goes_on_does_as_it_did(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(began_with: dict[str, Any], **leaves: Any) -> float | None:
+        run = decided_on(kind, monkeypatch, footprint, began_with, **leaves).run
+        return run.checkpointing_share if run.gradient_checkpointing else None
+
+    assert share(RECOMPUTED) == 0.75
+    assert share(KEPT) is None
+    # What is asked for now is not overruled; that it is another training is told elsewhere.
+    assert share(RECOMPUTED, checkpointing_share=1.0) == 1
+    assert share(RECOMPUTED, gradient_checkpointing=False) is None
+
+
+@pytest.mark.parametrize(
+    "error", [InputError.of("model_url", "is odd", "see"), RuntimeError("is odd")]
+)
+def test_a_training_that_cannot_be_foreseen_is_tried(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(config: TrainingConfig) -> Footprint:
-        raise InputError.of("model_url", "is odd", "give another")
+        raise error
 
-    config = decided_on_a_gpu(monkeypatch, unknown)
+    config = decided_on("cuda", monkeypatch, unknown)
     assert config.run.gradient_checkpointing is False
     (warning,) = [note for note in config.resolved.notes if note.kind == "warning"]
     assert "cannot be foreseen" in warning.message
     assert "is odd" in warning.message
+
+
+def test_a_run_goes_on_from_the_configuration_that_it_wrote(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    for folder, leaves in ((tmp_path / "kept", {}), (tmp_path / "recomputed", RECOMPUTED)):
+        config = configuration(
+            sd15_folder, photo_folder, max_train_steps=2, checkpointing_steps=1, **leaves
+        )
+        events = engine.run(config, RunFolder(folder), never)
+        assert any(isinstance(event, CheckpointEvent) for event in events)
+        written = resolve(read_config_file(folder / "config.yaml"))
+        training, _ = compose(written, folder)
+        assert not list(training.resume(RunFolder(folder)))
+        assert training.step == 1
 
 
 def test_a_run_that_was_begun_with_recomputation_goes_on_without_being_told_again(
@@ -162,7 +196,7 @@ def test_a_run_that_was_begun_with_recomputation_goes_on_without_being_told_agai
     assert run.details["activations"] == "recomputed in 50% of the blocks"
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
 def test_a_forecast_is_no_less_than_what_recomputing_in_some_blocks_takes(
     family: str,
     photo_folder: Path,
@@ -226,3 +260,7 @@ def test_a_training_is_foreseen_once_on_a_machine(
     assert len(made) == 1
     assert tell(config.with_leaf("batch_size", 2)) != first
     assert len(made) == 2
+    with_class = config.with_leaf("with_prior_preservation", True).with_leaf("photo_class", "man")
+    assert CLASS_PICTURES in tell(with_class).stages
+    given = with_class.with_leaf("class_images_url", "elsewhere")
+    assert CLASS_PICTURES not in tell(given).stages

@@ -16,8 +16,9 @@ from snapshots import changed, encoded, fresh, stopped_after, watched
 from tiny import TWO_LAYERS, compose, configuration, losses, never, train
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from trainer.adapted.layers import AdaptedLayer
 from trainer.adapters import EffectiveWeights
-from trainer.events import FileEvent, NoteEvent, PhaseEvent, VerifyEvent
+from trainer.events import FileEvent, NoteEvent, PhaseEvent, StepEvent, VerifyEvent
 from trainer.job import RunFolder
 from trainer.training import Training
 
@@ -268,3 +269,41 @@ def test_an_extracted_lora_on_text_encoders_gives_the_nearest_weights_of_its_ran
     nearest = left[:, :3] @ values[:3].diag() @ right[:3]
     found = change_of(tensors, "lora_te_text_model_encoder_layers_1_self_attn_q_proj")
     torch.testing.assert_close(found.double(), nearest, rtol=1e-3, atol=1e-6)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "loha": {"lora_type": "loha", "rank": 64},
+    "thin loha": {"lora_type": "loha", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_a_text_encoder_stays_behind_when_it_has_learnt_and_leaves_the_device(
+    form: str,
+    sd15_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaves = {"max_train_steps": 4, "train_text_encoder": True, "train_text_encoder_frac": 0.5}
+    config = configuration(
+        sd15_folder, photo_folder, mixed_precision="bf16", **leaves, **FORMS[form]
+    )
+    training, _ = compose(config, tmp_path)
+    modules = training.family.pipeline.text_encoder.modules()
+    layers = [layer for layer in modules if isinstance(layer, AdaptedLayer)]
+    assert all(layer.copied for layer in layers)
+    plain = torch.nn.Module.to
+
+    def to(module: torch.nn.Module, *where: Any, **named: Any) -> torch.nn.Module:
+        # A device that nothing can be computed on together with another.
+        return plain(module, *(("meta",) if where == ("cpu",) else where), **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    taken = (e for e in training.steps(RunFolder(tmp_path), never) if isinstance(e, StepEvent))
+    # The third is the first without them.
+    assert [next(taken).step for _ in range(3)] == [1, 2, 3]
+    assert layers
+    assert all(layer.copies is None and not layer.copied for layer in layers)

@@ -1,30 +1,34 @@
-"""What a training leaves to its device's memory, decided from forecasts before anything is read.
+"""What a training leaves to its device's memory, decided from a forecast before anything is read.
 
-Whether activations are recomputed, see `recomputing`, and whether steps of several sizes may be
-recorded. A training that goes on does as it did.
+Whether activations are recomputed, see `recomputing`. A training that goes on does as it did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from trainer import recomputing
 from trainer.base_model import BaseModel
-from trainer.capacity import device_memory, fits
+from trainer.capacity import Room, device_memory
 from trainer.config import Note, TrainingConfig
-from trainer.errors import InputError
+from trainer.errors import TrainerError
+from trainer.events import Event, StageEvent
 from trainer.foreseen import Foreseen
 from trainer.machine import precision_of
 from trainer.memory import STEPS, Footprint
-from trainer.pace import unrecordable
 from trainer.spread import Spread
+
+STAGE = "foresee memory"
+
+# What a training takes whose model is whole on each device.
+FootprintOf = Callable[[TrainingConfig], Footprint]
 
 
 def affordable(
     config: TrainingConfig, base: BaseModel, spread: Spread, began_with: Mapping[str, Any]
-) -> TrainingConfig:
-    """The configuration with what depends on the device's memory decided.
+) -> Generator[Event, None, tuple[TrainingConfig, Room | None]]:
+    """The configuration with what depends on the device's memory decided, and what is known of it.
 
     Args:
         config: settled otherwise.
@@ -32,81 +36,77 @@ def affordable(
         spread: where it trains; one process decides for all.
         began_with: the settings of a checkpoint that it may go on from, or nothing.
     """
-    if config.run.gradient_checkpointing is None and recomputing.LEAVES[0] in began_with:
-        for leaf in recomputing.LEAVES:
-            config = config.with_leaf(leaf, began_with.get(leaf))
+    config = recomputing.as_begun(config, began_with)
     device = spread.accelerator.device
     if device.type != "cuda":
-        return recomputing.kept(config)
+        return recomputing.kept(config), None
     foreseen = Foreseen(base, device)
     parts = 1 if spread.sharding is None else spread.accelerator.num_processes
 
-    def decide(config: TrainingConfig) -> TrainingConfig:
+    def decide(config: TrainingConfig) -> tuple[TrainingConfig, Room | None]:
         try:
             return within(
                 config,
                 lambda tried: foreseen.footprint(tried, precision_of(tried)),
                 capacity=device_memory(device),
                 parts=parts,
-                num_processes=spread.accelerator.num_processes,
             )
-        except (InputError, OSError) as error:
-            reason = str(error).removeprefix("error[input]: ")
+        # Whatever keeps it from being foreseen, the training can be tried.
+        except (TrainerError, OSError, RuntimeError) as error:
+            reason = str(error).removeprefix("error[input]: ").partition("\n")[0]
             message = f"whether memory is enough cannot be foreseen: {reason}"
             note = Note(kind="warning", field=recomputing.LEAVES[0], message=message)
-            return recomputing.kept(config).with_notes(note)
+            return recomputing.kept(config).with_notes(note), None
 
+    yield StageEvent(STAGE, 0, 1)
     ((_, decided),) = spread.processes.shared([config], decide)
+    yield StageEvent(STAGE, 1, 1)
     return decided
 
 
 def within(
-    config: TrainingConfig,
-    footprint_of: Callable[[TrainingConfig], Footprint],
-    *,
-    capacity: int,
-    parts: int,
-    num_processes: int,
-) -> TrainingConfig:
-    """The configuration of a training on GPUs with so much memory.
+    config: TrainingConfig, footprint_of: FootprintOf, *, capacity: int, parts: int = 1
+) -> tuple[TrainingConfig, Room]:
+    """The configuration of a training on GPUs with so much memory, and what its steps take of it.
 
     Args:
         config: completed.
-        footprint_of: foresees a training whose model is whole on each device.
+        footprint_of: foresees what is tried.
         capacity: memory of each device, in bytes.
-        parts: over how many devices each weight is spread.
-        num_processes: that train together.
+        parts: over how many devices the denoiser is spread.
 
     Raises:
         InputError: this training cannot be foreseen.
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
 
-    def peak_of(tried: TrainingConfig) -> int:
+    def bytes_of(tried: TrainingConfig) -> int:
         footprint = footprint_of(tried)
-        spread = footprint.weights_bytes
-        spread += 0 if tried.adapter.use_lora else footprint.state_bytes
-        return footprint.peak_bytes - spread * (parts - 1) // parts
+        return footprint.stages[STEPS] - _elsewhere(tried, footprint, parts)
 
-    decided = recomputing.chosen(config, capacity, peak_of)
+    decided = recomputing.chosen(config, capacity, bytes_of)
     if decided.run.gradient_checkpointing and config.run.gradient_checkpointing is None:
-        gib = peak_of(recomputing.kept(config)) / 2**30
+        gib = bytes_of(recomputing.kept(config)) / 2**30
         message = f"true, since steps that keep their activations would take {gib:.1f} GiB"
         note = Note(kind="yielded", field=recomputing.LEAVES[0], message=message)
         decided = decided.with_notes(note)
-    may_record = config.run.cuda_graph is None and unrecordable(config, num_processes) is None
-    several_sizes = config.data.enable_bucket or config.data.priority is not None
-    if not may_record or not several_sizes:
-        return decided
-    # Recordings keep the memory that they share, and before a further size is recorded, steps of
-    # it are computed beside them.
-    if fits(peak_of(decided) + _activations(footprint_of(decided)), capacity):
-        return decided
-    message = "false, since recordings of several sizes would not fit the device"
-    return decided.with_leaf(
-        "cuda_graph", False, Note(kind="yielded", field="cuda_graph", message=message)
+    footprint = footprint_of(decided)
+    activations = footprint.stages[STEPS] - footprint.weights_bytes - footprint.state_bytes
+    return decided, Room(capacity, bytes_of(decided), max(0, activations))
+
+
+def _elsewhere(config: TrainingConfig, footprint: Footprint, parts: int) -> int:
+    """Bytes that other devices hold of a denoiser in parts; what may stand beside it is whole."""
+    stays_whole = (
+        config.adapter.train_text_encoder
+        or config.token.train_text_encoder_ti
+        or not config.data.cache_latents
     )
-
-
-def _activations(footprint: Footprint) -> int:
-    return max(0, footprint.stages[STEPS] - footprint.weights_bytes - footprint.state_bytes)
+    if stays_whole:
+        return 0
+    if config.adapter.use_lora:
+        # Adapters learn in 32 bits, on every device.
+        spread = footprint.weights_bytes - 4 * footprint.trained_parameters
+    else:
+        spread = footprint.weights_bytes + footprint.state_bytes
+    return max(0, spread) * (parts - 1) // parts

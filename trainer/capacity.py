@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import os
 import resource
+from dataclasses import dataclass
 
 import torch
 
 # For the driver, kernels' own workspaces and what allocation wastes.
 SPARE = 2**30
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory, and what is foreseen that steps take of it, in bytes.
+
+    Args:
+        capacity: all of it.
+        steps: the most that steps take.
+        activations: of that, what is neither weights nor the optimizer's.
+    """
+
+    capacity: int
+    steps: int
+    activations: int
+
+    @property
+    def holds_two_steps(self) -> bool:
+        """Whether activations fit twice."""
+        return fits(self.steps + self.activations, self.capacity)
 
 
 def fits(peak_bytes: int, capacity: int) -> bool:

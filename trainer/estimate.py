@@ -101,7 +101,7 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         config = recomputing.decided(config, forecast, capacity, device)
         footprint = forecast.footprint(config, precision_of(config))
         if config.run.gradient_checkpointing and given.run.gradient_checkpointing is None:
-            notes.append(f"so that it fits, activations are {recomputing.words(config)}")
+            notes.append(f"for want of memory, activations are {recomputing.words(config)}")
         if not fits(footprint.peak_bytes, capacity):
             advice = advise(given, base, capacity=capacity, device=device, forecast=forecast)
     except (InputError, OSError) as error:

@@ -18,10 +18,17 @@ from trainer.config import TrainingConfig
 from trainer.data.store import Store, key_of
 from trainer.leaves import PLACES
 from trainer.memory import Footprint, Forecast
+from trainer.sections.subjects import class_sources
 
 # Part of every key: raised when the same training takes another amount of memory by code here.
 _VERSION = 1
 _MAX_BYTES = 2**22
+
+# Leaves that nothing takes more or less memory for: where things lie, how long and how fast.
+_OF_NO_SIZE = PLACES | {
+    *("seed", "max_train_steps", "num_train_epochs", "learning_rate", "text_encoder_lr"),
+    *("instance_prompt", "output_name", "checkpointing_steps"),
+}
 
 
 class Foreseen:
@@ -58,10 +65,13 @@ class Foreseen:
         return {part: self._base.configurations.read_json(f"{part}/config.json") for part in parts}
 
     def _key(self, config: TrainingConfig, precision: Precision) -> str:
-        values = {name: v for name, v in config.values().items() if name not in PLACES}
+        values = config.values()
         facts = {
-            "version": _VERSION,
-            "configuration": values,
+            "version of forecasts": _VERSION,
+            "configuration": {n: v for n, v in values.items() if n not in _OF_NO_SIZE},
+            "class pictures": [
+                (source.prompt, source.url is None) for source in class_sources(config.subjects())
+            ],
             "family": self._base.family_name,
             "models": self._models,
             "number formats": str(precision),

@@ -16,6 +16,7 @@ from trainer.config import ModelConfig, Note, RunConfig, TrainingConfig
 from trainer.data.buckets import largest_side
 from trainer.errors import InputError
 from trainer.fitting import fitted
+from trainer.rules.idle import ALL_IN_32_BITS
 from trainer.sharding import kept_from_accelerate
 
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -97,6 +98,9 @@ def completed(
     """
     config = fitted(config, base, denoiser)
     config = config.with_leaf("mixed_precision", mixed_precision_of(config.run))
+    if config.run.mixed_precision == "no":
+        note = Note(kind="ignored", field="upscale_vae_32bit", message=ALL_IN_32_BITS)
+        config = config.with_notes(note)
     for field in ("resolution_width", "resolution_height"):
         if config.leaf(field) is None:
             config = config.with_leaf(field, largest_side(base.native_size, config.data.priority))

@@ -105,7 +105,7 @@ class Forecast:
         return self._once((settings, precision), lambda: self._footprint(config, precision))
 
     def _between(self, config: TrainingConfig, precision: Precision, share: float) -> Footprint:
-        """Where only some blocks recompute: what they save is their share, or more."""
+        """Where only some blocks recompute, which save about their share: they are of all sizes."""
         keeping = self.footprint(config.with_leaf("gradient_checkpointing", False), precision)
         recomputing = self.footprint(config.with_leaf("checkpointing_share", 1.0), precision)
         saved = max(0, keeping.stages[STEPS] - recomputing.stages[STEPS])

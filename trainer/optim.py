@@ -6,6 +6,7 @@ neither models nor processes.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ class ParameterGroup:
 
 OptimizerGroups = list[dict[str, Any]]
 
+# The optimizer whose state is in memory that GPU and computer share, and the fewest numbers of a
+# tensor that bitsandbytes keeps there (0.50, `Optimizer8bit.get_state_buffer`).
+_PAGED = "paged_adamw8bit"
+_LEAST_PAGED = 100_000
+
 
 def _adamw(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
@@ -51,25 +57,43 @@ def _adamw(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer
     )
 
 
-def _adamw8bit_class() -> Callable[..., torch.optim.Optimizer]:
+def _adamw8bit_class(*, is_paged: bool = False) -> Callable[..., torch.optim.Optimizer]:
     # Its import warns of inference kernels that training never uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         # Imported here alone: slow to load, and absent on some platforms.
-        from bitsandbytes.optim.adamw import AdamW8bit  # noqa: PLC0415
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit  # noqa: PLC0415
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError.of(
             "optimizer",
             f"`adamw8bit` needs bitsandbytes, which cannot be loaded here: {error}",
             "run `pip install bitsandbytes`, or give `adamw`",
         ) from error
-    build: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    build: Callable[..., torch.optim.Optimizer] = PagedAdamW8bit if is_paged else AdamW8bit
     return build
 
 
 def _adamw8bit(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
     betas = optim.adam_beta1, optim.adam_beta2
-    return _adamw8bit_class()(groups, betas=betas, eps=optim.adam_epsilon)
+    build = _adamw8bit_class(is_paged=optim.optimizer == _PAGED)
+    return build(groups, betas=betas, eps=optim.adam_epsilon)
+
+
+def page_state(optimizer: torch.optim.Optimizer) -> None:
+    """Moves what a paged optimizer was loaded with to where it keeps such state itself.
+
+    bitsandbytes loads it as it would for one that is not paged: onto the GPU.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    # Imported by the optimizer already.
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    for parameter, values in optimizer.state.items():
+        for name in ("state1", "state2"):
+            held = values.get(name)
+            if held is not None and held.numel() >= _LEAST_PAGED:
+                paged = functional.get_paged(*held.shape, dtype=held.dtype, device=parameter.device)
+                values[name] = paged.copy_(held)
 
 
 def _adafactor(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -99,6 +123,7 @@ def _prodigy(groups: OptimizerGroups, optim: OptimConfig) -> torch.optim.Optimiz
 OPTIMIZERS: Mapping[str, Callable[[OptimizerGroups, OptimConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    _PAGED: _adamw8bit,
     "adafactor": _adafactor,
     "prodigy": _prodigy,
 }
@@ -126,6 +151,7 @@ def _leave_out_gradients(optimizer: torch.optim.Optimizer, allowed: torch.Tensor
 _GATES: Mapping[str, Callable[[torch.optim.Optimizer, torch.Tensor], None]] = {
     "adamw": _leave_out_in_kernel,
     "adamw8bit": _leave_out_gradients,
+    _PAGED: _leave_out_gradients,
     "adafactor": _leave_out_gradients,
     "prodigy": _leave_out_in_kernel,
 }
@@ -186,9 +212,11 @@ def refuse_unavailable(optim: OptimConfig) -> None:
     """Finds out before anything else is done whether the optimizer can run here.
 
     Raises:
-        InputError: it needs a package that cannot be loaded.
+        InputError: it needs a package that cannot be loaded, or a GPU.
     """
-    if optim.optimizer == "adamw8bit":
+    if optim.optimizer == _PAGED and not torch.cuda.is_available():
+        raise InputError.of("optimizer", f"`{_PAGED}` needs a GPU", "give `adamw8bit`")
+    if optim.optimizer in ("adamw8bit", _PAGED):
         _adamw8bit_class()
 
 

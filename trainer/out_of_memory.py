@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import torch
 
-from trainer import base_model
+from trainer import base_model, recomputing
 from trainer.capacity import device_memory
 from trainer.config import TrainingConfig
 from trainer.errors import OutOfMemoryError, TrainerError
@@ -126,6 +126,9 @@ def _advice(config: TrainingConfig, kept_step: int, num_processes: int) -> list[
         if in_shards:
             refuse_in_shards(candidate, num_processes)
 
+    if in_shards:
+        # What was chosen there is not known here: recomputing may help.
+        config = recomputing.kept(config)
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     lines = advise(
         config,

@@ -1,8 +1,8 @@
 """How steps are computed: recorded, compiled, in which layout and by which attention.
 
 None of it changes what is learnt but for rounding. What nobody chose is decided from the
-configuration and the kind of device alone, never from measured times: the same request is computed
-the same way again.
+configuration, the kind of device and its memory alone, never from measured times: the same request
+is computed the same way again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._triton import has_triton
 
 from trainer.cache import cache_folder
+from trainer.capacity import Room
 from trainer.config import Note, TrainingConfig
 from trainer.errors import InputError
 from trainer.optim import CAPTURABLE
@@ -87,12 +88,14 @@ class Work:
         steps: optimizer steps.
         sizes: trained (height, width) in pixels, each once.
         examples: of one optimizer step on this device.
+        room: on the device, where that is foreseen.
     """
 
     denoiser: torch.nn.Module
     steps: int
     sizes: Sequence[tuple[int, int]]
     examples: int
+    room: Room | None = None
 
 
 def pace_of(
@@ -116,6 +119,10 @@ def pace_of(
     in_half = run.mixed_precision != "no"
     records = on_gpu and work.steps >= _STEPS_WORTH_RECORDING
     records = records and unrecordable(config, num_processes) is None
+    # Recordings keep the memory that they share, and before one of a further size is made, steps
+    # of that size are computed beside them.
+    one_size = len(work.sizes) == 1
+    records = records and (one_size or work.room is None or work.room.holds_two_steps)
     compiles = on_gpu and not in_shards and _pays_to_compile(config, work)
     # Weights that all learn, and shards of them, keep the layout that they are updated in.
     can_lay_out = config.adapter.use_lora and not in_shards and _convolves(work.denoiser)

@@ -88,6 +88,13 @@ def _all_blocks_offloaded(config: TrainingConfig, base: BaseModel) -> Options:
     return {"offload_blocks": len(repeated_blocks(denoiser))}
 
 
+def _paged(config: TrainingConfig, base: BaseModel) -> Options:
+    # Only a GPU shares memory, and of adapters too little would be there.
+    if config.adapter.use_lora or not torch.cuda.is_available():
+        return {}
+    return {"optimizer": "paged_adamw8bit"} if config.optim.optimizer == "adamw8bit" else {}
+
+
 def _smaller_pictures(config: TrainingConfig, base: BaseModel) -> Options:
     if config.data.priority is not None:
         return {"priority": "speed"}
@@ -117,6 +124,7 @@ CANDIDATES: Sequence[Candidate] = (
     Candidate(_where("use_lora", False, fused_backward=True), FORMATS, "all"),
     Candidate(_where("optimizer", "adamw", optimizer="adamw8bit"), FORMATS, "state"),
     Candidate(_where("optimizer", "adamw", optimizer="adafactor"), FORMATS, "state"),
+    Candidate(_paged, SAME, "state"),
     Candidate(_always(upscale_vae_32bit=False), FORMATS, "pictures", (CLASS_PICTURES, ENCODING)),
     Candidate(_smaller_pictures, OTHER, "activations", (CLASS_PICTURES, ENCODING)),
     Candidate(_lower_rank, OTHER, "all"),
@@ -271,11 +279,12 @@ def advise(
         InputError: this training cannot be foreseen.
         OSError: a configuration or tokenizer is neither here nor on the hub.
     """
+    deadline = time.monotonic() + seconds
     forecast = forecast or Forecast(base, device)
     decided = recomputing.decided(completed(config, base), forecast, capacity, device)
     for leaf in recomputing.LEAVES:
         config = config.with_leaf(leaf, decided.leaf(leaf))
-    search = _Search(config, base, forecast, refuse, seconds)
+    search = _Search(config, base, forecast, refuse, deadline)
     return search.advice(capacity, has_checkpoint=has_checkpoint)
 
 
@@ -288,9 +297,9 @@ class _Search:
         base: BaseModel,
         forecast: Forecast,
         refuse: Callable[[TrainingConfig], None],
-        seconds: float,
+        deadline: float,
     ) -> None:
-        self._refuse, self._deadline = refuse, time.monotonic() + seconds
+        self._refuse, self._deadline = refuse, deadline
         self._config, self._base, self._forecast = config, base, forecast
         self._known: dict[tuple[tuple[str, Any], ...], Footprint | None] = {}
         self._completed = completed(config, base)

@@ -157,7 +157,7 @@ def _impossible(config: TrainingConfig) -> Mapping[str, tuple[bool, str, str]]:
             "leave it out",
         ),
         "channels_last": (
-            config.run.channels_last is True,
+            config.run.channels_last is True and not whole,
             "a shard has no layout to choose",
             "leave it out",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from trainer import shards
+from trainer.capacity import Room
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError
 from trainer.identity import identity_of_settings
@@ -26,11 +27,13 @@ class Spread:
         accelerator: device, processes and precision.
         processes: those that train together.
         sharding: how the denoiser is spread over them; None: each has all of it.
+        room: memory of a device, where it is foreseen what steps take of it.
     """
 
     accelerator: Accelerator
     processes: Processes = ALONE
     sharding: Sharding | None = None
+    room: Room | None = None
 
     def identity_of(self, config: TrainingConfig) -> dict[str, Any]:
         """What of a run's identity is known before its pictures are read."""

@@ -134,6 +134,10 @@ class Stepper:
                 self._go_on_plainly(error)
         return self._taken([partial(self.ask, batch) for batch in batches], healthy, step=step)
 
+    def leave(self, module: torch.nn.Module) -> None:
+        """Gives up what was made for a module that learns no more, before it leaves the device."""
+        self._copies.leave(module)
+
     def forget(self) -> None:
         """Records anew: something else learns from now on."""
         if self.recordings is not None:

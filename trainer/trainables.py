@@ -194,15 +194,15 @@ def _learning(module: torch.nn.Module) -> tuple[torch.nn.Parameter, ...]:
 
 
 def recomputing(denoiser: Any, share: float) -> Callable[..., Any]:
-    """What calls the blocks of a denoiser so that backward keeps of most of them the inputs only.
+    """What calls the blocks of a denoiser so that of some, backward keeps the inputs only.
 
     States of random generators are not kept: nothing is drawn inside, where a CUDA graph would not
     allow it either.
 
     Args:
         denoiser: of diffusers, before anything in it learns.
-        share: of its repeated blocks, and of each size of them. They are the first: when backward
-            comes to those, what later blocks kept is gone.
+        share: of its repeated blocks that do, and of each size of them; they are the first of the
+            model, so that in a transformer what later blocks kept is gone when they compute again.
     """
     sizes: dict[int, list[torch.nn.Module]] = defaultdict(list)
     for block in repeated_blocks(denoiser):

@@ -147,6 +147,7 @@ class Training:
             steps=self.total_steps,
             sizes=tuple(dict.fromkeys(plan.sizes)),
             examples=2 * passes if has_class else passes,
+            room=self.spread.room,
         )
         on_gpu = self.accelerator.device.type == "cuda"
         chosen = pace_of(
@@ -259,6 +260,8 @@ class Training:
         if self.schedule.parts_at(0) != {"denoiser"} and parts != earlier:
             yield PhaseEvent(self.step, tuple(sorted(parts)), tuple(sorted(earlier - parts)))
         if self.text.is_live and not self.schedule.text_learns_at(self.step):
+            for text_encoder in self.trainables.text_encoders.values():
+                self.stepper.leave(text_encoder)
             yield from self.text.keep()
 
     def _long_warm_up(self) -> tuple[Note, ...]:

@@ -59,7 +59,12 @@ class UpdateMemory:
                 updates.apply(allowed)
         meanwhile = counter.peak - counter.now if one_by_one or updates.is_piecewise else 0
         values = updates.optimizer.state[learner].values()
-        state = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        # What is paged need not be on the device.
+        state = sum(
+            value.nbytes
+            for value in values
+            if isinstance(value, torch.Tensor) and not getattr(value, "is_paged", False)
+        )
         return cls(state / weight.numel(), meanwhile / weight.numel())
 
     def of(self, weight: torch.Tensor) -> None:

@@ -16,7 +16,14 @@ import torch
 
 from trainer import randomness, shards
 from trainer.config import OptimConfig
-from trainer.optim import ParameterGroup, build_optimizer, norm_of, step_where, total_norm
+from trainer.optim import (
+    ParameterGroup,
+    build_optimizer,
+    norm_of,
+    page_state,
+    step_where,
+    total_norm,
+)
 
 # Bits of a 32-bit float's mantissa that bf16 does not have.
 _LOST_BITS = 16
@@ -125,6 +132,7 @@ class Updates:
                 }
             }
         )
+        page_state(self.optimizer)
 
     def _lend_gradients(self) -> None:
         """Gives shells of sharded 32-bit weights the part of the gradient that is here."""

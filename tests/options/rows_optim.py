@@ -227,7 +227,12 @@ OPTIM = [
         flipped={"optimizer": "adamw8bit"},
         base={"rank": 32},
     ),
-    refused("optimizer", {"optimizer": "sgd"}, "adamw, adamw8bit, adafactor, prodigy"),
+    refused("optimizer", {"optimizer": "paged_adamw8bit"}, "needs a GPU"),
+    refused(
+        "optimizer",
+        {"optimizer": "sgd"},
+        "adamw, adamw8bit, paged_adamw8bit, adafactor, prodigy",
+    ),
     acts(
         "learning_rate",
         "step",

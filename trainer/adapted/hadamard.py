@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainer.adapted.frozen_layer import FrozenLayer
-from trainer.adapted.low_rank import Gradients, gradients, of_learning, summed
+from trainer.adapted.low_rank import Gradients, added, gradients, of_learning
 
 
 class Loha(torch.autograd.Function):
@@ -93,11 +93,7 @@ class ThinLoha(torch.autograd.Function):
                 in the number format of the product.
         """
         *learning, down, up = factors
-        entered = layer.geometry.enter(inputs.to(down.dtype))
-        outputs, hidden = summed(layer, scale, entered, down, up, with_bias=True)
-        ctx.save_for_backward(entered, hidden, down, up, *learning)
-        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
-        return layer.geometry.leave(outputs, inputs.shape)
+        return added(ctx, inputs, layer, scale, down, up, *learning)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:

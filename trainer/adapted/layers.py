@@ -117,12 +117,8 @@ class _ThinLoha(_Loha):
             down.new_empty(rank, down.shape[1] // math.prod(window), *window, dtype=dtype),
             up.new_empty(len(up), rank, *(1 for _ in window), dtype=dtype),
         )
-        self.join_into(copied)
-        return copied
-
-    def join_into(self, copied: Factors) -> None:
-        """Makes copies of what the factors are now, each in its place."""
         join([factor.detach() for factor in self.factors()], *copied)
+        return copied
 
 
 class LoraLinear(_Lora, lora.layer.Linear):
@@ -218,44 +214,51 @@ class Copies:
     def __init__(self, modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.are_current = False
-        layers: list[AdaptedLayer] = [
-            layer
-            for module in modules
-            for layer in module.modules()
-            if isinstance(layer, AdaptedLayer)
-        ]
+        self._copied: dict[AdaptedLayer, tuple[Factors, Factors]] = {}
+        self._thin: dict[_ThinLoha, Factors] = {}
+        self._norms: list[_Norms] = []
+        for module in modules:
+            self._join(module)
+        self._gather()
+
+    def _join(self, module: torch.nn.Module) -> None:
+        """Gives the adapted layers of a module their copies."""
         alike: dict[tuple[torch.Size, torch.Size, float], list[_Dora]] = defaultdict(list)
-        self._thin: list[_ThinLoha] = []
-        self._sources: list[torch.Tensor] = []
-        self._targets: list[torch.Tensor] = []
-        for layer in layers:
-            factors = [factor.detach() for factor in layer.factors()]
+        for layer in _adapted_layers(module):
+            factors = tuple(factor.detach() for factor in layer.factors())
             if isinstance(layer, _Dora):
                 if not _is_in_parts(layer):
                     alike[factors[0].shape, factors[1].shape, layer.scaling[ADAPTER]].append(layer)
                 continue
             layer.copies = self
+            layer.copied = layer.copied_anew(self.dtype)
             if isinstance(layer, _ThinLoha):
-                layer.copied = layer.copied_anew(dtype)
-                self._thin.append(layer)
-                continue
-            layer.copied = tuple(factor.to(dtype) for factor in factors)
-            if dtype != torch.float32:
-                self._copy(factors, layer.copied)
-        self._norms = [
-            _Norms(group[start : start + _NORMS_TOGETHER], dtype)
-            for group in alike.values()
-            for start in range(0, len(group), _NORMS_TOGETHER)
-        ]
-        for norms in self._norms:
-            for layer in norms.layers:
-                layer.copies = self
-                self._copy([factor.detach() for factor in layer.factors()[:2]], layer.copied[:2])
+                self._thin[layer] = factors
+            elif self.dtype != torch.float32:
+                self._copied[layer] = factors, layer.copied
+        for group in alike.values():
+            for start in range(0, len(group), _NORMS_TOGETHER):
+                norms = _Norms(group[start : start + _NORMS_TOGETHER], self.dtype)
+                self._norms.append(norms)
+                for layer in norms.layers:
+                    layer.copies = self
+                    factors = tuple(factor.detach() for factor in layer.factors()[:2])
+                    self._copied[layer] = factors, layer.copied[:2]
 
-    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-        """Makes these copies anew in each step."""
-        self._sources += sources
-        self._targets += targets
+    def leave(self, module: torch.nn.Module) -> None:
+        """Gives up all that was made for the layers of a module that learns no more."""
+        left = set(_adapted_layers(module))
+        for layer in left:
+            layer.copies, layer.copied = None, ()
+        self._copied = {layer: its for layer, its in self._copied.items() if layer not in left}
+        self._thin = {layer: its for layer, its in self._thin.items() if layer not in left}
+        self._norms = [norms for norms in self._norms if not left.intersection(norms.layers)]
+        self._gather()
+
+    def _gather(self) -> None:
+        """What is copied in each step, in two rows."""
+        self._sources = [factor for factors, _ in self._copied.values() for factor in factors]
+        self._targets = [copy for _, copies in self._copied.values() for copy in copies]
 
     @contextmanager
     def of_this_step(self) -> Iterator[None]:
@@ -265,13 +268,18 @@ class Copies:
                 torch._foreach_copy_(self._targets, self._sources)
             for norms in self._norms:
                 norms.refresh()
-            for layer in self._thin:
-                layer.join_into(layer.copied)
+            for layer, factors in self._thin.items():
+                join(factors, *layer.copied)
         self.are_current = True
         try:
             yield
         finally:
             self.are_current = False
+
+
+def _adapted_layers(module: torch.nn.Module) -> list[AdaptedLayer]:
+    found: list[Any] = [each for each in module.modules() if isinstance(each, AdaptedLayer)]
+    return found
 
 
 def _is_in_parts(layer: AdaptedLayer) -> bool:

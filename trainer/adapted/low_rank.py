@@ -32,12 +32,7 @@ class Lora(torch.autograd.Function):
             factors: A (r, in, …) and B (out, r, …), which learn, and copies of both in the number
                 format of the product.
         """
-        _, _, down, up = factors
-        entered = layer.geometry.enter(inputs.to(down.dtype))
-        outputs, hidden = summed(layer, scale, entered, down, up, with_bias=True)
-        ctx.save_for_backward(entered, hidden, down, up)
-        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
-        return layer.geometry.leave(outputs, inputs.shape)
+        return added(ctx, inputs, layer, scale, *factors[2:])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
@@ -67,7 +62,7 @@ class Dora(torch.autograd.Function):
         """
         _, _, magnitude, down, up, excess, norm = factors
         entered = layer.geometry.enter(inputs.to(down.dtype))
-        direction, hidden = summed(layer, scale, entered, down, up, with_bias=False)
+        direction, hidden = _sum(layer, scale, entered, down, up, with_bias=False)
         outputs = _scaled(layer, direction, excess, layer.bias(direction.dtype))
         ctx.save_for_backward(entered, hidden, down, up, direction, excess, norm)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
@@ -95,7 +90,34 @@ def of_learning(gradient: torch.Tensor, scale: float) -> torch.Tensor:
     return gradient if scale == 1 else gradient * scale
 
 
-def summed(
+def added(
+    ctx: Any,
+    inputs: torch.Tensor,
+    layer: FrozenLayer,
+    scale: float,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    *kept: torch.Tensor,
+) -> torch.Tensor:
+    """(W + s B A) x + b, with what `gradients` needs kept for the backward pass.
+
+    Args:
+        ctx: of the function that is computed.
+        inputs: of the layer, in any number format.
+        layer: W and b.
+        scale: s.
+        down: A, in the number format of the product.
+        up: B, likewise.
+        kept: what else the backward pass needs.
+    """
+    entered = layer.geometry.enter(inputs.to(down.dtype))
+    outputs, hidden = _sum(layer, scale, entered, down, up, with_bias=True)
+    ctx.save_for_backward(entered, hidden, down, up, *kept)
+    ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
+    return layer.geometry.leave(outputs, inputs.shape)
+
+
+def _sum(
     layer: FrozenLayer,
     scale: float,
     inputs: torch.Tensor,

@@ -20,6 +20,8 @@ from trainer.sections.subjects import (
     words,
 )
 
+ALL_IN_32_BITS = "everything is computed in 32 bits"
+
 # Leaves, when they have no effect, why.
 _Idle = Sequence[tuple[Sequence[str], Condition, str]]
 
@@ -254,7 +256,7 @@ IDLE: _Idle = (
     (
         ("upscale_vae_32bit",),
         lambda v: v["mixed_precision"] == "no",
-        "everything is computed in 32 bits",
+        ALL_IN_32_BITS,
     ),
     (("revision",), _is_local, "model_url is local"),
     (("variant",), _is_file, "model_url is a single file"),

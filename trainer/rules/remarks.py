@@ -72,6 +72,12 @@ WARNINGS: tuple[tuple[str, Condition, str], ...] = (
         "is so small that new tokens hardly learn; 1e-4 is usual",
     ),
     (
+        "optimizer",
+        lambda v: bool(v["use_lora"] and v["optimizer"] == "paged_adamw8bit"),
+        "pages no tensor of fewer than 100,000 numbers, and hardly one of an adapter has as many: "
+        "it does what adamw8bit does",
+    ),
+    (
         "lr_warmup_steps",
         lambda v: (
             v["lr_scheduler"] != "constant"

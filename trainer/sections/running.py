@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.fields import WATCHING_ONLY, Section, clash, lowered
 
-OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
+OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy"]
 SchedulerName = Literal[
     "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"
 ]
@@ -22,8 +22,9 @@ class OptimConfig(Section):
 
     optimizer: Annotated[OptimizerName, BeforeValidator(lowered)] = Field(
         "adamw",
-        description="Update rule; adamw8bit keeps its state in 8 bits, adafactor the second "
-        "moment as rows and columns (fal, ours).",
+        description="Update rule; adamw8bit keeps its state in 8 bits, paged_adamw8bit in "
+        "memory that a GPU shares with the computer, for training all weights; adafactor keeps the "
+        "second moment as rows and columns (fal, ours).",
     )
     fused_backward: bool = Field(
         False,
@@ -116,18 +117,19 @@ class RunConfig(Section):
         None,
         description="Record a step as a CUDA graph, one for each size of pictures, and play it: a "
         "small batch then does not wait for the processor. None: on a GPU wherever a step can be "
-        "recorded (ours).",
+        "recorded and memory is enough (ours).",
         json_schema_extra=WATCHING_ONLY,
     )
     compile_blocks: bool | None = Field(
         None,
         description="Compile the denoiser's repeated blocks; what was compiled is kept for later "
-        "trainings. None: on a GPU, where the run is long enough to gain by it (ours).",
+        "trainings. None: on a GPU that has all of it, where the run is long enough to gain by "
+        "it (ours).",
     )
     channels_last: bool | None = Field(
         None,
         description="Keep convolutions' frozen weights with channels last, as a GPU multiplies "
-        "them. None: on a GPU in half precision (ours).",
+        "them; of a denoiser that is whole and frozen. None: on a GPU in half precision (ours).",
     )
     tf32: bool | None = Field(
         None,
