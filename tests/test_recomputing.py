@@ -28,7 +28,6 @@ from trainer.machine import completed, precision_of
 from trainer.memory import CLASS_PICTURES, STEPS, Footprint, Forecast
 from trainer.processes import ALONE
 from trainer.resolve import Layer, resolve
-from trainer.stages import drained
 
 GIB = 2**30
 
@@ -122,8 +121,8 @@ def decided_on(
     monkeypatch.setattr(affordable, "device_memory", lambda _: 29 * GIB)
     monkeypatch.setattr(Foreseen, "footprint", lambda _, config, precision: forecast(config))
     base: Any = None
-    deciding = affordable.affordable(config_of(**leaves), base, spread_on(kind), began_with or {})
-    return drained(deciding)[0]
+    spread = spread_on(kind)
+    return affordable.affordable(config_of(**leaves), base, spread, began_with or {})[0]
 
 
 def test_a_processor_keeps_all_activations(monkeypatch: pytest.MonkeyPatch) -> None:

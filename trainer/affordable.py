@@ -5,7 +5,7 @@ Whether activations are recomputed, see `recomputing`. A training that goes on d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer import recomputing
@@ -13,13 +13,10 @@ from trainer.base_model import BaseModel
 from trainer.capacity import Room, device_memory
 from trainer.config import Note, TrainingConfig
 from trainer.errors import TrainerError
-from trainer.events import Event, StageEvent
 from trainer.foreseen import Foreseen
 from trainer.machine import precision_of
 from trainer.memory import STEPS, Footprint
 from trainer.spread import Spread
-
-STAGE = "foresee memory"
 
 # What a training takes whose model is whole on each device.
 FootprintOf = Callable[[TrainingConfig], Footprint]
@@ -27,7 +24,7 @@ FootprintOf = Callable[[TrainingConfig], Footprint]
 
 def affordable(
     config: TrainingConfig, base: BaseModel, spread: Spread, began_with: Mapping[str, Any]
-) -> Generator[Event, None, tuple[TrainingConfig, Room | None]]:
+) -> tuple[TrainingConfig, Room | None]:
     """The configuration with what depends on the device's memory decided, and what is known of it.
 
     Args:
@@ -58,9 +55,7 @@ def affordable(
             note = Note(kind="warning", field=recomputing.LEAVES[0], message=message)
             return recomputing.kept(config).with_notes(note), None
 
-    yield StageEvent(STAGE, 0, 1)
     ((_, decided),) = spread.processes.shared([config], decide)
-    yield StageEvent(STAGE, 1, 1)
     return decided
 
 

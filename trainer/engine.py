@@ -168,7 +168,7 @@ def compose(
     base = base_model.locate(config.model, vae_is_explicit=config.is_explicit("vae_url"))
     config = _settled(config, base, spread)
     began_with = checkpoint.settings_of(folder.checkpoints)
-    config, room = yield from affordable(config, base, spread, began_with)
+    config, room = affordable(config, base, spread, began_with)
     spread = replace(spread, room=room)
     checkpoint.refuse_other(folder.checkpoints, spread.identity_of(config))
     yield from map(_as_event, config.resolved.notes)
