@@ -22,8 +22,9 @@ from accelerate.state import AcceleratorState
 from tiny import SMALL, compose, configuration, digests, losses, never, steps, train
 from torch.nn import Linear, Parameter
 
-from trainer import base_model, engine
+from trainer import affordable, base_model, engine
 from trainer.base_model import Precision
+from trainer.capacity import SPARE
 from trainer.class_images import ClassImages, class_images
 from trainer.config import ModelConfig, OptimConfig
 from trainer.errors import Interrupted
@@ -499,3 +500,23 @@ def test_a_paged_optimizer_keeps_its_state_in_shared_memory_also_when_it_is_load
             assert is_paged is (optimizer == "paged_adamw8bit")
         ends.append(weight.detach())
     assert torch.equal(*ends)
+
+
+def test_a_training_that_would_not_fit_recomputes_by_itself(
+    flux_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"resolution_width": 256, "resolution_height": 256}
+    config = configuration(flux_folder, photo_folder, **size)
+    roomy, _ = compose(config, tmp_path / "roomy")
+    assert roomy.config.run.gradient_checkpointing is False
+    assert roomy.spread.room is not None
+    # One byte less than it was foreseen to take.
+    least = roomy.spread.room.steps + SPARE - 1
+    monkeypatch.setattr(affordable, "device_memory", lambda _: least)
+    tight, _ = compose(config, tmp_path / "tight")
+    assert tight.config.run.gradient_checkpointing is True
+    told = [
+        losses(list(each.steps(RunFolder(tmp_path / name), never)))
+        for name, each in (("roomy", roomy), ("tight", tight))
+    ]
+    assert told[1] == pytest.approx(told[0], rel=1e-3)
