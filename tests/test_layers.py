@@ -63,6 +63,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             ),
             *("sampling", "class_images", "concepts", "trainables", "sharding", "fitting"),
             *("processes", "watch", "signs", "stores", "spread", "identity", "capacity"),
+            "heap",
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),

@@ -23,6 +23,7 @@ from trainer import (
     class_images,
     contents,
     frozen,
+    heap,
     optim,
     pace,
     recomputing,
@@ -126,7 +127,8 @@ def _run(
     if training.accelerator.is_main_process:
         write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
-    yield from _timed(training.steps(folder, stop), composed)
+    with heap.kept(training.accelerator.device.type == "cpu"):
+        yield from _timed(training.steps(folder, stop), composed)
     training.put_together()
     processes.wait()
     # Nothing more is computed together; that of a launcher of one process ends here too.

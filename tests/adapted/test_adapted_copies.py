@@ -67,8 +67,9 @@ def test_only_what_is_made_of_factors_is_copied_where_products_are_in_32_bits(fo
     Copies([layer], torch.float32)
     own = {p.untyped_storage().data_ptr() for p in learning(layer).values()}
     copied = [made.untyped_storage().data_ptr() for made in layer[0].copied]
-    # DoRA's factors also lie beside those of other layers, and there are gains and norms.
-    assert len(set(copied) - own) == {"dora": 4, "thin loha": 2}.get(form, 0)
+    # DoRA's factors also lie beside those of other layers, and there are gains and norms; LoHa's
+    # lie two by two.
+    assert len(set(copied) - own) == {"dora": 4, "loha": 2, "thin loha": 2}.get(form, 0)
 
 
 @pytest.mark.parametrize("form", FORMS)

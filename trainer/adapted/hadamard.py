@@ -31,12 +31,15 @@ class Loha(torch.autograd.Function):
             layer: W and b.
             scale: s.
             factors: B1 (out, r), A1 (r, in and window), B2 and A2 likewise, which learn; and
-                copies of the four in the number format of the product.
+                copies in the number format of the product: of B1 and B2 (2, out, r), of A1 and
+                A2 (2, r, in and window), and of both pairs in turn, the second first.
         """
-        copies, geometry = factors[4:], layer.geometry
-        entered = geometry.enter(inputs.to(copies[0].dtype))
+        ups, downs, *in_turn = factors[4:]
+        geometry = layer.geometry
+        entered = geometry.enter(inputs.to(ups.dtype))
         weight, bias = layer.weight(entered), layer.bias(entered.dtype)
-        first, second = _products(copies, weight)
+        products = torch.bmm(ups, downs)
+        first, second = products.view(2, *weight.shape).unbind()
         if entered.dtype == torch.float32:
             whole = torch.addcmul(weight, first, second, value=scale)
             outputs = geometry.product(entered, whole, bias)
@@ -44,18 +47,19 @@ class Loha(torch.autograd.Function):
             # Rounded to 16 bits, the sum would lose what has just been learnt.
             outputs = geometry.product(entered, weight, bias)
             geometry.add_product_(outputs, entered, first.mul_(second), scale)
-        ctx.save_for_backward(entered, *copies)
+        ctx.save_for_backward(entered, ups, downs, *in_turn)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
         return geometry.leave(outputs, inputs.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
         """Gradients of inputs, B1, A1, B2 and A2."""
-        entered, *copies = ctx.saved_tensors
+        entered, ups, downs, ups_in_turn, downs_in_turn = ctx.saved_tensors
         layer, scale, geometry = ctx.layer, ctx.scale, ctx.layer.geometry
         gradient = geometry.enter(gradient)
         weight = layer.weight(gradient)
-        first, second = _products(copies, weight)
+        products = torch.bmm(ups, downs)
+        first, second = products.view(2, *weight.shape).unbind()
         of_inputs: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
             # Here a rounded sum only makes a gradient a little less exact.
@@ -64,11 +68,13 @@ class Loha(torch.autograd.Function):
             of_inputs = geometry.leave(of_inputs, ctx.shape).to(ctx.dtype)
         learning: Gradients = (None,) * 4
         if ctx.needs_input_grad[3]:
-            of_product = geometry.weight_gradient(gradient, entered, weight)
-            learning = (
-                *_of_factors(of_product * second, copies[:2], scale),
-                *_of_factors(of_product.mul_(first), copies[2:], scale),
-            )
+            of_change = geometry.weight_gradient(gradient, entered, weight)
+            # By the first product the gradient comes to the second, and the other way round.
+            of_products = products.mul_(of_change.reshape(products.shape[1:]))
+            of_ups = of_learning(torch.bmm(of_products, downs_in_turn.mT), scale)
+            of_downs = of_learning(torch.bmm(ups_in_turn.mT, of_products), scale)
+            (second_up, first_up), (second_down, first_down) = of_ups.unbind(), of_downs.unbind()
+            learning = (first_up, first_down, second_up, second_down)
         return of_inputs, None, None, *learning, None, None, None, None
 
 
@@ -137,20 +143,3 @@ def join(factors: Sequence[torch.Tensor], down: torch.Tensor, up: torch.Tensor) 
     rank = len(first_down)
     torch.mul(first_down[:, None], second_down, out=down.view(rank, rank, -1))
     torch.mul(first_up[:, :, None], second_up[:, None], out=up.view(-1, rank, rank))
-
-
-def _products(
-    copies: Sequence[torch.Tensor], weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B1 A1 and B2 A2 in the shape of the weight."""
-    first_up, first_down, second_up, second_down = copies
-    first, second = torch.mm(first_up, first_down), torch.mm(second_up, second_down)
-    return first.view(weight.shape), second.view(weight.shape)
-
-
-def _of_factors(gradient: torch.Tensor, copies: Sequence[torch.Tensor], scale: float) -> Gradients:
-    """Gradients of B and A from that of B A in the shape of the weight."""
-    up, down = copies
-    matrix = gradient.reshape(len(up), -1)
-    of_up, of_down = torch.mm(matrix, down.t()), torch.mm(up.t(), matrix)
-    return of_learning(of_up, scale), of_learning(of_down, scale)

@@ -31,6 +31,7 @@ ADAPTER = "default"
 _NORMS_TOGETHER = 16
 
 Factors = tuple[torch.Tensor, ...]
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class AdaptedLayer:
@@ -57,7 +58,14 @@ class AdaptedLayer:
 
     def copied_anew(self, dtype: torch.dtype) -> Factors:
         """What is computed with: copies of what learns, and whatever is made of these."""
-        return tuple(factor.detach().to(dtype) for factor in self.factors())
+        return tuple(factor.to(dtype) for factor in self._values())
+
+    def pairs(self) -> Pairs:
+        """What is copied in each step: of what learns, each with a place in `copied`."""
+        return list(zip(self._values(), self.copied, strict=True))
+
+    def _values(self) -> Factors:
+        return tuple(factor.detach() for factor in self.factors())
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The outputs, in the number format in which the frozen layer has them."""
@@ -88,13 +96,16 @@ class _Dora(_Lora):
     product = Dora
 
     def copied_anew(self, dtype: torch.dtype) -> Factors:
-        down, up, magnitude = (factor.detach() for factor in self.factors())
+        down, up, magnitude = self._values()
         copies = down.to(dtype), up.to(dtype)
         rows, columns = (copy.flatten(1) for copy in copies)
         weight = self.frozen.weight(rows).flatten(1)
         squares, product = squared_rows(weight)[None], torch.mm(weight, rows.t())[None]
         (norm,) = row_norms(squares, product, rows[None], columns[None], self.scaling[ADAPTER])
         return *copies, (magnitude.flatten() / norm - 1).to(dtype), norm
+
+    def pairs(self) -> Pairs:
+        return list(zip(self._values()[:2], self.copied[:2], strict=True))
 
 
 class _Lokr(AdaptedLayer):
@@ -106,19 +117,36 @@ class _Loha(AdaptedLayer):
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     product: ClassVar[type[torch.autograd.Function]] = Loha
 
+    def copied_anew(self, dtype: torch.dtype) -> Factors:
+        first_up, first_down, second_up, second_down = super().copied_anew(dtype)
+        ups = torch.stack([first_up, second_up, first_up])
+        downs = torch.stack([first_down, second_down, first_down])
+        return ups[:2], downs[:2], ups[1:], downs[1:]
+
+    def pairs(self) -> Pairs:
+        first_up, first_down, second_up, second_down = self._values()
+        ups, downs, ups_in_turn, downs_in_turn = self.copied
+        return [
+            *((first_up, ups[0]), (second_up, ups[1]), (first_up, ups_in_turn[1])),
+            *((first_down, downs[0]), (second_down, downs[1]), (first_down, downs_in_turn[1])),
+        ]
+
 
 class _ThinLoha(_Loha):
     product = ThinLoha
 
     def copied_anew(self, dtype: torch.dtype) -> Factors:
-        up, down, *_ = (factor.detach() for factor in self.factors())
+        up, down, *_ = self._values()
         window, rank = self.frozen.window, len(down) ** 2
         copied = (
             down.new_empty(rank, down.shape[1] // math.prod(window), *window, dtype=dtype),
             up.new_empty(len(up), rank, *(1 for _ in window), dtype=dtype),
         )
-        join([factor.detach() for factor in self.factors()], *copied)
+        join(self._values(), *copied)
         return copied
+
+    def pairs(self) -> Pairs:
+        return []
 
 
 class LoraLinear(_Lora, lora.layer.Linear):
@@ -214,7 +242,7 @@ class Copies:
     def __init__(self, modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.are_current = False
-        self._copied: dict[AdaptedLayer, tuple[Factors, Factors]] = {}
+        self._pairs: dict[AdaptedLayer, Pairs] = {}
         self._thin: dict[_ThinLoha, Factors] = {}
         self._norms: list[_Norms] = []
         for module in modules:
@@ -234,31 +262,31 @@ class Copies:
             layer.copied = layer.copied_anew(self.dtype)
             if isinstance(layer, _ThinLoha):
                 self._thin[layer] = factors
-            elif self.dtype != torch.float32:
-                self._copied[layer] = factors, layer.copied
+            self._pairs[layer] = layer.pairs()
         for group in alike.values():
             for start in range(0, len(group), _NORMS_TOGETHER):
                 norms = _Norms(group[start : start + _NORMS_TOGETHER], self.dtype)
                 self._norms.append(norms)
                 for layer in norms.layers:
                     layer.copies = self
-                    factors = tuple(factor.detach() for factor in layer.factors()[:2])
-                    self._copied[layer] = factors, layer.copied[:2]
+                    self._pairs[layer] = layer.pairs()
 
     def leave(self, module: torch.nn.Module) -> None:
         """Gives up all that was made for the layers of a module that learns no more."""
         left = set(_adapted_layers(module))
         for layer in left:
             layer.copies, layer.copied = None, ()
-        self._copied = {layer: its for layer, its in self._copied.items() if layer not in left}
+        self._pairs = {layer: its for layer, its in self._pairs.items() if layer not in left}
         self._thin = {layer: its for layer, its in self._thin.items() if layer not in left}
         self._norms = [norms for norms in self._norms if not left.intersection(norms.layers)]
         self._gather()
 
     def _gather(self) -> None:
         """What is copied in each step, in two rows."""
-        self._sources = [factor for factors, _ in self._copied.values() for factor in factors]
-        self._targets = [copy for _, copies in self._copied.values() for copy in copies]
+        pairs = [pair for its in self._pairs.values() for pair in its]
+        # In 32 bits a copy may be the factor itself.
+        pairs = [(factor, copy) for factor, copy in pairs if not copy.is_set_to(factor)]
+        self._sources, self._targets = [one for one, _ in pairs], [other for _, other in pairs]
 
     @contextmanager
     def of_this_step(self) -> Iterator[None]:
