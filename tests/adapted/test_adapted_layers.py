@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -342,6 +343,43 @@ def test_a_whole_denoiser_is_computed_as_with_pefts_layers(form: str) -> None:
 
         found.append(computed(predict, learning(unet), (2, 4, 8, 8)))
     same(*found, bound=2e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_example_lent_to_a_whole_batch_is_computed_once(form: str, kind: str) -> None:
+    make, shape = LAYERS[kind]
+    layer, batch = adapted(make(), form, "ours"), (3, *(-1 for _ in shape[1:]))
+    weights = torch.randn(3, *layer(torch.randn(shape)).shape[1:])
+
+    def of(one: torch.Tensor, *, lent: bool) -> torch.Tensor:
+        many = one[:1].expand(batch)
+        outputs: torch.Tensor = layer(many if lent else many.contiguous())
+        assert (outputs.stride(0) == 0) is lent
+        # Each example has another part in the loss.
+        return outputs * weights
+
+    lent, copied = (
+        computed(partial(of, lent=lent), learning(layer), shape) for lent in (True, False)
+    )
+    same(lent, copied)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_caption_lent_to_a_whole_batch_is_a_caption_like_any_other(form: str) -> None:
+    unet = tiny_unet()
+    with_adapter(unet, form, "ours", ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"])
+    text = torch.randn(1, 3, 16).expand(2, -1, -1)
+
+    def predict(latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = unet(latents, torch.tensor([3, 500]), text).sample
+        return prediction
+
+    lent, copied = (
+        computed(partial(predict, text=given), learning(unet), (2, 4, 8, 8))
+        for given in (text, text.contiguous())
+    )
+    same(lent, copied)
 
 
 def tiny_unet() -> UNet2DConditionModel:

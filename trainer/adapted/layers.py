@@ -72,6 +72,9 @@ class AdaptedLayer:
         if self.disable_adapters or self.merged:
             outputs: torch.Tensor = self.base_layer(inputs)
             return outputs
+        if len(inputs) > 1 and inputs.stride(0) == 0:
+            # One example that is lent to a whole batch, such as its one caption.
+            return self.forward(inputs[:1]).expand(len(inputs), *(-1 for _ in inputs.shape[1:]))
         dtype, copies = self.frozen.product_dtype(inputs), self.copies
         is_copied = copies is not None and copies.are_current and copies.dtype == dtype
         copied = self.copied if is_copied else self.copied_anew(dtype)
