@@ -71,6 +71,24 @@ def test_a_live_batch_has_a_row_for_each_caption_in_its_order(family: Family) ->
     assert text.is_live
 
 
+@pytest.mark.parametrize("lends", [True, False])
+@pytest.mark.parametrize("captions", [["a TOK"], ["a TOK", "a man"]])
+def test_an_only_kept_caption_may_be_lent_to_a_whole_batch(
+    family: Family, captions: list[str], lends: bool
+) -> None:
+    text = Text(family, captions, None, torch.device("cpu"), lends=lends)
+    asked = [captions[-1]] * 3
+    live = text.of(asked)
+    list(text.keep())
+    for name, states in text.of(asked).items():
+        torch.testing.assert_close(states, live[name])
+        assert (states.stride(0) == 0) is (lends and len(captions) == 1)
+        # What is given is no part of what is kept.
+        states[0].fill_(7)
+    again = text.of(asked)
+    assert all(torch.equal(again[name], live[name].detach()) for name in live)
+
+
 def test_kept_captions_are_what_they_were_and_the_encoders_are_given_up(family: Family) -> None:
     text = captions_of(family)
     live = text.of(["a man", "", "a TOK"])

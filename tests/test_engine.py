@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,26 @@ def test_another_seed_gives_another_adapter(
         for folder in (finished, tmp_path)
     )
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_processor_keeps_its_memory_while_steps_are_taken(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def kept(wanted: bool) -> Iterator[None]:
+        happened.append("kept" if wanted else "not kept")
+        yield
+        happened.append("given back")
+
+    monkeypatch.setattr(engine.heap, "kept", kept)
+    config = configuration(sd15_folder, photo_folder, **TWO_LAYERS)
+    for event in engine.run(config, RunFolder(tmp_path), lambda: False):
+        if isinstance(event, StepEvent | VerifyEvent):
+            happened.append("step" if isinstance(event, StepEvent) else "verified")
+    order = list(dict.fromkeys(happened))
+    assert order == ["kept", "step", "given back", "verified"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy"])

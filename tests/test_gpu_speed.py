@@ -50,6 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "prodigy": {"optimizer": "prodigy"},
     "accumulated": {"gradient_accumulation_steps": 2},
     "recomputed": {"gradient_checkpointing": True},
+    "lent caption": {"batch_size": 2, "target_unet_modules": ["attn2.to_k", "attn2.to_v"]},
     "32 bits": {"mixed_precision": "no"},
     "int8": {"quantization": "int8"},
     "all weights": {"use_lora": False, "target_unet_modules": ..., "learning_rate": 1e-5},

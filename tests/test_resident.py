@@ -215,12 +215,3 @@ def test_rows_are_given_in_the_order_that_is_asked_for(lies_there: bool) -> None
     given = rows.at(torch.tensor([5, 0, 5]))
 
     assert given["mean"].tolist() == [[10, 11], [0, 1], [10, 11]]
-
-
-def test_an_only_row_is_lent_where_it_lies_on_the_device(lies_there: bool) -> None:
-    rows = Rows({"states": torch.arange(6.0).view(1, 3, 2)}, CPU)
-
-    given = rows.at(torch.tensor([0, 0]))["states"]
-
-    assert given.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 2
-    assert (given.stride(0) == 0) is lies_there

@@ -56,6 +56,8 @@ class Text:
         processes: those that share the encoding of what is kept.
         shelf: what the encoders, in which nothing learns, made in earlier trainings. None: they
             do learn, and are needed from the start.
+        lends: give an only caption that is kept as one row, as often as the batch has examples
+            (stride 0). Layers that know it compute it once; others copy it, each for itself.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Text:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         processes: Processes = ALONE,
         shelf: Shelf | None = None,
+        lends: bool = False,
     ) -> None:
         self._family = family
         self._captions = tuple(dict.fromkeys(captions))
@@ -76,6 +79,7 @@ class Text:
         self._autocast = autocast
         self._processes = processes
         self._shelf = shelf
+        self._lends = lends and len(self._captions) == 1
         self._kept: Rows | None = None
         self._places = {caption: row for row, caption in enumerate(self._captions)}
         if shelf is None:
@@ -132,7 +136,10 @@ class Text:
     def at(self, rows: torch.Tensor) -> Conditioning:
         """The conditioning that is kept in these rows, see `Rows.at`."""
         assert self._kept is not None
-        return self._kept.at(rows)
+        if not self._lends:
+            return self._kept.at(rows)
+        only = self._kept.at(rows[:1])
+        return {name: row.expand(len(rows), *row.shape[1:]) for name, row in only.items()}
 
     def _encode_to_keep(self, caption: str) -> Conditioning:
         with torch.no_grad(), self._autocast():

@@ -217,6 +217,7 @@ def _composed(
         autocast=accelerator.autocast if config.adapter.train_text_encoder else nullcontext,
         processes=processes,
         shelf=None if learns_text else shelf_of_captions(family, accelerator.device),
+        lends=config.adapter.use_lora and config.adapter.adapter_layers == "ours",
     )
     if not schedule.text_learns_at(0):
         yield from text.keep()

@@ -14,10 +14,11 @@ from typing import Any
 
 # Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Pieces up to this come from the heap, the most that glibc's own adjustment comes to; and the free
-# end of a heap that is given back beyond that adjustment, and with it.
+# Pieces of up to this size come from the heap, and larger ones from the system: where glibc's own
+# adjustment ends, which any setting ends.
 _FROM_HEAP = 32 * 2**20
-_NEVER, _ADJUSTED = 2**31 - 1, 2 * _FROM_HEAP
+# How much may be free at the end of the heap before it is given back: all; as that adjustment has.
+_ALL, _ADJUSTED = -1, 2 * _FROM_HEAP
 
 # A user's own settings; they stay.
 _GIVEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -27,6 +28,9 @@ _GIVEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 def kept(wanted: bool) -> Iterator[None]:
     """Inside, what is freed is kept; at the end it is given back to the system.
 
+    Afterwards little of what is freed is kept, as glibc does it by itself once large pieces were
+    asked for.
+
     Args:
         wanted: false changes nothing.
     """
@@ -35,7 +39,7 @@ def kept(wanted: bool) -> Iterator[None]:
         yield
         return
     library.mallopt(_M_MMAP_THRESHOLD, _FROM_HEAP)
-    library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    library.mallopt(_M_TRIM_THRESHOLD, _ALL)
     try:
         yield
     finally:

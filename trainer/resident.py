@@ -111,17 +111,13 @@ class Rows:
         self._columns = {
             name: tensor.to(device if self.resident else "cpu") for name, tensor in columns.items()
         }
-        self._is_lent = self.resident and all(len(tensor) == 1 for tensor in columns.values())
 
     def at(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows on the device that they are needed on; an only one is lent as often as it is asked.
+        """Rows on the device that they are needed on.
 
         Args:
             rows: int64 (B,); on the device only where all rows are resident there.
         """
-        if self._is_lent:
-            shapes = {name: (len(rows), *self.shape_of(name)) for name in self._columns}
-            return {name: column.expand(shapes[name]) for name, column in self._columns.items()}
         if self.resident:
             rows = moved(rows, self._device)
             return {name: column.index_select(0, rows) for name, column in self._columns.items()}

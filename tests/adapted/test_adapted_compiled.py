@@ -48,6 +48,13 @@ def test_a_linear_layer_is_captured_whole(form: str) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("form", FORMS)
+def test_so_is_one_that_is_lent_an_example(form: str) -> None:
+    module = adapted(torch.nn.Linear(24, 40), form, "ours")
+    is_computed_the_same(module, lambda inputs: module(inputs[:1].expand(3, -1, -1)), (2, 5, 24))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("form", FORMS)
 def test_so_is_a_convolution(form: str) -> None:
     module = adapted(torch.nn.Conv2d(8, 12, 3), form, "ours")
     is_computed_the_same(module, module, (2, 8, 6, 5))

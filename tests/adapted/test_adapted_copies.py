@@ -62,7 +62,7 @@ def test_in_a_step_the_copies_count_and_they_are_those_of_its_start(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_only_what_is_made_of_factors_is_copied_where_products_are_in_32_bits(form: str) -> None:
+def test_in_32_bits_factors_are_copied_only_to_lie_together(form: str) -> None:
     layer = linear(form)
     Copies([layer], torch.float32)
     own = {p.untyped_storage().data_ptr() for p in learning(layer).values()}

@@ -31,10 +31,10 @@ class Loha(torch.autograd.Function):
             layer: W and b.
             scale: s.
             factors: B1 (out, r), A1 (r, in and window), B2 and A2 likewise, which learn; and
-                copies in the number format of the product: of B1 and B2 (2, out, r), of A1 and
-                A2 (2, r, in and window), and of both pairs in turn, the second first.
+                copies in the number format of the product, of B1 and B2 (2, out, r) and of A1
+                and A2 (2, r, in and window).
         """
-        ups, downs, *in_turn = factors[4:]
+        ups, downs = factors[4:]
         geometry = layer.geometry
         entered = geometry.enter(inputs.to(ups.dtype))
         weight, bias = layer.weight(entered), layer.bias(entered.dtype)
@@ -47,14 +47,14 @@ class Loha(torch.autograd.Function):
             # Rounded to 16 bits, the sum would lose what has just been learnt.
             outputs = geometry.product(entered, weight, bias)
             geometry.add_product_(outputs, entered, first.mul_(second), scale)
-        ctx.save_for_backward(entered, ups, downs, *in_turn)
+        ctx.save_for_backward(entered, ups, downs)
         ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, inputs.shape, inputs.dtype
         return geometry.leave(outputs, inputs.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
         """Gradients of inputs, B1, A1, B2 and A2."""
-        entered, ups, downs, ups_in_turn, downs_in_turn = ctx.saved_tensors
+        entered, ups, downs = ctx.saved_tensors
         layer, scale, geometry = ctx.layer, ctx.scale, ctx.layer.geometry
         gradient = geometry.enter(gradient)
         weight = layer.weight(gradient)
@@ -71,11 +71,11 @@ class Loha(torch.autograd.Function):
             of_change = geometry.weight_gradient(gradient, entered, weight)
             # By the first product the gradient comes to the second, and the other way round.
             of_products = products.mul_(of_change.reshape(products.shape[1:]))
-            of_ups = of_learning(torch.bmm(of_products, downs_in_turn.mT), scale)
-            of_downs = of_learning(torch.bmm(ups_in_turn.mT, of_products), scale)
+            of_ups = of_learning(torch.bmm(of_products, downs.flip(0).mT), scale)
+            of_downs = of_learning(torch.bmm(ups.flip(0).mT, of_products), scale)
             (second_up, first_up), (second_down, first_down) = of_ups.unbind(), of_downs.unbind()
             learning = (first_up, first_down, second_up, second_down)
-        return of_inputs, None, None, *learning, None, None, None, None
+        return of_inputs, None, None, *learning, None, None
 
 
 class ThinLoha(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """PEFT's layers with an adapter, computed by this package: same weights, same names, same merging.
 
-An adapter's weights are 32-bit floats, and products in 16 bits need copies of them. In training
-these are made once in each step, see `Copies`; anywhere else, whenever they are needed.
+An adapter's weights are 32-bit floats, and products in 16 bits, or of several of them at once, need
+copies. In training these are made once in each step, see `Copies`; anywhere else, whenever they
+are needed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class AdaptedLayer:
 
     def pairs(self) -> Pairs:
         """What is copied in each step: of what learns, each with a place in `copied`."""
-        return list(zip(self._values(), self.copied, strict=True))
+        pairs = zip(self._values(), self.copied, strict=True)
+        # In 32 bits what learns is computed with itself.
+        return [(factor, copy) for factor, copy in pairs if copy.dtype != factor.dtype]
 
     def _values(self) -> Factors:
         return tuple(factor.detach() for factor in self.factors())
@@ -74,7 +77,8 @@ class AdaptedLayer:
             return outputs
         if len(inputs) > 1 and inputs.stride(0) == 0:
             # One example that is lent to a whole batch, such as its one caption.
-            return self.forward(inputs[:1]).expand(len(inputs), *(-1 for _ in inputs.shape[1:]))
+            once = self.forward(inputs[:1])
+            return once.expand(len(inputs), *once.shape[1:]).contiguous()
         dtype, copies = self.frozen.product_dtype(inputs), self.copies
         is_copied = copies is not None and copies.are_current and copies.dtype == dtype
         copied = self.copied if is_copied else self.copied_anew(dtype)
@@ -122,16 +126,14 @@ class _Loha(AdaptedLayer):
 
     def copied_anew(self, dtype: torch.dtype) -> Factors:
         first_up, first_down, second_up, second_down = super().copied_anew(dtype)
-        ups = torch.stack([first_up, second_up, first_up])
-        downs = torch.stack([first_down, second_down, first_down])
-        return ups[:2], downs[:2], ups[1:], downs[1:]
+        return torch.stack([first_up, second_up]), torch.stack([first_down, second_down])
 
     def pairs(self) -> Pairs:
         first_up, first_down, second_up, second_down = self._values()
-        ups, downs, ups_in_turn, downs_in_turn = self.copied
+        (up, other_up), (down, other_down) = self.copied
         return [
-            *((first_up, ups[0]), (second_up, ups[1]), (first_up, ups_in_turn[1])),
-            *((first_down, downs[0]), (second_down, downs[1]), (first_down, downs_in_turn[1])),
+            *((first_up, up), (first_down, down)),
+            *((second_up, other_up), (second_down, other_down)),
         ]
 
 
@@ -287,8 +289,6 @@ class Copies:
     def _gather(self) -> None:
         """What is copied in each step, in two rows."""
         pairs = [pair for its in self._pairs.values() for pair in its]
-        # In 32 bits a copy may be the factor itself.
-        pairs = [(factor, copy) for factor, copy in pairs if not copy.is_set_to(factor)]
         self._sources, self._targets = [one for one, _ in pairs], [other for _, other in pairs]
 
     @contextmanager
