@@ -1,7 +1,7 @@
 """What a processor's steps give back stays with the process: the next step needs as much again.
 
 The C library returns large pieces to the system, which hands them out page by page, each cleared
-first: up to a tenth of a step. Of glibc alone; elsewhere, and on a GPU, nothing changes.
+first: 3 to 8 % of a step. Of glibc alone; elsewhere, and on a GPU, nothing changes.
 """
 
 from __future__ import annotations
