@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "mathematics": (
         {
             *("loss", "optim", "prodigy", "shards", "updates", "adapted"),
-            *("adapters", "frozen", "schedule", "tokens"),
+            *("adapters", "frozen", "schedule", "tokens", "measures"),
         },
         {"foundation", "configuration", "objectives"},
     ),

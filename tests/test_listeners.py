@@ -45,8 +45,8 @@ STORY: list[Event] = [
     StageEvent("read", 2, 2),
     NoteEvent("yielded", "cache_latents", "off, because random_flip is on"),
     RunEvent(0, 2, 2, 4, {"family": "some"}, num_pictures=4),
-    StepEvent(1, 0, 0.25, 1e-4, 2.0, 0.5),
-    StepEvent(2, 0, 0.125, 1e-4, 1.0, 0.5),
+    StepEvent(1, 0, 0.25, 1e-4, 2.0, 0.5, 0.0),
+    StepEvent(2, 0, 0.125, 1e-4, 1.0, 0.5, 0.0),
     CheckpointEvent(2, "checkpoints/step-2"),
     FileEvent("diffusers_lora", FILE),
     VerifyEvent(FILE, "diffusers", "passed", 1e-7),
@@ -89,7 +89,7 @@ def test_every_event_is_one_line_of_json_with_its_time(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stays_valid_json(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 
-    tell(EventLog(folder), [StepEvent(1, 0, float("nan"), 1e-4, float("inf"), 0.5)])
+    tell(EventLog(folder), [StepEvent(1, 0, float("nan"), 1e-4, float("inf"), 0.5, 0.0)])
 
     event = json.loads(folder.events.read_text(), parse_constant=pytest.fail)
     assert (event["loss"], event["grad_norm"]) == (None, None)
@@ -150,7 +150,7 @@ def test_an_option_without_effect_is_told_only_if_somebody_set_it(terminal: bool
 
 def test_a_long_training_prints_about_twenty_lines() -> None:
     console = screen(terminal=False)
-    steps = [StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1) for number in range(1, 1001)]
+    steps = [StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1, 0.0) for number in range(1, 1001)]
 
     tell(ProgressLines(console), [RunEvent(0, 1000, 10, 10, {}), *steps])
 
@@ -176,7 +176,7 @@ def test_the_time_left_counts_only_the_steps_of_this_sitting() -> None:
 
     tell(
         ProgressLines(console),
-        [RunEvent(90, 100, 10, 10, {}), StepEvent(91, 9, 0.5, 1e-4, 1.0, 2.0)],
+        [RunEvent(90, 100, 10, 10, {}), StepEvent(91, 9, 0.5, 1e-4, 1.0, 2.0, 0.0)],
     )
 
     # Nine steps of two seconds remain.
@@ -198,7 +198,7 @@ def test_tensorboard_can_read_the_curves(tmp_path: Path) -> None:
 def test_tensorboard_shows_a_step_that_was_computed_again_once(tmp_path: Path) -> None:
     tell(TensorBoard(tmp_path))
 
-    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
     tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
 
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
@@ -210,7 +210,7 @@ def test_a_resumed_run_goes_on_in_the_same_file_from_its_last_whole_point(tmp_pa
     # A crash in the middle of the second step's points.
     path.write_bytes(path.read_bytes()[:-7])
 
-    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
     tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
 
     assert list(tmp_path.iterdir()) == [path]
@@ -227,7 +227,7 @@ def test_a_file_that_a_power_cut_filled_with_zeros_is_gone_on_from_its_last_whol
     whole = path.read_bytes()
     path.write_bytes(whole + bytes(lost) if lost > 7 else whole[:-lost] + bytes(lost))
 
-    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5)
+    again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
     tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
 
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]

@@ -18,7 +18,9 @@ Take = Callable[[int], None]
 
 
 def step(number: int) -> StepEvent:
-    return StepEvent(number, 0, loss=0.0, learning_rate=0.0, grad_norm=0.0, seconds=0.0)
+    return StepEvent(
+        number, 0, loss=0.0, learning_rate=0.0, grad_norm=0.0, seconds=0.0, smoothed_loss=0.0
+    )
 
 
 def told(events: Iterator[Event]) -> dict[str, dict[str, int]]:

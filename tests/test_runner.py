@@ -35,7 +35,7 @@ BEGIN = RunEvent(0, 3, 1, 5, {})
 
 
 def step(number: int) -> StepEvent:
-    return StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1)
+    return StepEvent(number, 0, 0.5, 1e-4, 1.0, 0.1, 0.0)
 
 
 def never() -> bool:

@@ -67,6 +67,7 @@ class StepEvent(Event):
         learning_rate: of the denoiser's group, as used in this step.
         grad_norm: norm of all gradients before clipping.
         seconds: time the step took; the only field that differs between equal runs.
+        smoothed_loss: mean of the losses so far, see `measures.Smoothed`.
     """
 
     kind = "step"
@@ -76,6 +77,41 @@ class StepEvent(Event):
     learning_rate: float
     grad_norm: float
     seconds: float
+    smoothed_loss: float
+
+
+@dataclass(frozen=True)
+class MeasuresEvent(Event):
+    """What was measured after a step beside its loss.
+
+    Args:
+        step: steps done.
+        values: by name, as curves have them: `validation/loss`, `train/prodigy_d`, and for each
+            new token `tokens/TEXT_ENCODER/TOKEN`, the norm of its vector.
+    """
+
+    kind = "measures"
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SampleEvent(Event):
+    """A picture of a validation prompt was made on the way.
+
+    Args:
+        step: steps done; at 0 the base model made it.
+        number: of the prompt in `validation_prompts`; its pictures of all steps start from the
+            same noise.
+        prompt: as the user wrote it.
+        path: relative to the run folder.
+    """
+
+    kind = "sample"
+    step: int
+    number: int
+    prompt: str
+    path: str
 
 
 @dataclass(frozen=True)

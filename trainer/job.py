@@ -6,6 +6,9 @@ events.jsonl     everything the run said, one JSON object a line
 prepared/        the pictures, upright and at the trained scale, to be looked at
 class_images/    what the base model shows of a class, for prior preservation
 checkpoints/     step-N folders, each with a manifest
+samples/         pictures of the validation prompts on the way, a folder for each step
+pictures/        what `trainer sample` made with the result
+report.html      all of it, to be looked at
 logs/            TensorBoard
 outputs/         the result files
 verify.json      is among the outputs: what each reader read back
@@ -196,6 +199,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The checkpoint folders."""
         return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of the validation prompts, a folder for each step they were made after."""
+        return self.root / "samples"
+
+    @property
+    def pictures(self) -> Path:
+        """What `trainer sample` made with the result."""
+        return self.root / "pictures"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page."""
+        return self.root / "report.html"
 
     @property
     def logs(self) -> Path:

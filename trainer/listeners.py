@@ -282,6 +282,7 @@ def scalars(event: StepEvent) -> dict[str, float]:
     """The curves that a step adds a point to, by name."""
     return {
         "train/loss": event.loss,
+        "train/smoothed_loss": event.smoothed_loss,
         "train/learning_rate": event.learning_rate,
         "train/grad_norm": event.grad_norm,
         "train/step_seconds": event.seconds,

@@ -25,6 +25,7 @@ from trainer.families.base import Family
 from trainer.identity import identity_of_contents
 from trainer.job import RunFolder
 from trainer.machine import precision_of
+from trainer.measures import Smoothed
 from trainer.pace import Pace, Work, pace_of
 from trainer.readings import (
     Reading,
@@ -96,7 +97,7 @@ class Training:
         self.base_contents = base_contents
         self.step = 0
         self.last_checkpoint: int | None = None
-        self.losses: list[float] = []
+        self.losses, self._smoothed = list[float](), Smoothed()
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
         # What comes next is communication, which must not wait for one that loads slowly.
@@ -329,6 +330,7 @@ class Training:
                 learning_rate=reading.learning_rate,
                 grad_norm=reading.grad_norm,
                 seconds=seconds,
+                smoothed_loss=self._smoothed.add(reading.loss),
             )
 
     def _non_finite(self, reading: Reading) -> NonFiniteError:
@@ -403,4 +405,5 @@ class Training:
         if self.accelerator.scaler is not None and saved.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.losses = list(saved.state["losses"])
+        self._smoothed = Smoothed(self.losses)
         self.step = self.last_checkpoint = saved.step

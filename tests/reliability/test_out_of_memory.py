@@ -170,9 +170,9 @@ def test_only_a_step_whose_checkpoint_is_whole_is_told_to_be_in_one(
     told = [place.words]
     events = [
         RunEvent(0, 2, 1, 1, {}),
-        StepEvent(1, 0, 0.0, 0.0, 0.0, 0.0),
+        StepEvent(1, 0, 0.0, 0.0, 0.0, 0.0, 0.0),
         CheckpointEvent(1, ""),
-        StepEvent(2, 1, 0.0, 0.0, 0.0, 0.0),
+        StepEvent(2, 1, 0.0, 0.0, 0.0, 0.0, 0.0),
         CheckpointEvent(2, ""),
     ]
     for event in events:
