@@ -90,8 +90,8 @@ def test_each_row_of_a_batch_with_class_pictures_has_the_text_of_its_own_caption
     for row, caption in enumerate(batch.captions):
         own = encoded(base, caption)
         for given, name in (
-            ("encoder_hidden_states", "hidden_states"),
-            ("pooled_projections", "pooled"),
+            ("encoder_hidden_states", "prompt_embeds"),
+            ("pooled_projections", "pooled_prompt_embeds"),
         ):
             torch.testing.assert_close(asked[given][row], own[name][0], rtol=0, atol=1e-6)
 
@@ -336,9 +336,9 @@ def test_a_caption_is_too_long_only_where_no_text_encoder_sees_its_end(flux_fold
     # T5 has room for 511 pieces beside its end mark; one stands for the word's beginning.
     assert len(end) == 600 - 510
     seen, other = encoded(family, for_neither), encoded(family, for_neither[: -len(end)])
-    assert torch.equal(seen["hidden_states"], other["hidden_states"])
+    assert torch.equal(seen["prompt_embeds"], other["prompt_embeds"])
     shorter = encoded(family, for_neither[: -len(end) - 1])
-    assert not torch.equal(seen["hidden_states"], shorter["hidden_states"])
+    assert not torch.equal(seen["prompt_embeds"], shorter["prompt_embeds"])
 
 
 # Text encoders by themselves
@@ -352,7 +352,7 @@ def test_recomputed_activations_leave_t5_without_dropout(flux_folder: Path) -> N
     before = family.encode_text([CAPTION])
     recompute_activations(family.pipeline.text_encoder_2)
     after = family.encode_text([CAPTION])
-    assert torch.equal(after["hidden_states"], before["hidden_states"])
+    assert torch.equal(after["prompt_embeds"], before["prompt_embeds"])
 
 
 def test_a_text_encoder_that_cannot_learn_stays_in_the_format_of_what_is_frozen() -> None:

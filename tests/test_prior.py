@@ -142,8 +142,8 @@ def test_class_pictures_never_lose_their_caption(
         for caption, is_class in zip(batch.captions, batch.is_class, strict=True)
     ]
     assert set(shown) == {("", False), (CLASS_PROMPT, True)}
-    empty = training.text.of([""])["hidden_states"]
-    rows = training.text.of(batches[0].captions)["hidden_states"]
+    empty = training.text.of([""])["prompt_embeds"]
+    rows = training.text.of(batches[0].captions)["prompt_embeds"]
     assert torch.equal(rows[:2], empty.expand(2, -1, -1))
     assert not torch.allclose(rows[2], empty[0])
 

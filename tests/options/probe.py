@@ -62,7 +62,7 @@ class Pass:
     @property
     def hidden_states(self) -> torch.Tensor:
         """The captions word by word (B, words, width)."""
-        return self.text["hidden_states"]
+        return self.text["prompt_embeds"]
 
     @property
     def time_ids(self) -> torch.Tensor | None:
