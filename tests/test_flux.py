@@ -236,7 +236,7 @@ def test_a_transformer_without_guidance_is_told_none_and_its_times_are_not_shift
     schnell = make_tiny_models.make_flux(tmp_path / "schnell", guidance_embeds=False)
     training, _ = compose(configuration(schnell, subject, batch_size=2), tmp_path / "run")
     assert asked_by(training, training.dataset[0][0])["guidance"] is None
-    assert training.stepper.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
+    assert training.passes.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
 
 
 # Masks
@@ -258,7 +258,7 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
 
     gains = {}
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        target = training.stepper.objective.target
+        target = training.passes.objective.target
         moved = torch.zeros(8, 8)
         moved[place] = 1000
 
@@ -267,9 +267,9 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
             return answer + by
 
         before = loss_of(training, batch).item()
-        training.stepper.objective.target = other  # type: ignore[method-assign]
+        training.passes.objective.target = other  # type: ignore[method-assign]
         gains[place] = loss_of(training, batch).item() - before
-        training.stepper.objective.target = target  # type: ignore[method-assign]
+        training.passes.objective.target = target  # type: ignore[method-assign]
     assert gains[0, 0] == 0
     assert gains[1, 0] > 1
     # The error of 1000 outweighs all others.

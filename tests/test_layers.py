@@ -87,7 +87,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine": (
         {
-            *("engine", "training", "stepping", "recording", "pace", "affordable"),
+            *("engine", "training", "stepping", "passes", "recording", "pace", "affordable"),
             *("readings", "faults", "results", "artifacts"),
             *("out_of_memory", "peaks", "remarks"),
         },

@@ -27,6 +27,7 @@ from trainer.job import RunFolder
 from trainer.machine import precision_of
 from trainer.measures import Smoothed
 from trainer.pace import Pace, Work, pace_of
+from trainer.passes import Passes
 from trainer.readings import (
     Reading,
     Readings,
@@ -121,11 +122,14 @@ class Training:
         self.optimizer = self.updates.optimizer
         self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
         self.readings = Readings(accelerator.device, self._steps_per_reading())
+        self.passes = Passes(
+            config.loss, family, encodings, seed=config.run.seed, device=accelerator.device
+        )
         self.stepper = Stepper(
             config,
             family,
             spread,
-            encodings=encodings,
+            passes=self.passes,
             trainables=trainables,
             updates=self.updates,
             copies=Copies(trainables.modules.values(), precision_of(config).frozen),
