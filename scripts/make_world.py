@@ -70,8 +70,8 @@ class Plan:
 
     vae_steps: int = 3600
     vae_batch: int = 32
-    steps: int = 4000
-    batch: int = 64
+    steps: int = 3000
+    batch: int = 48
     copies: int = 40
     vae_copies: int = 10
     vae_rate: float = 3e-3

@@ -90,6 +90,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             *("engine", "training", "stepping", "passes", "recording", "pace", "affordable"),
             *("readings", "faults", "results", "artifacts"),
             *("out_of_memory", "peaks", "remarks"),
+            *("looks", "looking", "previews", "validation"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -97,7 +98,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
-    "listeners": ({"listeners", "curves"}, {"foundation", "configuration", "job"}),
+    "listeners": ({"listeners", "trackers", "curves"}, {"foundation", "configuration", "job"}),
     "compat": ({"compat"}, {"foundation"}),
     "server": ({"server"}, {"foundation", "configuration", "job", "dialects"}),
     "inference": (

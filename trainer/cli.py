@@ -95,9 +95,10 @@ def train(
     earlier one, files over the preset, the preset over the defaults.
     """
     from trainer.job import RunFolder
-    from trainer.listeners import Summary, logs_for, progress_for
+    from trainer.listeners import Summary, progress_for
     from trainer.runner import is_main_process, stop_on_signals, supervise
     from trainer.seal import sealed
+    from trainer.trackers import logs_for
 
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
