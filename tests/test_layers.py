@@ -30,10 +30,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("fields", "sections", "config", "leaves", "rules", "resolve", "config_files"),
             *("presets", "known_models", "picture_lists", "locations", "contracts"),
+            "prompt_library",
         },
         {"foundation"},
     ),
-    "job": ({"job", "generation"}, {"foundation", "configuration"}),
+    "job": ({"job", "generation", "picture_folder"}, {"foundation", "configuration"}),
     "objectives": ({"objectives", "densities"}, {"foundation", "configuration"}),
     "mathematics": (
         {
@@ -112,6 +113,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
             *("generating", "lora_files", "serving", "seal"),
+            *("picturing", "sampled_runs", "compared_runs", "lineup", "run_subjects"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -148,6 +150,8 @@ WITHOUT_TORCH = [
     "resolve",
     "config_files",
     "presets",
+    "prompt_library",
+    "picture_folder",
     "measurements",
     "schedule",
     "dialects",

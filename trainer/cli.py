@@ -24,6 +24,7 @@ from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.leaves import nearest
 from trainer.lora_files import convert, inspect
+from trainer.picturing import compare, sample
 from trainer.printing import (
     checked,
     diagnosis,
@@ -228,7 +229,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (inspect, convert, generate, serve):
+for command in (inspect, convert, generate, sample, compare, serve):
     cli.add_command(command)
 
 
