@@ -224,14 +224,19 @@ class Seen:
 NOTHING = Seen("", "", "", "")
 
 
-def look(picture: torch.Tensor) -> Seen:
-    """Says what is on a picture (3, 64, 64), by its pixels."""
+def ground_of(picture: torch.Tensor) -> torch.Tensor:
+    """The colour (3,) of most of a picture's border."""
     border = torch.cat(
         [picture[:, :3].flatten(1), picture[:, -3:].flatten(1)]
         + [picture[:, :, :3].flatten(1), picture[:, :, -3:].flatten(1)],
         dim=1,
     )
-    ground = border.median(dim=1).values
+    return border.median(dim=1).values
+
+
+def look(picture: torch.Tensor) -> Seen:
+    """Says what is on a picture (3, 64, 64), by its pixels."""
+    ground = ground_of(picture)
     seen = replace(NOTHING, background=_nearest(ground, BACKGROUNDS))
     figure = (picture - ground[:, None, None]).norm(dim=0) > APART
     if figure.float().mean() < LEAST_COVERED:
