@@ -98,6 +98,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
     "listeners": ({"listeners", "curves"}, {"foundation", "configuration", "job"}),
+    "report": ({"report"}, {"foundation", "configuration", "job", "listeners"}),
     "compat": ({"compat"}, {"foundation"}),
     "server": ({"server"}, {"foundation", "configuration", "job", "dialects"}),
     "inference": (
@@ -110,7 +111,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "doors": (
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
-            *("generating", "lora_files", "serving", "seal"),
+            *("generating", "lora_files", "reporting", "serving", "seal"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -125,6 +126,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "inference",
                 "dialects",
                 "listeners",
+                "report",
                 "server",
             ),
         },
@@ -154,6 +156,8 @@ WITHOUT_TORCH = [
     "picture_lists",
     "locations",
     "contracts",
+    "report.page",
+    "reporting",
     "dialects.bfl",
     "dialects.fal_personalization",
     "dialects.fal_lora",
