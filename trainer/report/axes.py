@@ -43,11 +43,15 @@ class Axis:
         return (held - self.low) / (self.high - self.low)
 
 
-def axis_of(values: Iterable[float]) -> Axis:
-    """The axis of finite values: with decades where they span some, from zero where it is near."""
+def axis_of(values: Iterable[float], *, with_decades: bool = True) -> Axis:
+    """The axis of finite values: with decades where they span some, from zero where it is near.
+
+    Args:
+        with_decades: false where equal steps mean more than equal ratios.
+    """
     known = list(values)
     low, high = min(known), max(known)
-    if low > 0 and high / low >= _DECADES:
+    if with_decades and low > 0 and high / low >= _DECADES:
         return decades(low, high)
     if 0 <= low <= _NEAR_ZERO * high or low == high > 0:
         low = 0.0

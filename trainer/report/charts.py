@@ -69,6 +69,7 @@ class Chart:
         lines: at least one point of them has a value.
         last: the step at which the chart ends.
         is_wide: it takes the whole width of the page.
+        with_decades: see `axis_of`.
     """
 
     title: str
@@ -76,12 +77,14 @@ class Chart:
     last: int
     marks: Marks = Marks()
     is_wide: bool = False
+    with_decades: bool = True
 
 
 def figure(chart: Chart) -> str:
     """A chart with its legend, and a table of some of its figures."""
     across = step_axis(chart.last)
-    upward = axis_of(y for line in chart.lines for _, y in line.known())
+    values = (y for line in chart.lines for _, y in line.known())
+    upward = axis_of(values, with_decades=chart.with_decades)
     scale = ", each decade as high as the other" if upward.is_log else ""
     kind, phases = ("chart whole", _phases(chart.marks)) if chart.is_wide else ("chart", "")
     return (

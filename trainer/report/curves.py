@@ -42,8 +42,10 @@ def _charts(record: Record) -> Iterator[Chart]:
     known = [line for line in lines if line.known()]
     yield Chart("Loss", known, last, marks, is_wide=True)
     small = replace(marks, checkpoints=())
-    for title, name in (("Learning rate", "learning_rate"), ("Norm of the gradients", "grad_norm")):
-        yield Chart(title, [Line(title.lower(), 1, _series(steps, name))], last, small)
+    rates = Line("learning rate", 1, _series(steps, "learning_rate"))
+    yield Chart("Learning rate", [rates], last, small, with_decades=False)
+    norms = Line("norm", 1, _series(steps, "grad_norm"))
+    yield Chart("Norm of the gradients", [norms], last, small)
     for name, points in measured.items():
         if not name.startswith(_TOKENS):
             yield Chart(_TITLES.get(name, name), [Line(name, 1, points)], last, small)

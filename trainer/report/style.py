@@ -127,7 +127,8 @@ footer { border-top: 1px solid var(--line); color: var(--soft); font-size: 0.85r
     --accent: #000; }
   body { font-size: 11pt; max-width: none; padding: 0; } nav { display: none; }
   .wide, .sheet { max-height: none; overflow: visible; }
-  table.pictures th:first-child { position: static; }
+  table.pictures th:first-child { position: static; } .chart details { display: none; }
+  table.files :is(th, td, code) { min-width: 0; overflow-wrap: anywhere; white-space: normal; }
   table.pictures { min-width: 0; } tr, figure, .options > div { break-inside: avoid; }
   h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; }
   details::details-content { content-visibility: visible; block-size: auto; }

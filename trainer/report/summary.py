@@ -80,7 +80,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "Prompt", escape(str(record.option("instance_prompt") or ""))
     yield "Steps", f"{record.step:,} of {record.total_steps:,}" if record.total_steps else ""
     yield "Time", escape(_time(record))
-    yield "Finished", _moment(record)
+    yield "Ended", _moment(record)
     yield "Device", escape(_device(details))
     parameters = details.get("trained_parameters")
     yield "Trained parameters", f"{parameters:,}" if parameters else ""
