@@ -24,6 +24,7 @@ from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.leaves import nearest
 from trainer.lora_files import convert, inspect
+from trainer.picturing import compare, sample
 from trainer.printing import (
     checked,
     diagnosis,
@@ -96,9 +97,10 @@ def train(
     earlier one, files over the preset, the preset over the defaults.
     """
     from trainer.job import RunFolder
-    from trainer.listeners import Summary, logs_for, progress_for
+    from trainer.listeners import Summary, progress_for
     from trainer.runner import is_main_process, stop_on_signals, supervise
     from trainer.seal import sealed
+    from trainer.trackers import logs_for
 
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
@@ -228,7 +230,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (inspect, convert, generate, report, serve):
+for command in (inspect, convert, generate, sample, compare, report, serve):
     cli.add_command(command)
 
 

@@ -300,9 +300,14 @@ def without_contents(value: Any, name: str = "") -> Any:
     is_content = len(value) > _LONGEST_PATH or value[:5].lower() == "data:"
     if name in CONTENTS and is_content and not stands_for_content(value):
         return f"data:sha256,{sha256(value.encode()).hexdigest()}"
-    if is_web_address(value):
-        return without_keys(value)
-    return Path(value).name if value.startswith((os.sep, "~")) else value
+    return public_place(value)
+
+
+def public_place(place: str) -> str:
+    """A location as others may see it: an address without keys, the last part of a whole path."""
+    if is_web_address(place):
+        return without_keys(place)
+    return Path(place).name if place.startswith((os.sep, "~")) else place
 
 
 def stands_for_content(location: str) -> bool:

@@ -8,6 +8,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+from trainer.config_files import public_place
 from trainer.report.markup import command, link, paragraph, section, table
 from trainer.report.record import Record, read_json
 from trainer.report.thumbnails import picture, thumbnails
@@ -35,9 +36,10 @@ def likeness(record: Record) -> str:
         return ""
     hint = (
         "What was learnt, in scenes that the photographs do not show, from the base model alone to "
-        "full strength, and how like the photographs it is:"
+        "full strength, and how like the photographs it is; then this page anew:"
     )
-    asked = f"trainer sample {shlex.quote(str(record.folder.root))}"
+    root = shlex.quote(str(record.folder.root))
+    asked = f"trainer sample {root} --likeness\ntrainer report {root}"
     return section("likeness", _TITLE, paragraph(hint) + command(asked))
 
 
@@ -48,7 +50,8 @@ def _words(told: _Made) -> str:
     )
     model = told.get("likeness_model")
     if model:
-        text += f" The numbers are likeness to the photographs as `{model}` sees it, at most 1."
+        name = public_place(model)
+        text += f" The numbers are likeness to the photographs as `{name}` sees it, at most 1."
     if len(told["prompts"]) > MOST_ROWS:
         text += f" Shown are {MOST_ROWS} of {len(told['prompts'])} scenes."
     return text

@@ -26,7 +26,7 @@ def previews(record: Record) -> str:
             "No pictures were made on the way. A training that is given prompts shows what it has "
             "learnt as it goes; the base model's own picture comes first:"
         )
-        asked = "trainer train … --validation-prompts '[\"a photograph of TOK at the sea\"]'"
+        asked = 'trainer train … --sample-steps 100 --validation-prompts "TOK at the sea"'
         return section("pictures", _TITLE, paragraph(words) + command(asked))
     steps = sorted({step for _, step in samples})
     numbers = sorted({number for number, _ in samples})

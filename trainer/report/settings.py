@@ -24,6 +24,7 @@ _SECTION_TITLES: Mapping[str, str] = {
     "loss": "Loss",
     "optim": "Optimizer",
     "run": "The run",
+    "sample": "Pictures on the way",
     "output": "Results",
 }
 
