@@ -36,10 +36,10 @@ def likeness(record: Record) -> str:
         return ""
     hint = (
         "What was learnt, in scenes that the photographs do not show, from the base model alone to "
-        "full strength, and how like the photographs it is; then this page anew:"
+        "full strength; with `--likeness MODEL`, a CLIP, also how like the photographs it is:"
     )
     root = shlex.quote(str(record.folder.root))
-    asked = f"trainer sample {root} --likeness\ntrainer report {root}"
+    asked = f"trainer sample {root}\ntrainer report {root}"
     return section("likeness", _TITLE, paragraph(hint) + command(asked))
 
 

@@ -67,7 +67,7 @@ table.pictures img { background: var(--tint); border-radius: 8px; width: 100%; }
 table.pictures .soft { font-size: 0.8rem; font-weight: 400; }
 .prompt { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 7;
   overflow: hidden; }
-.figure { display: block; font-size: 0.9rem; font-weight: 600; }
+.prompt b { display: block; } .figure { display: block; font-size: 0.9rem; font-weight: 600; }
 img { display: block; height: auto; max-width: 100%; } .pictures a, .sheet a { display: block; }
 .sheet { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; max-height: 85vh;
   overflow-y: auto; }
@@ -97,7 +97,7 @@ line.grid { stroke: var(--line); } line.notch { stroke: var(--soft); stroke-widt
 line.phase { stroke: var(--soft); stroke-dasharray: 4 4; } text.phase { font-weight: 700; }
 .line polyline { fill: none; stroke: currentColor; stroke-linejoin: round; stroke-width: 2;
   vector-effect: non-scaling-stroke; }
-.line.faint polyline { stroke-width: 1; } .faint { opacity: 0.38; }
+svg.line { overflow: visible; } .line.faint polyline { stroke-width: 1; } .faint { opacity: 0.38; }
 .dot { fill: currentColor; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
 .c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); }
