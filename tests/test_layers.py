@@ -100,6 +100,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
     "listeners": ({"listeners", "trackers", "curves"}, {"foundation", "configuration", "job"}),
+    "report": ({"report"}, {"foundation", "configuration", "job", "listeners"}),
     "compat": ({"compat"}, {"foundation"}),
     "server": ({"server"}, {"foundation", "configuration", "job", "dialects"}),
     "inference": (
@@ -112,7 +113,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "doors": (
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
-            *("generating", "lora_files", "serving", "seal"),
+            *("generating", "lora_files", "reporting", "serving", "seal"),
             *("picturing", "sampled_runs", "compared_runs", "lineup", "run_subjects"),
         },
         {
@@ -128,6 +129,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "inference",
                 "dialects",
                 "listeners",
+                "report",
                 "server",
             ),
         },
@@ -159,6 +161,8 @@ WITHOUT_TORCH = [
     "picture_lists",
     "locations",
     "contracts",
+    "report.page",
+    "reporting",
     "dialects.bfl",
     "dialects.fal_personalization",
     "dialects.fal_lora",

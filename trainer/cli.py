@@ -38,6 +38,7 @@ from trainer.printing import (
     print_json,
     talk,
 )
+from trainer.reporting import report
 from trainer.serving import serve
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (inspect, convert, generate, sample, compare, serve):
+for command in (inspect, convert, generate, sample, compare, report, serve):
     cli.add_command(command)
 
 
@@ -361,6 +362,8 @@ def _report(
     elif result.status == "done":
         paper().print(summary.table(result))
         click.echo(f"Files are in {folder.outputs.resolve()}")
+    if not as_json and result.total_steps and folder.report.exists():
+        click.echo(f"Open this report: {folder.report.resolve()}")
 
 
 def _answer(result: Result, folder: RunFolder, dialect: str) -> dict[str, Any]:

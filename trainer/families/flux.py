@@ -109,7 +109,7 @@ class Flux1(Family):
         # diffusers' `_convert_kohya_flux_lora_to_diffusers`: names them without `transformer.`.
         diffusers_drops=frozenset(_OUTER_LAYERS),
         diffusers_width=3072,
-        programs=("ComfyUI", "Forge", "sd-scripts"),
+        programs=("ComfyUI", "Forge", "InvokeAI", "sd-scripts"),
         embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     )
 
