@@ -127,6 +127,20 @@ def test_the_command_leaves_a_grid_pictures_and_an_index_of_them(
         assert grid.height > 2 * 192
 
 
+def test_the_runs_report_shows_the_pictures_that_lie_in_the_run(
+    me: Path, two: str, tmp_path: Path, capsys: Any
+) -> None:
+    elsewhere = ["--output", str(tmp_path / "elsewhere")]
+    assert run(["sample", str(me), "--prompts", two, "--steps", "1", *elsewhere]) == 0
+    assert "01-on-a-beach" not in RunFolder(me).report.read_text()
+
+    assert run(["sample", str(me), "--prompts", two, "--steps", "1"]) == 0
+
+    page = RunFolder(me).report.read_text()
+    assert "pictures/01-on-a-beach-0.5.png" in page
+    assert "strength 0.5" in page
+
+
 def test_json_is_what_the_index_says(me: Path, two: str, capsys: Any) -> None:
     flags = ["--prompts", two, "--strengths", "1", "--steps", "1", "--json"]
     assert run(["sample", str(me), *flags]) == 0

@@ -108,7 +108,8 @@ def sample(
     """Make a picture of each prompt of a library at several strengths of RUN, a finished run.
 
     Rows of the grid are prompts, columns strengths; a prompt has the same noise in all of them.
-    Pictures of an earlier sampling in the folder are replaced.
+    Pictures of an earlier sampling in the folder are replaced; the run's report.html shows them,
+    unless they go to another folder.
     """
     hush_libraries()
     _refuse_no_run([run])
@@ -121,6 +122,8 @@ def sample(
             run, strengths, prompts, subject, Look(**look), likeness_model, output
         )
         _make(sampled_runs.sample(asked, worker(), stop), asked.folder)
+        if output is None:
+            _tell_in_report(RunFolder(Path(run)))
     emit(_index_in(asked.folder), as_json, lambda data: _show(data, asked.folder))
 
 
@@ -169,6 +172,12 @@ def compare(
         asked = compared_runs.Comparison(runs, strength, output, prompts, subject, Look(**look))
         _make(compared_runs.compare(asked, worker(), stop), asked.folder)
     emit(_index_in(asked.folder), as_json, lambda _: _say_grid(asked.folder))
+
+
+def _tell_in_report(run: RunFolder) -> None:
+    from trainer.report.page import write_report  # noqa: PLC0415 - Pillow is not needed for --help
+
+    write_report(run, run.read_result())
 
 
 def _refuse_no_run(runs: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from trainer.printing import emit, json_option
 def report(run: Path, as_json: bool) -> None:
     """Make RUN's report.html anew: what it learnt, how it went, how to use it.
 
-    A training writes it at its end; made again, it has the pictures of `trainer sample` too.
+    A training writes it at its end, and `trainer sample` again.
     """
     from trainer.report.page import write_report  # noqa: PLC0415 - Pillow is not needed for --help
 

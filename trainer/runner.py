@@ -31,10 +31,7 @@ _WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CURSOR = b"\x1b[?25h"
 
 # What reading a folder raises in which somebody else has written.
-_UNREADABLE = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(OSError, RuntimeError, TypeError, ValueError),
-)
+_UNREADABLE = (LookupError, OSError, TypeError, ValueError)
 
 Stop = Callable[[], bool]
 Events = Generator[Event, None, None]

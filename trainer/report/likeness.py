@@ -38,8 +38,7 @@ def likeness(record: Record) -> str:
         "What was learnt, in scenes that the photographs do not show, from the base model alone to "
         "full strength; with `--likeness MODEL`, a CLIP, also how like the photographs it is:"
     )
-    root = shlex.quote(str(record.folder.root))
-    asked = f"trainer sample {root}\ntrainer report {root}"
+    asked = f"trainer sample {shlex.quote(str(record.folder.root))}"
     return section("likeness", _TITLE, paragraph(hint) + command(asked))
 
 
