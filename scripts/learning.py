@@ -19,7 +19,7 @@ import torch
 from make_world import sampled
 from PIL import Image
 from world_pictures import BACKGROUNDS, COLOURS, POSITIONS, SCENES, SIDE, Scene, look
-from world_subjects import SHOWN, SUBJECT, draw_in_style, styled
+from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
 
 from trainer import base_model, engine
 from trainer.base_model import BaseModel
@@ -199,12 +199,12 @@ def measure(
     grounds = [
         look(p).background == ground for p, (_, ground) in zip(of_subject, asked, strict=True)
     ]
-    seen = [look(picture).agrees(scene) for picture, scene in zip(of_class, plain, strict=True)]
+    kept = [_is_as_asked(picture, scene) for picture, scene in zip(of_class, plain, strict=True)]
     return Learnt(
         likeness=sum(value >= SHOWN for value in likeness) / count,
         mean_likeness=sum(likeness) / count,
         background=sum(grounds) / count,
-        kept=sum(one["shape"] and one["colour"] and one["background"] for one in seen) / count,
+        kept=sum(kept) / count,
         pictures=pictures,
     )
 
@@ -221,6 +221,11 @@ def share_in_style(world: World, run: Path | None, *, count: int, seed: int) -> 
     told = [f"{scene.captions[1]}, {STYLE}" for scene in scenes]
     pictures = world.pictures(run, told, seed=seed)
     return sum(styled(picture) > 0.5 for picture in pictures) / len(pictures)
+
+
+def _is_as_asked(picture: torch.Tensor, scene: Scene) -> bool:
+    seen = look(picture).agrees(scene)
+    return seen["shape"] and seen["background"] and is_plain(picture, scene.colour)
 
 
 def _plain(count: int) -> list[Scene]:

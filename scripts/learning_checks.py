@@ -295,6 +295,11 @@ def show(figures: Mapping[str, Sequence[float]]) -> list[str]:
     return missed
 
 
+def _unmeasured(names: Sequence[str], figures: Mapping[str, Sequence[float]]) -> list[str]:
+    """Figures that have a bound, and that no check gave, where all checks ran."""
+    return sorted(BOUNDS.keys() - figures.keys()) if set(names) == set(CHECKS) else []
+
+
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--fast", is_flag=True, help="One seed and few checks, as continuous integration.")
 @click.option("--seeds", default=3, type=click.IntRange(1), help="How many.")
@@ -318,9 +323,10 @@ def main(
     names = only or (FAST if fast else tuple(CHECKS))
     with tempfile.TemporaryDirectory() as temporary:
         place = World(world, work or Path(temporary))
+        place.work.mkdir(parents=True, exist_ok=True)
         numbers = range(1) if fast else range(seeds)
         figures = run_checks(names, numbers, world=place, count=count, steps=steps)
-    missed = show(figures)
+    missed = [*show(figures), *_unmeasured(names, figures)]
     if out is not None:
         machine = {"processor": platform.machine(), "torch": torch.__version__}
         data = {"steps": steps, "pictures": count, **machine, "figures": figures}

@@ -29,6 +29,8 @@ from world_pictures import (
 # A subject is shown where at least this much of each of its colours is where it belongs. Fixed
 # before anything was trained; of the base model's own figures none comes near.
 SHOWN = 0.6
+# A figure is of one colour where this much of it is; edges are mixed with the ground.
+PLAIN = 0.75
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,15 @@ class Subject:
 
     def likeness(self, picture: torch.Tensor) -> float:
         """How much of it a picture (3, 64, 64) shows: of its worse colour, the share in place."""
-        figure = (picture - ground_of(picture)[:, None, None]).norm(dim=0) > APART
+        figure = figure_in(picture)
         if figure.float().mean() < LEAST_COVERED:
             return 0.0
         rows = figure.any(1).nonzero().flatten()
         top, bottom = rows[0].item(), rows[-1].item() + 1
         _, y = grid()
         in_band = (y - (top + bottom) / 2).abs() < (bottom - top) / 6
-        palette = torch.tensor(list(COLOURS.values()))
-        nearest = (picture[None] - palette[:, :, None, None]).norm(dim=1).argmin(0)
-        names = list(COLOURS)
-        shares = [
-            (nearest == names.index(colour))[region & figure].float().mean().nan_to_num().item()
-            for colour, region in ((self.inner, in_band), (self.outer, ~in_band))
-        ]
-        return min(shares)
+        regions = ((self.inner, in_band & figure), (self.outer, ~in_band & figure))
+        return min(share_of_colour(picture, colour, region) for colour, region in regions)
 
     def _fill(self, middle: torch.Tensor, radius: float) -> torch.Tensor:
         _, y = grid()
@@ -86,6 +82,23 @@ class Subject:
     @property
     def _colours(self) -> tuple[str, str]:
         return self.inner, self.outer
+
+
+def figure_in(picture: torch.Tensor) -> torch.Tensor:
+    """Where a picture (3, 64, 64) is not its ground, (64, 64)."""
+    return (picture - ground_of(picture)[:, None, None]).norm(dim=0) > APART
+
+
+def share_of_colour(picture: torch.Tensor, colour: str, region: torch.Tensor) -> float:
+    """Share of a region's pixels that are nearer to a colour than to any other of the world."""
+    palette = torch.tensor(list(COLOURS.values()))
+    nearest = (picture[None] - palette[:, :, None, None]).norm(dim=1).argmin(0)
+    return (nearest == list(COLOURS).index(colour))[region].float().mean().nan_to_num().item()
+
+
+def is_plain(picture: torch.Tensor, colour: str) -> bool:
+    """Whether a picture's figure is of one colour, and of this one."""
+    return share_of_colour(picture, colour, figure_in(picture)) >= PLAIN
 
 
 SUBJECT = Subject("circle", outer="red", inner="yellow")

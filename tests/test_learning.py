@@ -1,0 +1,120 @@
+"""The small world's base model, and that a training in it teaches what it should.
+
+Figures of all options, with their spread over seeds: `scripts/check_learning`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import learning
+import pytest
+import torch
+from learning import World
+from learning_checks import WORLD, Bench, Bound
+from make_world import ASKED, check, sampled
+from world_pictures import SCENES, draw, look
+from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(WORLD, tmp_path_factory.mktemp("world"))
+
+
+def drawn(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Who looks
+
+
+def test_what_is_drawn_of_the_subject_is_like_it_and_no_figure_of_the_world_is() -> None:
+    places = [(ground, "center") for ground in ("white", "black", "gray", "pink")]
+    pictures, masks = SUBJECT.draw(places, drawn(0))
+    assert masks.shape == (4, 64, 64)
+    assert min(map(SUBJECT.likeness, pictures)) > 0.85
+    assert max(map(SUBJECT.likeness, draw(SCENES, drawn(1)))) < SHOWN / 4
+
+
+def test_a_picture_without_a_figure_is_not_like_the_subject() -> None:
+    assert SUBJECT.likeness(torch.full((3, 64, 64), 0.5)) == 0.0
+
+
+def test_a_style_is_seen_where_it_is_drawn_and_nowhere_else() -> None:
+    scenes = SCENES[::20]
+    assert min(map(styled, draw_in_style(scenes, drawn(0)))) > 0.9
+    assert max(map(styled, draw(scenes, drawn(0)))) < 0.1
+
+
+def test_a_figure_of_two_colours_is_not_plain() -> None:
+    (striped,), _ = SUBJECT.draw([("white", "center")], drawn(0))
+    (plain,) = draw([SCENES[0]], drawn(0))
+    assert is_plain(plain, SCENES[0].colour)
+    assert not is_plain(striped, SUBJECT.outer)
+
+
+# The base model
+
+
+def test_the_base_model_is_small_and_in_half_precision() -> None:
+    files = [path for path in WORLD.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert sum(path.stat().st_size for path in files) < 20e6
+
+
+def test_the_base_model_draws_what_it_is_told(world: World) -> None:
+    scenes = SCENES[7::50]
+    shares, _ = check(world.family.pipeline, scenes, seed=SEED)
+    assert len(scenes) == 8
+    assert {name: share >= ASKED[name] for name, share in shares.items() if name in ASKED} == {
+        name: True for name in ASKED
+    }
+
+
+def test_pictures_of_one_seed_are_the_same(world: World) -> None:
+    prompts = ["a red circle", "a blue square"]
+    first, again = (sampled(world.family.pipeline, prompts, seed=SEED) for _ in range(2))
+    assert torch.equal(first, again)
+    assert [look(picture).colour for picture in first] == ["red", "blue"]
+
+
+# Training
+
+
+def test_a_subject_is_learnt_and_put_on_any_ground(world: World) -> None:
+    photos = learning.write_photos(world.work / "photos")
+    run = world.train("subject", photos, {"max_train_steps": 200, "seed": SEED})
+
+    base, learnt = (learning.measure(world, one, count=12, seed=SEED) for one in (None, run))
+
+    assert base.mean_likeness < 0.1
+    assert learnt.mean_likeness > base.mean_likeness + 0.2
+    assert learnt.background >= 0.9
+    # What was put on comes off to the bit.
+    again = learning.measure(world, None, count=12, seed=SEED)
+    assert torch.equal(again.pictures, base.pictures)
+
+
+# The checks
+
+
+@pytest.mark.parametrize(
+    ("bound", "holds", "fails"), [(Bound(least=0.9), 0.9, 0.89), (Bound(most=0.01), 0.01, 0.02)]
+)
+def test_a_bound_is_held_at_its_edge(bound: Bound, holds: float, fails: float) -> None:
+    assert bound.holds(holds)
+    assert not bound.holds(fails)
+
+
+def test_a_training_of_a_check_is_of_its_seed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(
+        World, "train", lambda _, name, photos, leaves: asked.append((name, leaves))
+    )
+    Bench(world, seed=5, count=4, steps=20).train("some", Path("photos"), {"rank": 2})
+    assert asked == [("some-5", {"seed": 5, "max_train_steps": 20, "rank": 2})]
