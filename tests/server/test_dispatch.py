@@ -22,7 +22,7 @@ from trainer.server import dispatch, slots
 from trainer.server.backends import BackendError, Handover, Standing
 from trainer.server.backends.local import LocalBackend
 from trainer.server.database import Database
-from trainer.server.dispatch import Dispatcher, Limits
+from trainer.server.dispatch import Dispatcher, Lane, Limits
 from trainer.server.files import SCHEMA as FILES
 from trainer.server.files import FileStore
 from trainer.server.generators import Generators
@@ -65,9 +65,8 @@ class World:
             self.queue,
             self.files,
             self.folders,
-            backend=self.engine or self.backends[-1],
+            trainings=Lane(self.engine or self.backends[-1], self.command),
             generators=generators,
-            command=self.command,
             limits=self.limits,
         )
 
