@@ -226,9 +226,12 @@ class JobsQuery(BaseModel):
 
 
 class Face(BaseModel):
-    """A face that was found: left, top, width, height in pixels of the whole picture."""
+    """A face that was found, in pixels of the whole picture."""
 
-    box: list[float]
+    left: float
+    top: float
+    width: float
+    height: float
 
 
 class PreparedPicture(BaseModel):

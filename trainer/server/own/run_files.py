@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.job import RunFolder
-from trainer.server.own.messages import Face, Note, Prepared, PreparedPicture, PreparedSet
+from trainer.server.own.messages import Note, Prepared, PreparedPicture, PreparedSet
 
 _MOST_EVENT_BYTES = 2**18
 _PLACE = re.compile(r"(\d{1,20})-(\d{1,20})")
@@ -147,11 +147,9 @@ def _set(folder: Path, run: RunFolder) -> PreparedSet | None:
 
 def _picture(told: Mapping[str, Any], files: Mapping[str, Any], place: str) -> PreparedPicture:
     mask = files.get("mask") or {}
-    faces = [Face(box=face["box"]) for face in told.get("faces", ()) if "box" in face]
     return PreparedPicture.model_validate(
         {
             **{n: told[n] for n in PreparedPicture.model_fields if n in told},
-            "faces": faces,
             "thumbnail": _below(place, files.get("thumbnail")),
             "mask_view": _below(place, mask.get("view")),
         }

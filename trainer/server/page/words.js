@@ -1,0 +1,80 @@
+// Numbers, times and names as people read them.
+
+const FILES = {
+  diffusers_lora: "For diffusers",
+  kohya_lora: "For ComfyUI, A1111 and the like",
+  kohya_lora_comfyui: "For ComfyUI, DoRA as it reads it",
+  peft_folder: "For PEFT",
+  denoiser_weights: "All weights of the denoiser",
+  denoiser_config: "What the denoiser is",
+  text_encoder_weights: "All weights of the text encoder",
+  text_encoder_config: "What the text encoder is",
+  text_encoder_2_weights: "All weights of the second text encoder",
+  text_encoder_2_config: "What the second text encoder is",
+  embeddings: "The new tokens",
+  token_embedding: "One new token, for ComfyUI and A1111",
+  extraction_report: "How the LoRA was taken from the weights",
+  config: "The settings, to train again",
+  model_card: "Model card",
+  loss_plot: "The loss, drawn",
+  verification: "What was read back",
+  debug_dataset: "Pictures as the first steps saw them",
+  debug_masks: "Masks as the first steps used them",
+  picture: "Picture",
+};
+
+const SERVICES = { page: "this page", fal: "fal", novita: "Novita", bfl: "BFL" };
+const KINDS = { training: "Training", generation: "Pictures", preparation: "Preparation" };
+const STATES = {
+  queued: "waiting", running: "running", done: "done", failed: "failed", cancelled: "cancelled",
+};
+
+/** What a result file is for. */
+export const fileWords = (role) => FILES[role] ?? role.replaceAll("_", " ");
+export const serviceWords = (name) => SERVICES[name] ?? name;
+export const kindWords = (kind) => KINDS[kind] ?? kind;
+
+/** Where a job stands. */
+export function stateWords(job) {
+  const ends = job.cancel_requested && job.state === "running";
+  return ends ? "ending" : STATES[job.state];
+}
+
+/** A size in units of a thousand. */
+export function bytes(size) {
+  const units = ["bytes", "kB", "MB", "GB"];
+  let number = size, unit = 0;
+  while (number >= 1000 && unit < units.length - 1) {
+    number /= 1000;
+    unit += 1;
+  }
+  return `${unit && number < 100 ? number.toFixed(1) : Math.round(number)} ${units[unit]}`;
+}
+
+/** A span of time, roughly. */
+export function span(seconds) {
+  if (seconds < 90) {
+    return `${Math.max(1, Math.round(seconds))} s`;
+  }
+  const minutes = Math.round(seconds / 60);
+  return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** A moment, from seconds since 1970. */
+export function moment(seconds) {
+  const then = new Date(seconds * 1000);
+  const isToday = then.toDateString() === new Date().toDateString();
+  const day = isToday ? {} : { day: "numeric", month: "short" };
+  return then.toLocaleString(undefined, { ...day, hour: "2-digit", minute: "2-digit" });
+}
+
+/** So many things, with the word in the right number. */
+export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
+
+/** A value as it stands in a file. */
+export function shown(value) {
+  if (Array.isArray(value)) {
+    return value.map(shown).join(", ");
+  }
+  return value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value);
+}
