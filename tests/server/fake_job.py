@@ -63,7 +63,9 @@ def prepare(output: Path) -> int:
         (folder / name).write_bytes(PIXEL)
     picture = {
         **{"name": "000-a.png", "size": [64, 96], "trained_size": [64, 64]},
-        **{"trained_box": [16, 0, 64, 64], },
+        **{
+            "trained_box": [16, 0, 64, 64],
+        },
         "faces": [{"left": 20, "top": 4, "width": 16, "height": 16, "score": 1}],
         **{"caption": "a cup", "caption_origin": "instance_prompt", "repeats": 1, "mask": None},
         **{"remarks": [{"kind": "warning", "text": "is soft"}], "each_time": []},

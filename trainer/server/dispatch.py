@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trainer.durable import disk_errors, write_text
+from trainer.durable import write_text
 from trainer.errors import TrainerError
 from trainer.generation import GenerationFolder
 from trainer.job import Result
@@ -281,8 +281,8 @@ class Dispatcher:
     def _hand_over(self, job: Job) -> bool:
         """Gives a job to what works on its kind; false where that cannot be now."""
         folder = self._folders.of(job.id)
-        with disk_errors(folder.root):
-            folder.root.mkdir(parents=True, exist_ok=True)
+        # One that is refused takes back what it made, and leaves its reason where a folder was.
+        folder.run.create()
         if not folder.config.exists():
             write_text(folder.config, job.work)
         # What an interrupted start said must not be taken for what this one says.

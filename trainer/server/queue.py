@@ -196,11 +196,11 @@ class Queue:
         return None if row is None else _as_job(row)
 
     def position(self, job: Job) -> int:
-        """Jobs that go before this one, from 0."""
+        """Jobs that go before this one, from 0: preparations wait in a line of their own."""
         row = self._database.row(
-            "SELECT count(*) FROM jobs WHERE state = 'queued' AND"
+            "SELECT count(*) FROM jobs WHERE state = 'queued' AND (kind = 'preparation') = ? AND"
             " (priority, number) < (SELECT priority, number FROM jobs WHERE id = ?)",
-            (job.id,),
+            (job.kind == "preparation", job.id),
         )
         assert row is not None
         return int(row[0])

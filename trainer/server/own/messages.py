@@ -70,10 +70,13 @@ class Wanted(BaseModel):
 
 
 class Checked(BaseModel):
-    """What a submission means."""
+    """What a submission means, or what is wrong with it."""
 
-    values: dict[str, Any] = Field(description="Every option, without those that say where.")
-    notes: list[Note]
+    values: dict[str, Any] = Field(
+        {}, description="Every option, without those that say where pictures are."
+    )
+    notes: list[Note] = []
+    problems: list[Problem] = []
 
 
 class Option(BaseModel):

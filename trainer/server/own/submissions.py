@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -16,6 +16,7 @@ from trainer.picture_lists import ListedPicture, picture_list
 from trainer.presets import load_preset
 from trainer.resolve import Layer
 from trainer.server.inputs import CONCEPTS, DATA
+from trainer.server.own import messages
 from trainer.server.own.form import REFUSED
 from trainer.server.own.messages import Checked, Note, Submission, Wanted
 from trainer.server.queue import Job
@@ -47,6 +48,11 @@ def received(payload: Mapping[str, Any], model: type[Sent]) -> Sent:
     return model.model_validate(known)
 
 
+def told(problems: Iterable[Problem]) -> list[messages.Problem]:
+    """What is wrong, as the page is told."""
+    return [messages.Problem(field=p.field, message=p.message, hint=p.hint) for p in problems]
+
+
 def configuration(sent: Submission, workshop: Workshop) -> str:
     """The configuration that a submission means here, as YAML.
 
@@ -57,14 +63,19 @@ def configuration(sent: Submission, workshop: Workshop) -> str:
 
 
 def checked(sent: Submission, workshop: Workshop) -> Checked:
-    """What a submission means, whatever its pictures.
+    """What a submission means, or what is wrong with it, whatever its pictures.
 
     Raises:
-        Refusal: with every option at fault.
+        Refusal: the server itself is at fault.
     """
     options = {k: v for k, v in sent.options.items() if k not in (*DATA, CONCEPTS)}
     bare = sent.model_copy(update={"pictures": [], "archive": _ANY_PICTURES, "options": options})
-    config = workshop.resolved(lambda: _layers(bare), str)
+    try:
+        config = workshop.resolved(lambda: _layers(bare), str)
+    except Refusal as refusal:
+        if refusal.reason != "invalid":
+            raise
+        return Checked(problems=told(refusal.problems))
     values = {n: v for n, v in config.model_dump(mode="json").items() if n != "resolved"}
     flat = {name: value for section in values.values() for name, value in section.items()}
     return Checked(

@@ -28,7 +28,6 @@ export const post = (path, body) => answered(path, {
 /** Shows a picture that may need the key; an image element asks without it. */
 export async function show(image, path) {
   if (!key() || path.startsWith("/files/")) {
-    image.loading = "lazy";
     image.src = path;
     return;
   }

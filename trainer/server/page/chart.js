@@ -2,7 +2,7 @@
 
 import { h, put, s } from "./dom.js";
 
-const WIDTH = 860, HEIGHT = 260;
+const WIDEST = 1048, NARROWEST = 280, HEIGHT = 250;
 const LEFT = 52, RIGHT = 12, TOP = 12, BOTTOM = 30;
 const MOST_POINTS = 800;
 
@@ -44,16 +44,18 @@ export class Chart {
     // One wild step is not to press all others flat.
     const most = Math.max(ordered[Math.floor((ordered.length - 1) * 0.985)], ...this.smooth.map(([, loss]) => loss),
       ...this.validation.map(([, loss]) => loss)) * 1.08 || 1;
-    const x = (step) => LEFT + (step / steps) * (WIDTH - LEFT - RIGHT);
     const y = (loss) => TOP + (1 - Math.min(1, loss / most)) * (HEIGHT - TOP - BOTTOM);
+    // As wide as it is shown, so that its letters have their size.
+    const width = Math.min(WIDEST, Math.max(NARROWEST, this.element.clientWidth));
+    const x = (step) => LEFT + (step / steps) * (width - LEFT - RIGHT);
     const words = `Loss over the steps: now ${now.toFixed(4)}, smoothed ${smooth.toFixed(4)}`;
     put(this.element,
-      s("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": words },
+      s("svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": words },
         ticks(most, 4).map((loss) => [
-          s("line", { class: "rule", x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) }),
+          s("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }),
           s("text", { x: LEFT - 8, y: y(loss) + 4, "text-anchor": "end" }, short(loss)),
         ]),
-        ticks(steps, 5).map((step) => s("text", { x: x(step), y: HEIGHT - 8, "text-anchor": "middle" }, String(step))),
+        ticks(steps, width > 500 ? 6 : 3).map((step) => s("text", { x: x(step), y: HEIGHT - 8, "text-anchor": "middle" }, String(step))),
         s("path", { class: "raw", d: line(this.raw, x, y) }),
         s("path", { class: "smooth", d: line(this.smooth, x, y) }),
         this.validation.map(([step, loss]) => s("circle", { class: "validation", cx: x(step), cy: y(loss), r: 4 }))),

@@ -37,6 +37,11 @@ export function field(label, control, hint = "", { name = "" } = {}) {
     hint && h("p", { class: "hint", id: hintId }, hint));
 }
 
+/** A text in whose backticks stand words of code. */
+export function ticked(text) {
+  return text.split(/`([^`]+)`/).map((part, place) => (place % 2 ? h("code", {}, part) : part));
+}
+
 /** Says something to those who do not see the page change. */
 export function say(text) {
   const place = document.getElementById("said");

@@ -3,7 +3,9 @@
 import { whole } from "./api.js";
 
 const PLACE = "trainer-draft";
-const EMPTY = { pictures: [], subject: "person", preset: "", options: {}, preparation: null, touched: false };
+// What a subject sets beside its preset; shown with all that is changed.
+export const BESIDE = { person: { face_aware_cropping: true } };
+const EMPTY = { pictures: [], subject: "person", preset: "", options: { ...BESIDE.person }, preparation: null };
 
 /** The draft; `pictures` are {name, address, kind, caption}. */
 export const draft = { ...structuredClone(EMPTY), ...kept() };
@@ -27,7 +29,6 @@ export function renew(request = {}) {
     subject: subject ?? "",
     preset: preset ?? "",
     options: { ...options },
-    touched: true,
   });
   keep();
 }

@@ -2,7 +2,7 @@
 
 import { get, Lost, post, show, wait } from "./api.js";
 import { Chart } from "./chart.js";
-import { h, put, say } from "./dom.js";
+import { h, put, say, ticked } from "./dom.js";
 import { renew } from "./draft.js";
 import { showPrepared } from "./photographs.js";
 import { capital } from "./problems.js";
@@ -26,6 +26,7 @@ class View {
     this.signal = signal;
     this.chart = new Chart();
     this.samples = [];
+    this.shownSamples = 0;
     this.notes = new Map();
     this.stage = null;
     this.saidShare = -1;
@@ -33,12 +34,14 @@ class View {
     this.going = h("div", { class: "going" });
     this.outcome = h("div", {});
     this.previews = h("section", { "aria-label": "Previews" });
+    this.trial = h("section", { "aria-label": "Try it" });
+    this.report = h("section", { "aria-label": "Report" });
     this.told = h("section", { "aria-label": "Notes" });
     this.more = h("div", {});
   }
 
   parts() {
-    return [this.head, this.going, this.chart.element, this.outcome, this.previews, this.told, this.more];
+    return [this.head, this.going, this.chart.element, this.outcome, this.previews, this.trial, this.report, this.told, this.more];
   }
 
   /** Asks again and again until the job is over. */
@@ -153,7 +156,7 @@ class View {
     every.sort((one, other) => order(one.kind) - order(other.kind));
     put(this.told, every.length > 0 && h("h2", {}, "What to know"),
       every.map(({ kind, field, message }) => h("p", { class: `note ${kind}` },
-        h("b", {}, kind === "warning" ? "Warning" : NOTES[kind] ?? capital(kind)), `, ${field}: ${message}`)));
+        h("b", {}, NOTES[kind] ?? capital(kind)), `, ${field}: `, ticked(message))));
   }
 
   async cancel(button) {
@@ -182,17 +185,15 @@ class View {
       get(`/trainer/jobs/${this.id}/prepared`).then((found) => showPrepared(this.more, this.id, found));
       return;
     }
-    const report = h("div", {});
-    const trial = h("section", { "aria-label": "Try it" });
-    put(this.more, trial, report, sampled(details, this.id),
+    put(this.more, sampled(details, this.id),
       details.has_prepared && folded("Photographs as they were trained", async (box) => {
         showPrepared(box, this.id, await get(`/trainer/jobs/${this.id}/prepared`));
       }), chosen(details));
     if (details.kind === "training" && details.state === "done") {
-      trials(trial, details, this.signal);
+      trials(this.trial, details, this.signal);
     }
     if (details.has_report) {
-      this.showReport(report);
+      this.showReport(this.report);
     }
   }
 

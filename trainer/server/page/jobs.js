@@ -11,7 +11,7 @@ const PAGE = 50;
 /** The view. */
 export async function jobs(main, signal) {
   const body = h("tbody", {});
-  const table = h("table", { class: "tablelike", hidden: true },
+  const table = h("table", { class: "tablelike joblist", hidden: true },
     h("thead", {}, h("tr", {}, ["Job", "Asked for", "State", "Time", ""].map((text) => h("th", { scope: "col" }, text)))), body);
   const none = h("p", { class: "soft" });
   const more = h("button", { type: "button", hidden: true, onclick: () => {

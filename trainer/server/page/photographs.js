@@ -1,7 +1,7 @@
 // The first step: pictures come, are looked at, and get captions.
 
-import { get, Lost, post, show, upload, wait } from "./api.js";
-import { h, put, s, say } from "./dom.js";
+import { get, Lost, post, Refused, show, upload, wait } from "./api.js";
+import { h, put, s, say, ticked } from "./dom.js";
 import { draft, keep, seenOf, submission } from "./draft.js";
 import { capital, clearProblems, showProblems } from "./problems.js";
 import { count } from "./words.js";
@@ -176,6 +176,9 @@ class View {
         const { state, position } = told.job;
         if (state === "done") {
           showPrepared(this.found, id, await get(`/trainer/jobs/${id}/prepared`), { editable: true });
+          if (draft.preparation.of !== seenOf(submission())) {
+            this.found.firstChild.after(h("p", { class: "note warning" }, "Settings have changed since; look again to see what they do."));
+          }
           say("The photographs are prepared");
           return;
         }
@@ -197,8 +200,8 @@ class View {
     const { failure } = await get(`/trainer/jobs/${id}`);
     draft.preparation = null;
     put(this.found);
-    const error = new Error(failure ? `${failure.message}${failure.hint ? `; ${failure.hint}` : ""}` : "the preparation was cancelled");
-    showProblems(this.problems, this.problems, error);
+    const text = failure ? `${failure.message}${failure.hint ? `; ${failure.hint}` : ""}` : "the preparation was cancelled";
+    showProblems(this.problems, this.problems, new Refused(422, text, failure?.problems ?? []), { elsewhere });
   }
 }
 
@@ -251,7 +254,7 @@ export function showPrepared(place, id, { sets }, { editable = false } = {}) {
     sets.map((set) => h("div", {},
       set.name && h("h3", {}, capital(set.name.replaceAll("_", " "))),
       advice(set),
-      set.notes.map(({ kind, message }) => h("p", { class: `note ${kind}` }, message)),
+      set.notes.map(({ kind, message }) => h("p", { class: `note ${kind}` }, ticked(message))),
       set.left_out.map(({ name, reason }) => h("p", { class: "note warning" }, h("b", {}, plain(name)), ` is left out: ${reason}`)),
       h("ul", { class: "prepared" }, set.pictures.map((picture) => card(picture, id, editable && !set.name))),
       set.sheets.length > 0 && sheets(set.sheets, id))));

@@ -1,7 +1,7 @@
 // What the server refuses, shown at the field at fault and together above.
 
 import { Refused } from "./api.js";
-import { h, newId, say } from "./dom.js";
+import { h, newId, say, ticked } from "./dom.js";
 
 /** Removes all that was shown within a place. */
 export function clearProblems(place) {
@@ -20,20 +20,20 @@ export function showProblems(place, summary, error, { open = () => {}, elsewhere
   clearProblems(place);
   const problems = error instanceof Refused ? error.problems : [];
   const items = problems.map((problem) => {
-    const words = h("span", {}, `${problem.message}${problem.hint ? `; ${problem.hint}` : ""}`);
+    const words = h("span", {}, ticked(`${problem.message}${problem.hint ? `; ${problem.hint}` : ""}`));
     const control = at(place, problem, open);
     const way = elsewhere(problem.field);
     if (control) {
       const link = h("a", { href: `#${control.id}`, onclick: (event) => {
         event.preventDefault();
-        open(problem.field);
+        open(problem.field.split(/[.[]/)[0]);
         control.focus();
       } }, problem.field);
       return h("li", {}, link, ": ", words);
     }
     return h("li", {}, way ? h("a", { href: way }, problem.field) : h("b", {}, problem.field), ": ", words);
   });
-  const text = problems.length ? "This cannot be done yet:" : capital(error.message);
+  const text = problems.length ? "This cannot be done yet:" : ticked(capital(error.message));
   summary.replaceChildren(h("div", { class: "problem problems", role: "alert", "data-problem": true, tabindex: "-1" },
     text, items.length > 0 && h("ul", {}, items)));
   summary.firstChild.focus({ preventScroll: true });
@@ -58,7 +58,7 @@ export function at(place, { field, message, hint }, open = () => {}) {
   control.setAttribute("aria-invalid", "true");
   control.setAttribute("aria-errormessage", id);
   holder.querySelectorAll("[data-problem]").forEach((shown) => shown.remove());
-  holder.append(h("p", { class: "problem", id, "data-problem": true }, message, hint && h("span", { class: "hint" }, hint)));
+  holder.append(h("p", { class: "problem", id, "data-problem": true }, ticked(message), hint && h("span", { class: "hint" }, ticked(hint))));
   return control;
 }
 

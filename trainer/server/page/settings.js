@@ -1,8 +1,8 @@
 // The second step: what the pictures show, on which model, and any option there is.
 
 import { get, Lost, post, wait } from "./api.js";
-import { field, h, put, say } from "./dom.js";
-import { draft, keep, submission } from "./draft.js";
+import { field, h, put, say, ticked } from "./dom.js";
+import { BESIDE, draft, keep, submission } from "./draft.js";
 import { chips, Options } from "./options.js";
 import { at, clearProblems, showProblems } from "./problems.js";
 
@@ -12,8 +12,6 @@ const SUBJECTS = {
   style: ["A style", "A manner of drawing or photographing"],
   "": ["Something else", "The usual settings"],
 };
-// What a subject sets beside its preset; shown with all that is changed.
-const BESIDE = { person: { face_aware_cropping: true } };
 const USUAL_MODEL = "model_url";
 const CHECK_SECONDS = 0.35;
 
@@ -50,6 +48,10 @@ class View {
     this.summary = h("div", {});
     this.chips = h("ul", { class: "chips", "aria-label": "Changed options" });
     this.notes = h("div", { role: "status" });
+    this.every = h("details", { class: "section every" },
+      h("summary", {}, "Every option", h("span", { class: "hint" }, `all ${this.options.declared.size} of them`)),
+      h("p", { class: "soft" }, "Nothing here needs to be touched. What is changed is sent, the rest is as the choices above have it."),
+      this.options.element());
     this.start = h("button", { type: "submit", class: "main" }, "Start the training");
     this.checks = 0;
   }
@@ -60,10 +62,7 @@ class View {
       this.submit();
     } },
       this.subject(), this.model(), this.most(),
-      h("fieldset", {}, h("legend", {}, "Every option"),
-        h("p", { class: "soft" }, "Nothing here needs to be touched. What is changed is sent, the rest is as the choices above have it."),
-        this.chips, this.options.element()),
-      this.notes, this.summary,
+      this.every, this.chips, this.notes, this.summary,
       h("div", { class: "actions" }, this.start, h("a", { class: "button", href: "#/photographs" }, "Back to the photographs")));
     this.element = form;
     return [
@@ -81,9 +80,6 @@ class View {
         onchange: () => this.choose(name) });
       return h("label", { class: "choice" }, radio, h("span", {}, words), h("span", { class: "hint" }, hint));
     };
-    if (draft.subject in BESIDE && !draft.touched) {
-      Object.assign(draft.options, BESIDE[draft.subject], draft.options);
-    }
     const others = this.form.presets.filter(({ name }) => !this.form.subjects.includes(name));
     const about = h("p", { class: "hint" });
     const preset = h("select", { onchange: () => {
@@ -108,7 +104,6 @@ class View {
     }
     Object.assign(draft.options, BESIDE[name] ?? {});
     draft.subject = name;
-    draft.touched = true;
     this.options.know(this.options.values);
     this.changed();
   }
@@ -172,19 +167,18 @@ class View {
   async check() {
     const number = ++this.checks;
     try {
-      const { values, notes } = await post("/trainer/checks", { ...submission(), pictures: [], archive: undefined });
+      const { values, notes, problems } = await post("/trainer/checks", { ...submission(), pictures: [], archive: undefined });
       if (number === this.checks) {
         clearProblems(this.element);
+        problems.forEach((problem) => at(this.element, problem));
         this.usual(values);
         put(this.notes, notes.filter(({ kind }) => kind !== "ignored").map(({ kind, field: name, message }) =>
-          h("p", { class: `note ${kind}` }, h("b", {}, name), ` ${message}`)));
+          h("p", { class: `note ${kind}` }, h("b", {}, name), " ", ticked(message))));
         this.show();
       }
     } catch (error) {
-      if (number === this.checks && error.problems) {
-        clearProblems(this.element);
-        error.problems.forEach((problem) => this.at(problem));
-        this.show();
+      if (!(error instanceof Lost)) {
+        showProblems(this.element, this.summary, error);
       }
     }
   }
@@ -192,11 +186,7 @@ class View {
   /** What options are where nothing is changed: the answer without what is. */
   usual(values) {
     const kept = Object.fromEntries(Object.keys(draft.options).map((name) => [name, this.options.values[name]]));
-    this.options.know({ ...values, ...kept });
-  }
-
-  at(problem) {
-    return at(this.element, problem);
+    this.options.know({ ...this.options.values, ...values, ...kept });
   }
 
   async submit() {
@@ -213,7 +203,10 @@ class View {
       location.hash = `#/jobs/${job.id}`;
     } catch (error) {
       showProblems(this.element, this.summary, error, {
-        open: (name) => this.options.open(name),
+        open: (name) => {
+          this.every.open ||= !this.mains.has(name);
+          this.options.open(name);
+        },
         elsewhere: (name) => name === "images_data_url" ? "#/photographs" : "",
       });
     }

@@ -24,7 +24,6 @@ from trainer.server.own.messages import (
     Jobs,
     JobsQuery,
     Prepared,
-    Problem,
     ReportAddress,
     Submission,
     Wanted,
@@ -58,7 +57,7 @@ async def choices(request: Request, _: Workshop) -> Response:
 
 
 async def check(request: Request, workshop: Workshop) -> Response:
-    """Tells what a submission means, whatever its pictures."""
+    """Tells what a submission means, or what is wrong with it, whatever its pictures."""
     sent = submissions.received(await read_json(request, _MOST_JSON), Submission)
     return _answer(await run_in_threadpool(submissions.checked, sent, workshop))
 
@@ -190,8 +189,7 @@ async def generate(request: Request, workshop: Workshop) -> Response:
 
 def refused(refusal: Refusal) -> Response:
     """What is wrong, in one text and by field."""
-    problems = [Problem(field=p.field, message=p.message, hint=p.hint) for p in refusal.problems]
-    body = Error(detail=refusal.message, problems=problems)
+    body = Error(detail=refusal.message, problems=submissions.told(refusal.problems))
     return JSONResponse(body.model_dump(), refusal.status, refusal.headers)
 
 
