@@ -55,7 +55,7 @@ class Inputs:
         return [self._admitted(layer) for layer in layers]
 
     def _admitted(self, layer: Layer) -> Layer:
-        values, problems = dict(layer.values), list(layer.problems)
+        values, problems, wrong = dict(layer.values), list(layer.problems), set(layer.wrong)
         judges: Mapping[str, Callable[[str, str], str]] = {
             **dict.fromkeys(DATA, self.data),
             **dict.fromkeys((*MODELS, *PATHS), self._model),
@@ -72,8 +72,9 @@ class Inputs:
                 values[CONCEPTS] = self._concepts(values[CONCEPTS])
         except InputError as error:
             problems += error.problems
+            wrong.add(CONCEPTS)
             del values[CONCEPTS]
-        return replace(layer, values=values, problems=problems)
+        return replace(layer, values=values, problems=problems, wrong=wrong)
 
     def _concepts(self, concepts: Sequence[Any]) -> list[Any]:
         """The same concepts, each with locations that a job may read.
