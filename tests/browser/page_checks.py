@@ -95,6 +95,7 @@ class Visit:
     def open(self, view: str = "") -> Page:
         """Opens a view of the page."""
         self.page.goto(f"{self.server.url}/{view}")
+        self.page.bring_to_front()
         expect(self.page.locator("h1")).to_be_visible()
         return self.page
 
