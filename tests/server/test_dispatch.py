@@ -708,3 +708,16 @@ def test_inference_that_does_not_leave_is_ended_so_that_a_training_begins(
     world.until_over(pictures, training)
 
     assert [world.state(job) for job in (pictures, training)] == ["done", "done"]
+
+
+def test_the_run_folder_is_there_before_a_training_so_that_a_refusal_stays_in_it(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.engine = FarEngine()
+    world.restart()
+    job = world.submit()
+
+    world.dispatcher.tick()
+
+    assert world.folders.of(job.id).run.root.is_dir()

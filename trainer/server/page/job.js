@@ -37,7 +37,7 @@ class View {
     this.trial = h("section", { "aria-label": "Try it" });
     this.report = h("section", { "aria-label": "Report" });
     this.told = h("section", { "aria-label": "Notes" });
-    this.more = h("div", {});
+    this.more = h("div", { class: "more" });
   }
 
   parts() {
@@ -210,10 +210,10 @@ function failure({ state, failure: failed }) {
   if (state === "cancelled") {
     return h("p", { class: "note" }, "It was ended before it was done.");
   }
-  return failed && h("div", { class: "problem", role: "alert" }, h("b", {}, "It failed. "),
+  return failed && h("div", { class: "problem problems", role: "alert" }, h("b", {}, "It failed. "),
     failed.problems.length ? h("ul", {}, failed.problems.map(({ field, message, hint }) =>
-      h("li", {}, h("b", {}, field), `: ${message}`, hint && h("span", { class: "hint" }, capital(hint))))) : capital(failed.message),
-    failed.hint && h("span", { class: "hint" }, capital(failed.hint)));
+      h("li", {}, h("b", {}, field), ": ", ticked(message), hint && h("span", { class: "hint" }, ticked(capital(hint)))))) : ticked(capital(failed.message)),
+    failed.hint && h("span", { class: "hint" }, ticked(capital(failed.hint))));
 }
 
 function files({ files: all }) {
