@@ -67,7 +67,7 @@ def details(job: Job, workshop: Workshop) -> JobDetails:
         failure=_failure(result),
         files=_files(job, result, workshop),
         trials=_trials(job, workshop) if job.kind == "training" else [],
-        sampled=run_files.sampled(run),
+        sampled=without_paths(run_files.sampled(run), workshop),
         has_report=run.report.is_file(),
         has_prepared=run_files.has_prepared(run),
     )

@@ -171,6 +171,7 @@ class View {
       if (number === this.checks) {
         clearProblems(this.element);
         problems.forEach((problem) => at(this.element, problem));
+        say(problems.map(({ field: name, message }) => `${name}: ${message}`).join(". "));
         this.usual(values);
         put(this.notes, notes.filter(({ kind }) => kind !== "ignored").map(({ kind, field: name, message }) =>
           h("p", { class: `note ${kind}` }, h("b", {}, name), " ", ticked(message))));

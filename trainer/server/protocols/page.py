@@ -118,7 +118,8 @@ async def prepared(request: Request, workshop: Workshop) -> Response:
     """Tells how pictures were prepared."""
 
     def told() -> Prepared:
-        return run_files.prepared(workshop.folders.of(_job(request, workshop).id).run)
+        found = run_files.prepared(workshop.folders.of(_job(request, workshop).id).run)
+        return Prepared.model_validate(standing.without_paths(found.model_dump(), workshop))
 
     return _answer(await run_in_threadpool(told))
 
