@@ -146,6 +146,15 @@ def fill(page: Page, **texts: str) -> None:
         field.blur()
 
 
+def begun(server: RunningServer, name: str) -> str:
+    """The id of a training that another program began."""
+    headers = {"x-fal-file-name": "a.png"}
+    upload = httpx2.post(f"{server.url}/files/upload", content=PIXEL, headers=headers).json()
+    body = {"archive": upload["access_url"], "options": {"output_name": name}}
+    id: str = httpx2.post(f"{server.url}/trainer/trainings", json=body).json()["id"]
+    return id
+
+
 def state_of(page: Page, state: str, seconds: float = 120) -> None:
     """Waits until the job that is shown stands so."""
     expect(page.locator("h1 + .state")).to_have_text(state, timeout=seconds * SECONDS)
@@ -275,6 +284,7 @@ def test_everything_is_done_by_keyboard_alone(
 def test_no_view_is_wider_than_the_screen(
     visit: Open, fake: RunningServer, photos: list[Path], size: dict[str, int]
 ) -> None:
+    begun(fake, f"at {size['width']}")
     seen = visit(fake, viewport=size)
     page = seen.open()
     bring(page, photos[:3])
@@ -404,13 +414,7 @@ def test_a_lost_server_is_told_and_the_page_goes_on_with_it(
 
 
 def test_a_waiting_and_a_running_job_are_cancelled(visit: Open, fake: RunningServer) -> None:
-    upload = httpx2.post(
-        f"{fake.url}/files/upload", content=PIXEL, headers={"x-fal-file-name": "a.png"}
-    )
-    body = {"archive": upload.json()["access_url"], "options": {"output_name": "one"}}
-    running = httpx2.post(f"{fake.url}/trainer/trainings", json=body).json()["id"]
-    body["options"] = {"output_name": "two"}
-    waiting = httpx2.post(f"{fake.url}/trainer/trainings", json=body).json()["id"]
+    running, waiting = begun(fake, "one"), begun(fake, "two")
     page = visit(fake).open("#/jobs")
     page.get_by_role("button", name="Take out two").click()
     page.get_by_role("button", name="Stop one").click()
@@ -424,11 +428,7 @@ def test_a_waiting_and_a_running_job_are_cancelled(visit: Open, fake: RunningSer
 def test_nothing_runs_in_a_report_and_previews_come_as_they_are_made(
     visit: Open, fake: RunningServer
 ) -> None:
-    upload = httpx2.post(
-        f"{fake.url}/files/upload", content=PIXEL, headers={"x-fal-file-name": "a.png"}
-    )
-    body = {"archive": upload.json()["access_url"], "options": {"output_name": "told"}}
-    id = httpx2.post(f"{fake.url}/trainer/trainings", json=body).json()["id"]
+    id = begun(fake, "told")
     run = fake.data / "jobs" / id / "run"
     wait_for((run / "events.jsonl").exists)
     (run / "samples/000000").mkdir(parents=True)

@@ -25,7 +25,7 @@ from trainer.server.workshop import Workshop
 
 SERVICE = "this server"
 PICTURES = "images_data_url"
-_PAGE = "the page"
+_PAGE = "your settings"
 # Stands for the pictures where they do not matter.
 _ANY_PICTURES = "https://photos.example"
 

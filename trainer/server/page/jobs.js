@@ -58,7 +58,7 @@ function row(job, look) {
   const took = isOver && job.started ? `took ${span(job.ended - job.started)}`
     : job.seconds_left !== null ? `about ${span(job.seconds_left)} left` : "";
   return h("tr", {},
-    h("td", {}, h("a", { href: `#/jobs/${job.id}`, id: `open-${job.id}` }, name), h("div", { class: "hint" }, kindWords(job.kind))),
+    h("td", {}, h("a", { href: `#/jobs/${job.id}`, id: `open-${job.id}` }, name), job.name && h("div", { class: "hint" }, kindWords(job.kind))),
     h("td", {}, moment(job.created), h("div", { class: "hint" }, job.protocol === "page" ? "here" : `${serviceWords(job.protocol)} · ${job.app}`)),
     h("td", {}, h("span", { class: `state ${job.state}` }, stateWords(job)), far && h("span", { class: "hint number" }, ` ${far}`)),
     h("td", { class: "number" }, took),
