@@ -44,6 +44,9 @@ ASKED = {"colour": 0.95, "shape": 0.90, "background": 0.95}
 CHECKED, GUIDANCE, SAMPLING_STEPS = 100, 3.0, 20
 
 LEARNING = ("unet", "text_encoder", "text_encoder_2")
+# Pixels of a side of the parts that a VAE learns from, and the share of its steps that they last.
+PART, WHOLE_FROM = 32, 0.6
+
 # Of the running mean of weights that is kept in the end.
 DECAY = 0.998
 
@@ -56,7 +59,7 @@ class Plan:
     """How much is trained.
 
     Args:
-        vae_steps: of `vae_batch` pictures.
+        vae_steps: of `vae_batch` parts of pictures.
         vae_copies: pictures of each scene that the VAE learns from, beside as many of anything.
         vae_rate: its highest learning rate.
         steps: of `batch` latents, of UNet and text encoders together.
@@ -65,13 +68,13 @@ class Plan:
         dropped: share of captions that are left out, for guidance.
     """
 
-    vae_steps: int = 4000
-    vae_batch: int = 24
-    steps: int = 4000
-    batch: int = 64
+    vae_steps: int = 3600
+    vae_batch: int = 32
+    steps: int = 3000
+    batch: int = 48
     copies: int = 40
     vae_copies: int = 10
-    vae_rate: float = 2e-3
+    vae_rate: float = 3e-3
     rate: float = 1.5e-3
     dropped: float = 0.1
 
@@ -123,7 +126,8 @@ def new_vae() -> AutoencoderKL:
         block_out_channels=(8, 24, 64, 128),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        # Groups of one channel would take away how light a picture is.
+        norm_num_groups=2,
         sample_size=SIDE,
     )
 
@@ -188,7 +192,9 @@ def steps_with(
         rate: the highest learning rate.
     """
     parameters, means = list(learning.parameters()), list(averaged.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     warm = max(1, count // 20)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (1 + math.cos(math.pi * step / count)) / 2)
@@ -225,7 +231,10 @@ def in_half() -> Iterator[None]:
 
 
 def train_vae(vae: AutoencoderKL, plan: Plan, generator: torch.Generator) -> None:
-    """Teaches a VAE pictures of the world, and later as many of more than that."""
+    """Teaches a VAE pictures of the world and as many of more than that.
+
+    Parts of pictures come first: they cost less, and most of a picture is of one colour.
+    """
     vae.train()
     # Little noise in the latents at first, or nothing is learnt of where things are.
     vae.quant_conv.bias.data[vae.config.latent_channels :] = -8.0
@@ -233,11 +242,11 @@ def train_vae(vae: AutoencoderKL, plan: Plan, generator: torch.Generator) -> Non
     pool = torch.cat([known, anything(len(known), generator)]) * 2 - 1
     averaged = copy.deepcopy(vae)
     for step, take in enumerate(steps_with(vae, averaged, plan.vae_steps, plan.vae_rate)):
-        reached = min(1.0, max(0.0, 3 * step / plan.vae_steps - 1))
-        among = round(len(known) * (1 + reached))
-        pictures = pool[torch.randint(among, (plan.vae_batch,), generator=generator)]
-        if torch.rand((), generator=generator) < 0.5:
-            pictures = pictures.flip(-1)
+        whole = step >= WHOLE_FROM * plan.vae_steps
+        count = plan.vae_batch // (SIDE // PART) ** 2 if whole else plan.vae_batch
+        pictures = pool[torch.randint(len(pool), (count,), generator=generator)]
+        if not whole:
+            pictures = parts_of(pictures, generator)
         with in_half():
             latents = vae.encode(pictures).latent_dist
             noise = torch.randn(latents.mean.shape, generator=generator)
@@ -246,6 +255,17 @@ def train_vae(vae: AutoencoderKL, plan: Plan, generator: torch.Generator) -> Non
         take(l1_loss(decoded, pictures) + mse_loss(decoded, pictures) + weight)
     vae.load_state_dict(averaged.state_dict())
     vae.eval().requires_grad_(False)
+
+
+def parts_of(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Of each picture a square of `PART` pixels, anywhere."""
+    corners = torch.randint(SIDE - PART + 1, (len(pictures), 2), generator=generator).tolist()
+    return torch.stack(
+        [
+            picture[:, top : top + PART, left : left + PART]
+            for picture, (top, left) in zip(pictures, corners, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

@@ -35,8 +35,8 @@ from trainer.encoding import Encodings
 from trainer.events import StepEvent
 from trainer.job import RunFolder
 from trainer.machine import precision_of
+from trainer.passes import Passes
 from trainer.resolve import Layer, resolve
-from trainer.stepping import Stepper
 
 # Options of each form of adapter.
 FORMS: Mapping[str, Mapping[str, Any]] = {
@@ -57,7 +57,7 @@ TIMED = 8
 COUNTED = 2
 
 # Where a step gets its data: each of them, or what calls it, is all that it may wait for.
-SOURCES = ((Dataset, "__getitem__"), (Stepper, "ask"), (Encodings, "at"))
+SOURCES = ((Dataset, "__getitem__"), (Passes, "ask"), (Encodings, "at"))
 
 # What the processor asks a device for, and waits until it is computed.
 READS = frozenset({torch.ops.aten._local_scalar_dense})

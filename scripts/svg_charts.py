@@ -6,15 +6,14 @@ where it is a range, a band.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from trainer.report.axes import ticks
+
 WIDTH, HEIGHT = 300, 210
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 36
-STEPS = (1, 2, 2.5, 5, 10)
-TICKS = 4
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ class _Scale:
 
 def _svg(chart: Chart) -> str:
     points = [point for series in chart.series for point in series.points]
-    ticks = _ticks(max(point.high for point in points))
-    scale = _Scale(sorted({point.x for point in points}), ticks[-1])
+    marked = ticks(0, max(point.high for point in points))
+    scale = _Scale(sorted({point.x for point in points}), marked[-1])
     limits = [(value, name) for value, name in chart.limits if value <= scale.top]
     parts = [
-        *_axes(chart, scale, ticks),
+        *_axes(chart, scale, marked),
         *(_limit(value, scale) for value, _ in limits),
         *(_name_of_limit(value, name, scale) for value, name in limits),
         *(_band(series, scale) for series in chart.series),
@@ -118,17 +117,9 @@ def _svg(chart: Chart) -> str:
     return f'<svg viewBox="{box}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _ticks(most: float) -> list[float]:
-    """Round numbers from 0 to at least `most`."""
-    rough = most / TICKS
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(each * power for each in STEPS if each * power >= rough)
-    return [step * number for number in range(math.ceil(most / step) + 1)]
-
-
-def _axes(chart: Chart, scale: _Scale, ticks: Sequence[float]) -> list[str]:
+def _axes(chart: Chart, scale: _Scale, marked: Sequence[float]) -> list[str]:
     parts = []
-    for tick in ticks:
+    for tick in marked:
         y = scale.y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 4}">{tick:g}</text>')

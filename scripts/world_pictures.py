@@ -6,6 +6,7 @@ shapes by what they cover. Pictures are tensors (B, 3, 64, 64) from 0 to 1. Used
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -154,28 +155,55 @@ def painted(fills: torch.Tensor, masks: torch.Tensor, grounds: torch.Tensor) -> 
 
 
 def anything(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Pictures of more than this world has: any colours, halves, stripes, two figures."""
+    """Pictures of more than this world has, in its colours: figures and grounds of two each."""
+    palette = torch.tensor([*COLOURS.values(), *BACKGROUNDS.values()])
     pictures = []
-    x, y = grid()
     for _ in range(count):
-        drawn = torch.rand(24, generator=generator)
-        chance = drawn[0].item()
-        ground = drawn[1:4, None, None] + (drawn[4:7, None, None] - 0.5) * 0.5 * (y / SIDE - 0.5)
-        picture = ground.expand(3, SIDE, SIDE)
-        for first in (7, 15)[: 2 if chance > 0.7 else 1]:
-            its = drawn[first : first + 8]
-            shape = SHAPES[int(its[0] * 3.999)]
-            middle, radius = 16 + its[1:3] * 32, 9 + its[3].item() * 12
-            turned = its[4] * 6.2832
-            along = (x - middle[0]) * turned.cos() + (y - middle[1]) * turned.sin()
-            period = 10 + its[5] * 30
-            second = torch.rand(6, generator=generator)
-            one, other = second[:3, None, None], second[3:, None, None]
-            striped = (along * 6.2832 / period).sin().mul(3).clamp(-1, 1).add(1).div(2)
-            fill = one + (other - one) * striped if its[6] > 0.5 else one.expand_as(picture)
-            picture = painted(fill[None], mask(shape, middle, radius)[None], picture[None])[0]
-        pictures.append(picture)
+        numbers = torch.rand(4, generator=generator)
+        chosen = torch.randperm(len(palette), generator=generator)[:4]
+        shades = 1 + (torch.rand(4, 1, generator=generator) * 2 - 1) * SHADE
+        inks = (palette[chosen] * shades).clamp(0, 1)
+        middle = (0.5 + (numbers[:2] - 0.5) / 2) * SIDE
+        shape = SHAPES[int(numbers[2] * len(SHAPES))]
+        figure = mask(shape, middle, RADII[0] + numbers[3].item() * (RADII[1] - RADII[0] + 2))
+        fills = _in_two(inks[:2], middle, generator, share=0.8)
+        grounds = _in_two(inks[2:], middle, generator, share=0.3)
+        pictures.append(painted(fills[None], figure[None], grounds[None])[0])
     return torch.stack(pictures)
+
+
+def _in_two(
+    inks: torch.Tensor, middle: torch.Tensor, generator: torch.Generator, *, share: float
+) -> torch.Tensor:
+    """A share of surfaces (3, 64, 64) in halves or stripes of two colours, others of the first."""
+    both, wide, turned, period = torch.rand(4, generator=generator).tolist()
+    first, second = inks[:, :, None, None]
+    if both > share:
+        return first.expand(3, SIDE, SIDE)
+    stripes = halves(middle, turned) if wide < 0.4 else striped(middle, turned, 14 + 14 * period)
+    return first + (second - first) * stripes
+
+
+def halves(middle: torch.Tensor, turned: float) -> torch.Tensor:
+    """How much of each pixel is on one side of a line, (64, 64).
+
+    Args:
+        middle: x and y of a point on it, in pixels.
+        turned: parts of a whole turn.
+    """
+    return (_along(middle, turned) + 0.5).clamp(0, 1)
+
+
+def striped(middle: torch.Tensor, turned: float, period: float) -> torch.Tensor:
+    """How much of each pixel is on every other stripe, (64, 64); `period` is of two, in pixels."""
+    waves = (_along(middle, turned) * 2 * math.pi / period).sin()
+    return (waves * period / (2 * math.pi) + 0.5).clamp(0, 1)
+
+
+def _along(middle: torch.Tensor, turned: float) -> torch.Tensor:
+    x, y = grid()
+    angle = turned * 2 * math.pi
+    return (x - middle[0]) * math.cos(angle) + (y - middle[1]) * math.sin(angle)
 
 
 @dataclass(frozen=True)
@@ -196,14 +224,19 @@ class Seen:
 NOTHING = Seen("", "", "", "")
 
 
-def look(picture: torch.Tensor) -> Seen:
-    """Says what is on a picture (3, 64, 64), by its pixels."""
+def ground_of(picture: torch.Tensor) -> torch.Tensor:
+    """The colour (3,) of most of a picture's border."""
     border = torch.cat(
         [picture[:, :3].flatten(1), picture[:, -3:].flatten(1)]
         + [picture[:, :, :3].flatten(1), picture[:, :, -3:].flatten(1)],
         dim=1,
     )
-    ground = border.median(dim=1).values
+    return border.median(dim=1).values
+
+
+def look(picture: torch.Tensor) -> Seen:
+    """Says what is on a picture (3, 64, 64), by its pixels."""
+    ground = ground_of(picture)
     seen = replace(NOTHING, background=_nearest(ground, BACKGROUNDS))
     figure = (picture - ground[:, None, None]).norm(dim=0) > APART
     if figure.float().mean() < LEAST_COVERED:

@@ -117,7 +117,7 @@ def base_tensors(module: torch.nn.Module) -> Learnt:
 
 def loss_of(training: Training, batch: Batch) -> torch.Tensor:
     """The loss of one batch, before anything was learnt."""
-    return training.stepper.loss(training.stepper.ask(batch), step=0)[0]
+    return training.stepper.loss(training.passes.ask(batch), step=0)[0]
 
 
 def gradient(training: Training, batch: Batch) -> torch.Tensor:

@@ -50,7 +50,7 @@ def _listening(predict: Any, seen: Spy) -> Any:
         self: Family, latents: torch.Tensor, timesteps: torch.Tensor, text: Any, geometry: Any
     ) -> torch.Tensor:
         seen.latents.append(latents.clone())
-        seen.text += list(text["hidden_states"].clone())
+        seen.text += list(text["prompt_embeds"].clone())
         trained = {
             n: p.detach().clone() for n, p in self.denoiser.named_parameters() if p.requires_grad
         }
@@ -65,7 +65,7 @@ def encoded(folder: Path, caption: str) -> torch.Tensor:
     """A caption's hidden states, by a fresh pipeline."""
     family = base_model.load(base_model.locate(ModelConfig(model_url=str(folder))), FULL)
     with torch.no_grad():
-        return family.encode_text([caption])["hidden_states"][0]
+        return family.encode_text([caption])["prompt_embeds"][0]
 
 
 def test_each_picture_goes_with_its_own_caption_and_the_prompt_with_the_others(

@@ -90,8 +90,8 @@ def test_each_row_of_a_batch_with_class_pictures_has_the_text_of_its_own_caption
     for row, caption in enumerate(batch.captions):
         own = encoded(base, caption)
         for given, name in (
-            ("encoder_hidden_states", "hidden_states"),
-            ("pooled_projections", "pooled"),
+            ("encoder_hidden_states", "prompt_embeds"),
+            ("pooled_projections", "pooled_prompt_embeds"),
         ):
             torch.testing.assert_close(asked[given][row], own[name][0], rtol=0, atol=1e-6)
 
@@ -236,7 +236,7 @@ def test_a_transformer_without_guidance_is_told_none_and_its_times_are_not_shift
     schnell = make_tiny_models.make_flux(tmp_path / "schnell", guidance_embeds=False)
     training, _ = compose(configuration(schnell, subject, batch_size=2), tmp_path / "run")
     assert asked_by(training, training.dataset[0][0])["guidance"] is None
-    assert training.stepper.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
+    assert training.passes.objective.shift_odds(4096) == 1.0  # type: ignore[attr-defined]
 
 
 # Masks
@@ -258,7 +258,7 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
 
     gains = {}
     for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        target = training.stepper.objective.target
+        target = training.passes.objective.target
         moved = torch.zeros(8, 8)
         moved[place] = 1000
 
@@ -267,9 +267,9 @@ def test_the_four_pixels_of_a_token_can_have_different_weights(
             return answer + by
 
         before = loss_of(training, batch).item()
-        training.stepper.objective.target = other  # type: ignore[method-assign]
+        training.passes.objective.target = other  # type: ignore[method-assign]
         gains[place] = loss_of(training, batch).item() - before
-        training.stepper.objective.target = target  # type: ignore[method-assign]
+        training.passes.objective.target = target  # type: ignore[method-assign]
     assert gains[0, 0] == 0
     assert gains[1, 0] > 1
     # The error of 1000 outweighs all others.
@@ -336,9 +336,9 @@ def test_a_caption_is_too_long_only_where_no_text_encoder_sees_its_end(flux_fold
     # T5 has room for 511 pieces beside its end mark; one stands for the word's beginning.
     assert len(end) == 600 - 510
     seen, other = encoded(family, for_neither), encoded(family, for_neither[: -len(end)])
-    assert torch.equal(seen["hidden_states"], other["hidden_states"])
+    assert torch.equal(seen["prompt_embeds"], other["prompt_embeds"])
     shorter = encoded(family, for_neither[: -len(end) - 1])
-    assert not torch.equal(seen["hidden_states"], shorter["hidden_states"])
+    assert not torch.equal(seen["prompt_embeds"], shorter["prompt_embeds"])
 
 
 # Text encoders by themselves
@@ -352,7 +352,7 @@ def test_recomputed_activations_leave_t5_without_dropout(flux_folder: Path) -> N
     before = family.encode_text([CAPTION])
     recompute_activations(family.pipeline.text_encoder_2)
     after = family.encode_text([CAPTION])
-    assert torch.equal(after["hidden_states"], before["hidden_states"])
+    assert torch.equal(after["prompt_embeds"], before["prompt_embeds"])
 
 
 def test_a_text_encoder_that_cannot_learn_stays_in_the_format_of_what_is_frozen() -> None:

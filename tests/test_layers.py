@@ -30,10 +30,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("fields", "sections", "config", "leaves", "rules", "resolve", "config_files"),
             *("presets", "known_models", "picture_lists", "locations", "contracts"),
+            "prompt_library",
         },
         {"foundation"},
     ),
-    "job": ({"job", "generation"}, {"foundation", "configuration"}),
+    "job": ({"job", "generation", "picture_folder"}, {"foundation", "configuration"}),
     "objectives": ({"objectives", "densities"}, {"foundation", "configuration"}),
     "mathematics": (
         {
@@ -87,9 +88,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine": (
         {
-            *("engine", "training", "stepping", "recording", "pace", "affordable"),
+            *("engine", "training", "stepping", "passes", "recording", "pace", "affordable"),
             *("readings", "faults", "results", "artifacts"),
             *("out_of_memory", "peaks", "remarks"),
+            *("looks", "looking", "previews", "validation"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -97,7 +99,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
-    "listeners": ({"listeners", "curves"}, {"foundation", "configuration", "job"}),
+    "listeners": ({"listeners", "trackers", "curves"}, {"foundation", "configuration", "job"}),
+    "report": ({"report"}, {"foundation", "configuration", "job", "listeners"}),
     "compat": ({"compat"}, {"foundation"}),
     "server": ({"server"}, {"foundation", "configuration", "job", "dialects"}),
     "inference": (
@@ -110,7 +113,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "doors": (
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
-            *("generating", "lora_files", "serving", "seal"),
+            *("generating", "lora_files", "reporting", "serving", "seal"),
+            *("picturing", "sampled_runs", "compared_runs", "lineup", "run_subjects"),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),
@@ -125,6 +129,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "inference",
                 "dialects",
                 "listeners",
+                "report",
                 "server",
             ),
         },
@@ -147,6 +152,8 @@ WITHOUT_TORCH = [
     "resolve",
     "config_files",
     "presets",
+    "prompt_library",
+    "picture_folder",
     "measurements",
     "schedule",
     "dialects",
@@ -154,6 +161,8 @@ WITHOUT_TORCH = [
     "picture_lists",
     "locations",
     "contracts",
+    "report.page",
+    "reporting",
     "dialects.bfl",
     "dialects.fal_personalization",
     "dialects.fal_lora",

@@ -7,8 +7,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,8 +20,10 @@ from trainer.events import (
     CheckpointEvent,
     Event,
     FileEvent,
+    MeasuresEvent,
     NoteEvent,
     RunEvent,
+    SampleEvent,
     StageEvent,
     StepEvent,
     VerifyEvent,
@@ -31,13 +35,11 @@ from trainer.listeners import (
     ProgressBar,
     ProgressLines,
     Summary,
-    TensorBoard,
-    WeightsAndBiases,
     duration,
-    logs_for,
     progress_for,
     size_text,
 )
+from trainer.trackers import TensorBoard, WeightsAndBiases, logs_for
 
 FILE = "outputs/lora.safetensors"
 STORY: list[Event] = [
@@ -68,9 +70,15 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-def curve(logs: Path, name: str) -> list[tuple[int, float]]:
-    accumulator = EventAccumulator(str(logs))
+def board(root: Path) -> EventAccumulator:
+    """What TensorBoard reads of a run."""
+    accumulator = EventAccumulator(str(RunFolder(root).logs))
     accumulator.Reload()
+    return accumulator
+
+
+def curve(root: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = board(root)
     return [(point.step, point.value) for point in accumulator.Scalars(name)]
 
 
@@ -189,31 +197,31 @@ def test_the_display_fits_the_place(terminal: bool, kind: type[Listener]) -> Non
 
 
 def test_tensorboard_can_read_the_curves(tmp_path: Path) -> None:
-    tell(TensorBoard(tmp_path))
+    tell(TensorBoard(RunFolder(tmp_path)))
 
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.125)]
     assert curve(tmp_path, "train/grad_norm") == [(1, 2.0), (2, 1.0)]
 
 
 def test_tensorboard_shows_a_step_that_was_computed_again_once(tmp_path: Path) -> None:
-    tell(TensorBoard(tmp_path))
+    tell(TensorBoard(RunFolder(tmp_path)))
 
     again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
-    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+    tell(TensorBoard(RunFolder(tmp_path)), [RunEvent(1, 2, 2, 4, {}), again])
 
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
 
 
 def test_a_resumed_run_goes_on_in_the_same_file_from_its_last_whole_point(tmp_path: Path) -> None:
-    tell(TensorBoard(tmp_path))
-    (path,) = tmp_path.iterdir()
+    tell(TensorBoard(RunFolder(tmp_path)))
+    (path,) = RunFolder(tmp_path).logs.iterdir()
     # A crash in the middle of the second step's points.
     path.write_bytes(path.read_bytes()[:-7])
 
     again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
-    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+    tell(TensorBoard(RunFolder(tmp_path)), [RunEvent(1, 2, 2, 4, {}), again])
 
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(RunFolder(tmp_path).logs.iterdir()) == [path]
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
 
 
@@ -221,16 +229,42 @@ def test_a_resumed_run_goes_on_in_the_same_file_from_its_last_whole_point(tmp_pa
 def test_a_file_that_a_power_cut_filled_with_zeros_is_gone_on_from_its_last_whole_point(
     lost: int, tmp_path: Path
 ) -> None:
-    tell(TensorBoard(tmp_path))
-    (path,) = tmp_path.iterdir()
+    tell(TensorBoard(RunFolder(tmp_path)))
+    (path,) = RunFolder(tmp_path).logs.iterdir()
     # A file system knew its new size before the bytes; of the last point, or beyond it.
     whole = path.read_bytes()
     path.write_bytes(whole + bytes(lost) if lost > 7 else whole[:-lost] + bytes(lost))
 
     again = StepEvent(2, 0, 0.75, 1e-4, 1.0, 0.5, 0.0)
-    tell(TensorBoard(tmp_path), [RunEvent(1, 2, 2, 4, {}), again])
+    tell(TensorBoard(RunFolder(tmp_path)), [RunEvent(1, 2, 2, 4, {}), again])
 
     assert curve(tmp_path, "train/loss") == [(1, 0.25), (2, 0.75)]
+
+
+def test_tensorboard_has_measures_and_pictures_beside_the_losses(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).samples / "000002" / "0.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (6, 4), "red").save(path)
+    seen = [
+        *STORY,
+        MeasuresEvent(2, {"validation/loss": 0.5, "train/prodigy_d": 1e-5}),
+        SampleEvent(2, 0, "a TOK", "samples/000002/0.png"),
+    ]
+
+    tell(TensorBoard(RunFolder(tmp_path)), seen)
+
+    assert curve(tmp_path, "validation/loss") == [(2, 0.5)]
+    assert curve(tmp_path, "train/smoothed_loss") == [(1, 0.0), (2, 0.0)]
+    (image,) = board(tmp_path).Images("samples/0")
+    assert (image.step, image.width, image.height) == (2, 6, 4)
+    assert image.encoded_image_string == path.read_bytes()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_people_are_told_the_loss_of_held_out_pictures(terminal: bool) -> None:
+    console = screen(terminal=terminal)
+    tell(progress_for(console), [*STORY, MeasuresEvent(2, {"validation/loss": 0.5})])
+    assert "held-out pictures after step 2: loss 0.5000" in shown(console)
 
 
 def test_a_missing_wandb_is_said_with_the_line_that_installs_it(
@@ -240,6 +274,37 @@ def test_a_missing_wandb_is_said_with_the_line_that_installs_it(
 
     with pytest.raises(InputError, match=r"pip install 'tok-trainer\[wandb\]'"):
         WeightsAndBiases(TrainingConfig(), RunFolder(tmp_path))
+
+
+def test_wandb_gets_what_tensorboard_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in: the real one needs the outside network."""
+    points: list[tuple[int, dict[str, object]]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: points.append((step, values)), finish=lambda exit_code: None
+    )
+    library = SimpleNamespace(
+        init=lambda **_: run,
+        Image=lambda path, caption: (Path(path), caption),
+        errors=SimpleNamespace(Error=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    folder = RunFolder(tmp_path)
+
+    tell(
+        WeightsAndBiases(TrainingConfig(), folder),
+        [
+            RunEvent(0, 1, 1, 1, {}),
+            StepEvent(1, 0, 0.5, 1e-4, 1.0, 0.1, 0.5),
+            MeasuresEvent(1, {"validation/loss": 0.25}),
+            SampleEvent(1, 0, "a TOK", "samples/000001/0.png"),
+        ],
+    )
+
+    step, measures, picture = (values for _, values in points)
+    assert step["train/smoothed_loss"] == 0.5
+    assert measures == {"validation/loss": 0.25}
+    assert picture == {"samples/0": (tmp_path / "samples/000001/0.png", "a TOK")}
+    assert [number for number, _ in points] == [1, 1, 1]
 
 
 def test_tensorboard_is_on_unless_it_is_switched_off(tmp_path: Path) -> None:

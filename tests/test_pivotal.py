@@ -381,7 +381,10 @@ def test_ti_pooling_decides_where_an_old_checkpoint_pools(
         run = f"{folder.name} {pooling}"
         training, events = compose(config, tmp_path / run)
         text = training.text.of(["A photograph of a TOK"])
-        pooled[run], states[run] = text["pooled"].detach(), text["hidden_states"].detach()
+        pooled[run], states[run] = (
+            text["pooled_prompt_embeds"].detach(),
+            text["prompt_embeds"].detach(),
+        )
         notes = [e for e in events if isinstance(e, NoteEvent) and e.field == "ti_pooling"]
         ignored[run] = [note.note for note in notes]
 

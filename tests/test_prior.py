@@ -142,8 +142,8 @@ def test_class_pictures_never_lose_their_caption(
         for caption, is_class in zip(batch.captions, batch.is_class, strict=True)
     ]
     assert set(shown) == {("", False), (CLASS_PROMPT, True)}
-    empty = training.text.of([""])["hidden_states"]
-    rows = training.text.of(batches[0].captions)["hidden_states"]
+    empty = training.text.of([""])["prompt_embeds"]
+    rows = training.text.of(batches[0].captions)["prompt_embeds"]
     assert torch.equal(rows[:2], empty.expand(2, -1, -1))
     assert not torch.allclose(rows[2], empty[0])
 
@@ -271,18 +271,18 @@ def test_the_mask_style_decides_which_part_of_a_class_picture_is_learnt(
 
 def moves(training: Training, batch: Batch, columns: slice, tolerance: float) -> bool:
     """Whether another target in these columns changes the gradient by more than a share of it."""
-    before, target = gradient(training, batch), training.stepper.objective.target
+    before, target = gradient(training, batch), training.passes.objective.target
 
     def other(*arguments: torch.Tensor) -> torch.Tensor:
         changed = target(*arguments).clone()
         changed[..., columns] += 1
         return changed
 
-    training.stepper.objective.target = other  # type: ignore[method-assign]
+    training.passes.objective.target = other  # type: ignore[method-assign]
     try:
         after = gradient(training, batch)
     finally:
-        training.stepper.objective.target = target  # type: ignore[method-assign]
+        training.passes.objective.target = target  # type: ignore[method-assign]
     return float((after - before).norm()) > tolerance * float(before.norm())
 
 

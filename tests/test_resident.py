@@ -31,7 +31,7 @@ class Words:
     is_live = False
 
     def __init__(self) -> None:
-        self._rows = Rows({"hidden_states": torch.arange(20)[:, None]}, CPU)
+        self._rows = Rows({"prompt_embeds": torch.arange(20)[:, None]}, CPU)
         self.resident = self._rows.resident
 
     def rows_of(self, captions: Any) -> list[int]:
@@ -89,7 +89,7 @@ def test_each_example_of_a_batch_is_given_what_belongs_to_its_picture_and_captio
         for row, view in enumerate(batch.views):
             assert torch.equal(inputs.mean[row], latents[view].mean[0])
             assert torch.equal(inputs.std[row], latents[view].std[0])
-            assert inputs.text["hidden_states"][row] == len(batch.captions[row])
+            assert inputs.text["prompt_embeds"][row] == len(batch.captions[row])
         for name, sizes in batch.geometry.items():
             assert torch.equal(inputs.geometry[name], sizes)
         assert torch.equal(inputs.is_class, batch.is_class)
@@ -184,7 +184,7 @@ def test_flat_inputs_are_the_same_inputs(with_mask: bool) -> None:
     inputs = StepInputs(
         mean=torch.rand(2, 4, 8, 8),
         std=torch.rand(2, 4, 8, 8),
-        text={"hidden_states": torch.rand(2, 77, 8), "pooled": torch.rand(2, 8)},
+        text={"prompt_embeds": torch.rand(2, 77, 8), "pooled_prompt_embeds": torch.rand(2, 8)},
         geometry={"original_size": rows[:, None].expand(2, 2), "target_size": rows[:, None]},
         shares=torch.rand(2),
         is_class=rows > 0,

@@ -332,8 +332,8 @@ def test_diffusers_loads_the_rows_and_encodes_what_we_encode(family: Family, fol
     assert theirs.keys() == ours.keys()
     for name, states in ours.items():
         torch.testing.assert_close(theirs[name], states, atol=1e-6, rtol=0)
-    plain = fresh.encode_text(["a photo of TOK and a CAT"])["hidden_states"]
-    assert not torch.allclose(plain, ours["hidden_states"], atol=1e-2)
+    plain = fresh.encode_text(["a photo of TOK and a CAT"])["prompt_embeds"]
+    assert not torch.allclose(plain, ours["prompt_embeds"], atol=1e-2)
 
 
 # ---------------------------------------------------------------- retraction

@@ -29,6 +29,8 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
+    CLIPConfig,
+    CLIPModel,
     Florence2Config,
     Florence2ForConditionalGeneration,
     Florence2Processor,
@@ -45,6 +47,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 __all__ = [
     "SENTENCE",
     "tiny_blip",
+    "tiny_clip",
     "tiny_clipseg",
     "tiny_florence2",
     "tiny_joycaption",
@@ -160,6 +163,19 @@ def tiny_blip(folder: Path, *, seed: int = 1) -> Path:
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
     pictures = BlipImageProcessorPil(size={"height": VISION_SIDE, "width": VISION_SIDE})
     return save(folder, model, BlipProcessor(pictures, tokenizer))
+
+
+def tiny_clip(folder: Path, *, seed: int = 0) -> Path:
+    """A CLIP whose embeddings have 16 numbers."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": VISION_WIDTH, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape["num_attention_heads"] = 4
+    vision = {**shape, "image_size": VISION_SIDE, "patch_size": 16}
+    text = {**shape, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    side = {"height": VISION_SIDE, "width": VISION_SIDE}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": VISION_SIDE}, crop_size=side)
+    return save(folder, CLIPModel(config), pictures)
 
 
 def tiny_florence2(folder: Path, *, seed: int = 0) -> Path:

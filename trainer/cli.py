@@ -25,6 +25,7 @@ from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.leaves import nearest
 from trainer.lora_files import convert, inspect
+from trainer.picturing import compare, sample
 from trainer.printing import (
     checked,
     diagnosis,
@@ -38,6 +39,7 @@ from trainer.printing import (
     print_json,
     talk,
 )
+from trainer.reporting import report
 from trainer.serving import serve
 
 if TYPE_CHECKING:
@@ -96,9 +98,10 @@ def train(
     earlier one, files over the preset, the preset over the defaults.
     """
     from trainer.job import RunFolder
-    from trainer.listeners import Summary, logs_for, progress_for
+    from trainer.listeners import Summary, progress_for
     from trainer.runner import is_main_process, stop_on_signals, supervise
     from trainer.seal import sealed
+    from trainer.trackers import logs_for
 
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
@@ -233,7 +236,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (inspect, convert, generate, serve):
+for command in (inspect, convert, generate, sample, compare, report, serve):
     cli.add_command(command)
 
 
@@ -365,6 +368,8 @@ def _report(
     elif result.status == "done":
         paper().print(summary.table(result))
         click.echo(f"Files are in {folder.outputs.resolve()}")
+    if not as_json and result.total_steps and folder.report.exists():
+        click.echo(f"Open this report: {folder.report.resolve()}")
 
 
 def _answer(result: Result, folder: RunFolder, dialect: str) -> dict[str, Any]:

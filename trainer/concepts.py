@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from trainer import randomness
 from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
 from trainer.config import Concept, TrainingConfig
@@ -24,6 +26,7 @@ from trainer.data.prepare import forget, prepare
 from trainer.data.prepared import Example
 from trainer.data.store import Store
 from trainer.durable import disk_errors
+from trainer.errors import InputError
 from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
@@ -166,6 +169,45 @@ def joined(
             for scale in sorted({example.scale for example in group})
         ]
     return tuple(examples), tuple(portions)
+
+
+def hold_out(
+    portions: Sequence[Portion], examples: Sequence[Example], *, count: int, seed: int
+) -> tuple[tuple[Portion, ...], tuple[int, ...]]:
+    """Takes pictures out of training, drawn by the seed, at all their sizes.
+
+    Each concept keeps at least one.
+
+    Args:
+        portions: every concept's part of an epoch.
+        examples: by number.
+        count: how many pictures are kept out.
+        seed: of the run.
+
+    Returns:
+        The portions without them, and the numbers of those kept out, each at its first size.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    pictures: dict[tuple[int, str], list[int]] = {}
+    for portion in portions:
+        for number in dict.fromkeys(portion.instances):
+            pictures.setdefault((portion.concept, examples[number].name), []).append(number)
+    left = Counter(concept for concept, _ in pictures)
+    held: list[list[int]] = []
+    names = list(pictures)
+    for place in randomness.permutation(seed, "held out", 0, len(names)):
+        concept, _ = names[place]
+        if len(held) < count and left[concept] > 1:
+            left[concept] -= 1
+            held.append(pictures[names[place]])
+    if len(held) < count:
+        message = f"is {count}, and of {len(names)} pictures {len(held)} can be kept out"
+        raise InputError.of("validation_images", message, f"give 0 to {len(held)}")
+    out = {number for numbers in held for number in numbers}
+    kept = (replace(p, instances=tuple(n for n in p.instances if n not in out)) for p in portions)
+    return tuple(p for p in kept if p.instances), tuple(numbers[0] for numbers in held)
 
 
 def _uses(group: Sequence[Example], scale: int) -> tuple[int, ...]:

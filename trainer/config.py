@@ -20,6 +20,7 @@ from trainer.sections.model import ModelConfig
 from trainer.sections.preparing import CaptionConfig, FaceConfig
 from trainer.sections.running import OptimConfig, OutputConfig, RunConfig
 from trainer.sections.subjects import subjects_of
+from trainer.sections.watching import SampleConfig
 
 __all__ = [
     "AdapterConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "Resolution",
     "RunConfig",
     "SECTIONS",
+    "SampleConfig",
     "Section",
     "TokenConfig",
     "TrainingConfig",
@@ -92,6 +94,7 @@ class TrainingConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+    sample: SampleConfig = SampleConfig()
     output: OutputConfig = OutputConfig()
     resolved: Resolution = Resolution()
 

@@ -269,7 +269,7 @@ def write_config(config: TrainingConfig, *, with_contents: bool = True) -> str:
     """
     content = config.model_dump(mode="json")
     if not with_contents:
-        content = _without_contents(content)
+        content = without_contents(content)
     resolved = content.pop("resolved")
     resolved["notes"] = [note for note in resolved["notes"] if note["kind"] != "ignored"]
     ignored = config.resolved.ignored_options
@@ -281,20 +281,33 @@ def write_config(config: TrainingConfig, *, with_contents: bool = True) -> str:
     return text
 
 
-def _without_contents(value: Any, name: str = "") -> Any:
-    """The same nested values with digests in the place of contents, and public names of places."""
+def without_contents(value: Any, name: str = "") -> Any:
+    """Values as others may see them, nested as they are.
+
+    Of a content its digest is left, of a path its last part, and of an address nothing that may be
+    a key.
+
+    Args:
+        value: of options, by their names.
+        name: of the option whose value it is.
+    """
     if isinstance(value, dict):
-        return {key: _without_contents(inner, key) for key, inner in value.items()}
+        return {key: without_contents(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_contents(inner, name) for inner in value]
+        return [without_contents(inner, name) for inner in value]
     if name not in PLACES or not isinstance(value, str):
         return value
     is_content = len(value) > _LONGEST_PATH or value[:5].lower() == "data:"
     if name in CONTENTS and is_content and not stands_for_content(value):
         return f"data:sha256,{sha256(value.encode()).hexdigest()}"
-    if is_web_address(value):
-        return without_keys(value)
-    return Path(value).name if value.startswith((os.sep, "~")) else value
+    return public_place(value)
+
+
+def public_place(place: str) -> str:
+    """A location as others may see it: an address without keys, the last part of a whole path."""
+    if is_web_address(place):
+        return without_keys(place)
+    return Path(place).name if place.startswith((os.sep, "~")) else place
 
 
 def stands_for_content(location: str) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -27,6 +28,8 @@ _FORMAT = "brain.Event:2"
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 _BEFORE, _AFTER = struct.Struct("<QL"), struct.Struct("<L")
 _LENGTH = 8
+# Channels of a picture, as `Summary.Image` counts colour spaces.
+_RGB = 3
 # Only as much of a file's end is looked at byte by byte: what a power cut may have left unwritten.
 _UNSETTLED = 1 << 18
 
@@ -64,6 +67,20 @@ class CurveFile:
         """
         values = [Summary.Value(tag=name, simple_value=value) for name, value in points.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
+
+    def add_picture(self, step: int, name: str, path: Path) -> None:
+        """Adds a picture, a file of PNG in RGB, to those of this name.
+
+        Raises:
+            DiskError: it cannot be read or written.
+        """
+        with disk_errors(path), Image.open(path) as picture:
+            width, height = picture.size
+            content = path.read_bytes()
+        image = Summary.Image(
+            height=height, width=width, colorspace=_RGB, encoded_image_string=content
+        )
+        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def write(self, record: bytes) -> None:
         """Takes a record from TensorBoard's own encoding of them."""

@@ -81,9 +81,13 @@ class Text:
         self._shelf = shelf
         self._lends = lends and len(self._captions) == 1
         self._kept: Rows | None = None
-        self._places = {caption: row for row, caption in enumerate(self._captions)}
         if shelf is None:
             self._move_encoders()
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Takes in further texts, which are asked for between steps, before any are kept."""
+        assert self._kept is None
+        self._captions = tuple(dict.fromkeys((*self._captions, *texts)))
 
     @property
     def is_live(self) -> bool:
@@ -118,6 +122,7 @@ class Text:
         rows = [kept[caption] for caption in self._captions]
         columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         self._kept = Rows(columns, self._device)
+        self._places = {caption: row for row, caption in enumerate(self._captions)}
         # Trained ones are held elsewhere, and read again when the result is written.
         trained = {*adapted_encoders(self._family), *token_encoders(self._family)}
         for name in trained - self._family.unread.models.keys():
@@ -312,12 +317,15 @@ def encode_pictures(
     device: torch.device,
     processes: Processes = ALONE,
     shelf: Shelf | None = None,
+    *,
+    keeps_vae: bool = False,
 ) -> Generator[Event, None, Pictures]:
     """Encodes every picture, and its mirror image where flips are drawn; gives up the VAE.
 
     Args:
         processes: those that share the work.
         shelf: what the VAE made of pictures in earlier trainings.
+        keeps_vae: let it wait in the processor's memory instead.
 
     Raises:
         NonFiniteError: the VAE overflows on a picture.
@@ -341,7 +349,11 @@ def encode_pictures(
         processes=processes,
         prepare=prepare,
     )
-    family.pipeline.register_modules(vae=None)
+    if keeps_vae:
+        family.unread.have("vae")
+        family.pipeline.vae.to("cpu")
+    else:
+        family.pipeline.register_modules(vae=None)
     latents = {view: LatentDistribution(**tensors) for view, tensors in kept.items()}
     return Pictures(latents, dataset, device)
 

@@ -31,7 +31,7 @@ from trainer import (
 )
 from trainer.affordable import affordable
 from trainer.base_model import BaseModel, Precision
-from trainer.concepts import joined, make_classes, prepare_concepts
+from trainer.concepts import hold_out, joined, make_classes, prepare_concepts
 from trainer.config import Note, RunConfig, TrainingConfig
 from trainer.config_files import write_config
 from trainer.data.buckets import bucket_table
@@ -51,6 +51,7 @@ from trainer.errors import Interrupted
 from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
 from trainer.families.base import Family, token_encoders
 from trainer.job import RunFolder
+from trainer.looking import looks_of, prompts_of
 from trainer.machine import (
     accelerator_of,
     completed,
@@ -61,6 +62,7 @@ from trainer.machine import (
 from trainer.measurements import measurement_key, record_measurement
 from trainer.out_of_memory import Place, out_of_memory, ran_out_of_memory
 from trainer.peaks import telling_peaks
+from trainer.previews import EMPTY
 from trainer.processes import ALONE, Launched, Processes
 from trainer.readahead import read_ahead
 from trainer.remarks import notes_on_captions, notes_on_views, notes_on_words, pool_at_end
@@ -128,7 +130,8 @@ def _run(
         write_text(folder.config, write_config(composed.config))
     yield _run_event(composed)
     with heap.kept(training.accelerator.device.type == "cpu"):
-        yield from _timed(training.steps(folder, stop), composed)
+        looks = looks_of(composed.config, training, composed.held_out, folder)
+        yield from _timed(training.steps(folder, stop, looks), composed)
     training.put_together()
     processes.wait()
     # Nothing more is computed together; that of a launcher of one process ends here too.
@@ -153,12 +156,14 @@ class Composition:
         base: the base model as it was found.
         precision: the number formats it was loaded in.
         training: ready to go.
+        held_out: numbers of the pictures that are kept out of it.
     """
 
     config: TrainingConfig
     base: BaseModel
     precision: Precision
     training: Training
+    held_out: tuple[int, ...] = ()
 
 
 def compose(
@@ -191,6 +196,8 @@ def _composed(
     instances, classes = yield from _noted(preparing, notes)
     names = token_names(config.token)
     given, portions = joined(config.subjects(), instances, classes)
+    keep = {"count": config.sample.validation_images, "seed": config.run.seed}
+    portions, held_out = hold_out(portions, given, **keep)
     notes += [] if names is None else notes_on_captions(names, given)
     plan = _plan(config.run, accelerator, portions, given)
     total_steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
@@ -200,6 +207,7 @@ def _composed(
     maker = f"{held} {config.model.quantization}"
     classes |= yield from make_classes(config, folder, processes, family, maker, accelerator.device)
     examples, portions = joined(config.subjects(), instances, classes)
+    portions, held_out = hold_out(portions, examples, **keep)
     plan = replace(plan, portions=portions, sizes=tuple(e.target for e in examples))
     dataset = Dataset(examples, plan, config.data, with_pixels=not config.data.cache_latents)
     trainables = trainables_of(config, family, names)
@@ -219,6 +227,8 @@ def _composed(
         shelf=None if learns_text else shelf_of_captions(family, accelerator.device),
         lends=config.adapter.use_lora and config.adapter.adapter_layers == "ours",
     )
+    if prompts := prompts_of(config):
+        text.add((*prompts, EMPTY))
     if not schedule.text_learns_at(0):
         yield from text.keep()
     pictures = yield from _pictures(config, family, dataset, spread)
@@ -234,7 +244,7 @@ def _composed(
     )
     notes += training.notes
     yield from map(_as_event, notes)
-    return Composition(config.with_notes(*notes), base, precision_of(config), training)
+    return Composition(config.with_notes(*notes), base, precision_of(config), training, held_out)
 
 
 def _pictures(
@@ -245,7 +255,11 @@ def _pictures(
         return None
     device = spread.accelerator.device
     shelf = shelf_of_pictures(family, device)
-    return (yield from encode_pictures(family, dataset, device, spread.processes, shelf))
+    return (
+        yield from encode_pictures(
+            family, dataset, device, spread.processes, shelf, keeps_vae=bool(prompts_of(config))
+        )
+    )
 
 
 def _loaded(
@@ -373,7 +387,8 @@ def _usual_seconds(phases: Sequence[Sequence[float]], warm_up: int) -> float | N
 
 def _run_event(composed: Composition) -> RunEvent:
     config, training = composed.config, composed.training
-    scales = [example.scale for example in training.dataset.examples if not example.is_class]
+    trained = training.dataset.trained
+    scales = [example.scale for example in trained]
     return RunEvent(
         start_step=training.step,
         total_steps=training.total_steps,

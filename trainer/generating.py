@@ -107,11 +107,11 @@ def serve(lines: Iterator[str], stop: Stop, say: Callable[[dict[str, Any]], None
         stop: asked after every picture; true ends it, without a result for that folder.
         say: told of every finished request.
     """
-    worker = _worker()
+    maker = worker()
     for line in lines:
         folder = GenerationFolder(Path(line))
         try:
-            status = answered(worker, folder, folder.read_request, stop, []).status
+            status = answered(maker, folder, folder.read_request, stop, []).status
         except Interrupted:
             return
         except TrainerError as error:
@@ -194,7 +194,7 @@ def _for_people(request: GenerationRequest, folder: GenerationFolder, *, as_json
     made = folder.run.create()
     with stop_on_signals() as stop:
         try:
-            result = answered(_worker(), folder, lambda: request, stop, [progress_for(talk())])
+            result = answered(worker(), folder, lambda: request, stop, [progress_for(talk())])
         except InputError:
             if made:
                 folder.run.take_back(made)
@@ -212,7 +212,8 @@ def _for_people(request: GenerationRequest, folder: GenerationFolder, *, as_json
     return result.exit_code
 
 
-def _worker() -> Worker:
+def worker() -> Worker:
+    """What makes pictures; it keeps the base model."""
     with importing():
         from trainer.inference import Worker  # noqa: PLC0415 - torch takes seconds to import
 

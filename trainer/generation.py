@@ -19,6 +19,8 @@ from trainer.job import RunFolder
 from trainer.leaves import shown
 
 PictureFormat = Literal["png", "jpeg", "webp"]
+# A run's change of its base model is taken at most so many times, forwards or backwards.
+STRONGEST = 4.0
 # What guides a picture beside its prompt: a depth map, edges, or a picture with a hole to fill.
 Guide = Literal["depth", "canny", "fill"]
 
@@ -34,7 +36,7 @@ class Trained(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     run: str
-    strength: float = Field(1.0, ge=-4, le=4)
+    strength: float = Field(1.0, ge=-STRONGEST, le=STRONGEST)
 
 
 class GenerationRequest(BaseModel):
@@ -104,6 +106,16 @@ class GenerationRequest(BaseModel):
         if self.depth_estimator is not None and self.guide != "depth":
             raise ValueError("`depth_estimator` is for `guide: depth`")
         return self
+
+
+def strength_text(strength: float) -> str:
+    """A strength in its shortest words: `0`, `0.5`, `1`."""
+    return repr(float(strength)).removesuffix(".0")
+
+
+def column_text(strength: float) -> str:
+    """A strength as it stands above pictures, which says where the base model is."""
+    return "0 (base)" if strength == 0 else strength_text(strength)
 
 
 @dataclass(frozen=True)

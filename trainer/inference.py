@@ -47,6 +47,7 @@ _OTHER_SPACINGS = ("use_exponential_sigmas", "use_beta_sigmas")
 _MEMORY_HINT = "ask for a smaller picture, or leave the GPU to this program alone"
 
 Stop = Callable[[], bool]
+Keep = Callable[[int, Image.Image], FileEvent]
 
 
 @dataclass
@@ -80,23 +81,42 @@ class Worker:
     ) -> Iterator[Event]:
         """Makes the pictures of a request as `outputs/0.png` and so on.
 
-        Picture n depends on seed and n alone, however many there are. Identifiers of runs with
-        new tokens stand for these in the prompts; at strength 0 they are words like others.
-
         Args:
             request: what is wanted.
             folder: where to.
             stop: asked after each picture but the last; true ends it.
 
         Raises:
+            TrainerError: as for `draw`.
+            DiskError: a picture cannot be written.
+        """
+
+        def keep(number: int, picture: Image.Image) -> FileEvent:
+            path = folder.outputs / f"{number}.{request.output_format}"
+            write_bytes(path, encoded(picture, request.output_format))
+            return FileEvent("picture", path.relative_to(folder.root).as_posix())
+
+        yield from self.draw(request, keep, stop)
+
+    def draw(self, request: GenerationRequest, keep: Keep, stop: Stop) -> Iterator[Event]:
+        """Makes the pictures of a request, and hands each over.
+
+        Picture n depends on seed and n alone, however many there are. Identifiers of runs with
+        new tokens stand for these in the prompts; at strength 0 they are words like others.
+
+        Args:
+            request: what is wanted.
+            keep: takes each picture with its number, and says where it is.
+            stop: asked after each picture but the last; true ends it.
+
+        Raises:
             InputError: the request, a run or a picture cannot be used.
             NonFiniteError: the denoiser or the VAE overflows.
             OutOfMemoryError: the base model is then dropped.
-            DiskError: a picture cannot be written.
             Interrupted: it was stopped.
         """
         try:
-            yield from self._pictures(request, folder, stop)
+            yield from self._pictures(request, keep, stop)
         except torch.OutOfMemoryError as error:
             self.drop()
             reason = f"the device has too little memory: {str(error).splitlines()[0]}"
@@ -109,15 +129,10 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pictures(
-        self, request: GenerationRequest, folder: RunFolder, stop: Stop
-    ) -> Iterator[Event]:
+    def _pictures(self, request: GenerationRequest, keep: Keep, stop: Stop) -> Iterator[Event]:
         for note in request.notes:
             yield NoteEvent(note.kind, note.field, note.message)
-        runs = [finished_run(trained) for trained in request.trained]
-        base = _base_of(request, runs)
-        guide = guiding(request, base) if request.guide else None
-        options = _options(request, base, guide)
+        runs, base, options = _judged(request)
         yield StageEvent(STAGE, 0, request.num_images)
         loaded = self._with(base, request.guide)
         for note in base.notes:
@@ -140,9 +155,7 @@ class Worker:
                 picture = drawn(
                     loaded.family, applied.taught.replaced(request.prompt), options, key=key
                 )
-                path = folder.outputs / f"{number}.{request.output_format}"
-                write_bytes(path, encoded(picture, request.output_format))
-                yield FileEvent("picture", path.relative_to(folder.root).as_posix())
+                yield keep(number, picture)
                 yield StageEvent(STAGE, number + 1, request.num_images)
 
     def _with(self, base: BaseModel, guide: str | None) -> _Loaded:
@@ -161,11 +174,35 @@ def generate(request: GenerationRequest, folder: RunFolder, stop: Stop) -> Itera
     yield from Worker().generate(request, folder, stop)
 
 
+def size_of(request: GenerationRequest) -> tuple[int, int]:
+    """The (width, height) of the pictures of a request; loads no model.
+
+    Raises:
+        InputError: the request, its base model or a run cannot be used.
+    """
+    _, _, options = _judged(request)
+    return options["width"], options["height"]
+
+
 def encoded(picture: Image.Image, output_format: str) -> bytes:
     """A picture as a file: the same bytes for the same pixels."""
     content = BytesIO()
     picture.save(content, **_ENCODERS[output_format])
     return content.getvalue()
+
+
+def _judged(
+    request: GenerationRequest,
+) -> tuple[list[FinishedRun], BaseModel, dict[str, Any]]:
+    """The runs and the base model of a request, and what the pipeline's call is told.
+
+    Raises:
+        InputError: one of these cannot be used.
+    """
+    runs = [finished_run(trained) for trained in request.trained]
+    base = _base_of(request, runs)
+    guide = guiding(request, base) if request.guide else None
+    return runs, base, _options(request, base, guide)
 
 
 def _base_of(request: GenerationRequest, runs: Sequence[FinishedRun]) -> BaseModel:

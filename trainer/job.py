@@ -26,7 +26,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,31 @@ Role = Literal[
     "debug_masks",
     "picture",
 ]
+
+# What each is, in words: programs that read the adapter, those whose DoRA is ComfyUI's, and those
+# that know new tokens are named by whoever says it.
+MEANINGS: Mapping[str, str] = {
+    "diffusers_lora": "the adapter for diffusers",
+    "kohya_lora": "the adapter for {programs}",
+    "kohya_lora_comfyui": "the same with DoRA magnitudes for {comfyui}",
+    "peft_folder": "the adapter of one component as a PEFT folder",
+    "denoiser_weights": "all weights of the denoiser",
+    "denoiser_config": "the structure of the denoiser",
+    "text_encoder_weights": "all weights of the text encoder",
+    "text_encoder_config": "the structure of the text encoder",
+    "text_encoder_2_weights": "all weights of the second text encoder",
+    "text_encoder_2_config": "the structure of the second text encoder",
+    "embeddings": "the vectors of all new tokens, for diffusers",
+    "token_embedding": "the vectors of one identifier, for {interfaces}",
+    "extraction_report": "how much of the change the extracted LoRA holds",
+    "config": "the resolved configuration",
+    "model_card": "the model card: what was trained, and how each file is loaded",
+    "loss_plot": "the course of the loss",
+    "verification": "what each reader read back",
+    "debug_dataset": "the pictures as they were trained",
+    "debug_masks": "the masks as the loss used them",
+    "picture": "a picture",
+}
 
 
 # By suffix; the tables of operating systems differ. YAML: RFC 9512.
@@ -341,7 +366,7 @@ class RunFolder:
     def forget_result(self) -> None:
         """Removes what an earlier run said of its end."""
         with disk_errors(self.root):
-            for path in (self.result, *self.root.glob("result.*.json")):
+            for path in (self.result, self.report, *self.root.glob("result.*.json")):
                 path.unlink(missing_ok=True)
 
     def write_result(self, result: Result) -> None:

@@ -6,7 +6,7 @@ Everything here is read off the declarations in `trainer.sections`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -193,16 +193,19 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if "items" in schema:
-        return _list_in_words(items(schema), schema["items"].get("enum", ()))
+        return _list_in_words(schema)
     if parts(schema):
         return f"names with values: {_in_parts(schema)}"
     bounds = [words.format(schema[key]) for key, words in _BOUND_WORDS.items() if key in schema]
     return ", ".join([_TYPE_WORDS[schema["type"]], *bounds])
 
 
-def _list_in_words(item: Mapping[str, Any], choices: Sequence[str]) -> str:
+def _list_in_words(schema: Mapping[str, Any]) -> str:
+    item, choices = items(schema), schema["items"].get("enum", ())
     if choices:
         return f"{', '.join(choices)}, as a list or separated by commas"
+    if not item and schema["type"] == "array":
+        return "a list of texts, or one a line"
     if not item:
         return "names, as a list or separated by commas, none empty"
     return f"a list of {item['title'].lower()}s, each with {_in_parts(item)}"

@@ -1,20 +1,16 @@
 """What watches a training: each takes the same stream of events and shows or keeps it.
 
-Knows events and the run folder, nothing of how a training works; the heavy ones load their
-library when a run begins.
+Knows events and the run folder, nothing of how a training works.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import singledispatchmethod
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -29,16 +25,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trainer.config import LEAVES, TrainingConfig
+from trainer.config import LEAVES
 from trainer.durable import disk_errors
-from trainer.errors import InputError
 from trainer.events import (
     CheckpointEvent,
     Event,
     FileEvent,
+    MeasuresEvent,
     NoteEvent,
     PhaseEvent,
     RunEvent,
+    SampleEvent,
     StageEvent,
     StepEvent,
     VerifyEvent,
@@ -66,7 +63,7 @@ class Listener(Protocol):
         """Puts away what it holds, however the run ended."""
 
 
-class _Plain:
+class Quiet:
     """A listener that holds nothing."""
 
     def __enter__(self) -> Self:
@@ -76,7 +73,7 @@ class _Plain:
         return None
 
 
-class EarlierResult(_Plain):
+class EarlierResult(Quiet):
     """Removes the result of an earlier run in the folder as soon as a new one begins."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -88,7 +85,7 @@ class EarlierResult(_Plain):
             self._folder.forget_result()
 
 
-class EventLog(_Plain):
+class EventLog(Quiet):
     """Appends every event to `events.jsonl`, each step once however often a run is resumed."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -168,6 +165,11 @@ class ProgressBar:
         self._progress.console.print(phase_line(event), markup=False, highlight=False)
 
     @hear.register
+    def _(self, event: MeasuresEvent) -> None:
+        if line := measures_line(event):
+            self._progress.console.print(line, markup=False, highlight=False)
+
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._progress.console.print(note_line(event), markup=False, highlight=False)
@@ -183,7 +185,7 @@ class ProgressBar:
         self._progress.update(task, completed=done, figures=text)
 
 
-class ProgressLines(_Plain):
+class ProgressLines(Quiet):
     """The same where there is no terminal: a line now and then, about twenty in a training."""
 
     def __init__(self, console: Console, explicit: Collection[str] = ()) -> None:
@@ -225,6 +227,15 @@ class ProgressLines(_Plain):
         self._print(f"checkpoint: {event.path}")
 
     @hear.register
+    def _(self, event: MeasuresEvent) -> None:
+        if line := measures_line(event):
+            self._print(line)
+
+    @hear.register
+    def _(self, event: SampleEvent) -> None:
+        self._print(f"picture: {event.path}")
+
+    @hear.register
     def _(self, event: PhaseEvent) -> None:
         self._print(phase_line(event))
 
@@ -258,6 +269,12 @@ def note_line(event: NoteEvent) -> str:
     return f"{event.note}: `{event.field}`: {event.message}"
 
 
+def measures_line(event: MeasuresEvent) -> str:
+    """The loss of held-out pictures as one line; nothing where it is not among the measures."""
+    loss = event.values.get("validation/loss")
+    return "" if loss is None else f"held-out pictures after step {event.step}: loss {loss:.4f}"
+
+
 _PARTS = {"denoiser": "the denoiser", "text_encoders": "text encoders", "tokens": "new tokens"}
 
 
@@ -278,98 +295,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def scalars(event: StepEvent) -> dict[str, float]:
-    """The curves that a step adds a point to, by name."""
-    return {
-        "train/loss": event.loss,
-        "train/smoothed_loss": event.smoothed_loss,
-        "train/learning_rate": event.learning_rate,
-        "train/grad_norm": event.grad_norm,
-        "train/step_seconds": event.seconds,
-        "train/epoch": float(event.epoch),
-    }
-
-
-class TensorBoard(_Plain):
-    """Writes curves for TensorBoard; a resumed run replaces the points it computes again."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self._curves: Any = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._curves is not None:
-            self._curves.close()
-
-    @singledispatchmethod
-    def hear(self, event: Event) -> None:
-        """Adds the points of a step."""
-
-    @hear.register
-    def _(self, event: RunEvent) -> None:
-        module = importlib.import_module("trainer.curves")
-        self._curves = module.CurveFile(self._logs, first_step=event.start_step + 1)
-
-    @hear.register
-    def _(self, event: StepEvent) -> None:
-        self._curves.add(event.step, scalars(event))
-
-
-class WeightsAndBiases(_Plain):
-    """Sends curves to Weights & Biases; a resumed run goes on in the same place there.
-
-    Raises:
-        InputError: the package `wandb` is not installed.
-    """
-
-    def __init__(self, config: TrainingConfig, folder: RunFolder) -> None:
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise InputError.of(
-                "wandb",
-                "needs the package `wandb`, which is not installed",
-                "pip install 'tok-trainer[wandb]', or leave --wandb out",
-            ) from error
-        self._config = config
-        self._folder = folder
-        self._run: Any = None
-
-    def __exit__(self, *ended: object) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=int(any(ended)))
-
-    @singledispatchmethod
-    def hear(self, event: Event) -> None:
-        """Sends the points of a step."""
-
-    @hear.register
-    def _(self, event: RunEvent) -> None:
-        place = f"{self._config.fingerprint()} {self._folder.root.resolve()}"
-        with disk_errors(self._folder.logs):
-            self._folder.logs.mkdir(parents=True, exist_ok=True)
-        try:
-            self._run = self._wandb.init(
-                project="tok-trainer",
-                name=self._config.output.output_name,
-                id=hashlib.sha256(place.encode()).hexdigest()[:16],
-                resume="allow",
-                dir=str(self._folder.logs),
-                config=self._config.values() | event.details,
-            )
-        except self._wandb.errors.Error as error:
-            raise InputError.of(
-                "wandb",
-                f"Weights & Biases refused the run: {error}",
-                "run `wandb login`, set WANDB_MODE=offline, or leave --wandb out",
-            ) from error
-
-    @hear.register
-    def _(self, event: StepEvent) -> None:
-        self._run.log(scalars(event), step=event.step)
-
-
-class Summary(_Plain):
+class Summary(Quiet):
     """Remembers what was verified, for the table at the end."""
 
     def __init__(self) -> None:
@@ -422,17 +348,3 @@ def size_text(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
-
-
-def logs_for(config: TrainingConfig, folder: RunFolder) -> Sequence[Listener]:
-    """The listeners that keep a run: always the event log, the curves as configured.
-
-    Raises:
-        InputError: a wanted one is not installed.
-    """
-    wanted: list[Listener] = [EventLog(folder)]
-    if config.run.tensorboard:
-        wanted.append(TensorBoard(folder.logs))
-    if config.run.wandb:
-        wanted.append(WeightsAndBiases(config, folder))
-    return wanted

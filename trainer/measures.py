@@ -30,4 +30,9 @@ class Smoothed:
         """The mean with one more value."""
         self._sum = _DECAY * self._sum + (1 - _DECAY) * value
         self._weights = _DECAY * self._weights + (1 - _DECAY)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The mean of all that was added."""
         return self._sum / self._weights

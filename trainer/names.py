@@ -26,6 +26,9 @@ COMPOUND_WORDS = (
     "time_in|vector_in|guidance_in|in_layer|out_layer|final_layer|adaLN_modulation"
 )
 
+# Forms of adapter as people call them.
+ADAPTER_KINDS: Mapping[str, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+
 # A layer by component and path.
 Layer = tuple[str, str]
 
@@ -90,7 +93,7 @@ class KohyaNames:
     diffusers_drops: frozenset[str] = frozenset()
     diffusers_width: int | None = None
     diffusers_reads: frozenset[str] = frozenset({"lora"})
-    programs: tuple[str, ...] = ("ComfyUI", "A1111", "Forge", "sd-scripts")
+    programs: tuple[str, ...] = ("ComfyUI", "A1111", "Forge", "InvokeAI", "sd-scripts")
     embedding_keys: Mapping[str, str] = field(default_factory=dict)
 
     def of_layer(self, component: str, path: str, *, fused: bool = True) -> str:

@@ -264,7 +264,7 @@ def _facts(config: TrainingConfig, training: Training) -> TrainingFacts:
     assert height is not None
     ignored = config.resolved.ignored_options
     # Each picture once, at whatever sizes it is trained.
-    own = [e for e in training.dataset.examples if not e.is_class and e.scale == 0]
+    own = [example for example in training.dataset.trained if example.scale == 0]
     prompts = dict.fromkeys(subject.instance_prompt for subject in config.subjects())
     instance_prompts = tuple(prompt for prompt in prompts if prompt)
     names = token_names(config.token)

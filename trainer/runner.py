@@ -17,9 +17,9 @@ from typing import NoReturn, cast
 
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError, DiskError, InputError, TrainerError
-from trainer.events import Event, FileEvent, MemoryEvent, RunEvent, StepEvent
+from trainer.events import Event, FileEvent, MemoryEvent, NoteEvent, RunEvent, StepEvent
 from trainer.job import Result, ResultFile, Role, RunFolder
-from trainer.listeners import EarlierResult, Listener
+from trainer.listeners import EarlierResult, Listener, note_line
 
 # Failures that refuse what was given: before a run begins, they change nothing.
 REFUSALS = (InputError.kind, CheckpointError.kind)
@@ -29,6 +29,12 @@ _WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Makes a terminal's cursor visible.
 _CURSOR = b"\x1b[?25h"
+
+# What reading a folder raises in which somebody else has written.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
 
 Stop = Callable[[], bool]
 Events = Generator[Event, None, None]
@@ -115,9 +121,9 @@ def supervise(
 ) -> Result:
     """Runs the engine in a locked folder, lets the listeners hear it, and writes `result.json`.
 
-    Of several processes only the main one locks, speaks and writes. A run that ends before its
-    first step leaves the result of an earlier one; a refused one leaves no folder where there
-    was none.
+    A run that began gets its report just before. Of several processes only the main one locks,
+    speaks and writes. A run that ends before its first step leaves the result of an earlier one; a
+    refused one leaves no folder where there was none.
 
     Raises:
         InputError: another training is running in the folder.
@@ -132,8 +138,25 @@ def supervise(
         if made and not tally.began and result.error_kind in REFUSALS:
             folder.take_back(made)
         elif tally.began or folder.read_result() is None:
-            _write_result(folder, result)
+            try:
+                if tally.began:
+                    _write_report(folder, result)
+            finally:
+                _write_result(folder, result)
     return result
+
+
+def _write_report(folder: RunFolder, result: Result) -> None:
+    """Writes the page of a run; where that fails, a warning says so and the run ends as it did."""
+    # Pillow is needed at the end of a training, whose start it would hold up.
+    from trainer.report.page import write_report  # noqa: PLC0415
+
+    try:
+        write_report(folder, result)
+    except (TrainerError, *_UNREADABLE) as error:
+        reason = error.message if isinstance(error, TrainerError) else repr(error)
+        note = NoteEvent("warning", folder.report.name, f"the report was not written: {reason}")
+        print(note_line(note), file=sys.stderr)
 
 
 def _write_result(folder: RunFolder, result: Result) -> None:

@@ -7,6 +7,7 @@ neighbours nor on who made them. Knows nothing of what the pictures are for.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from PIL import Image
 
 from trainer import randomness
 from trainer.errors import NonFiniteError
-from trainer.families.base import Family
+from trainer.families.base import Conditioning, Family
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,24 @@ class Sampler:
         height: in pixels, a multiple of the family's step.
         steps: of denoising.
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less: none.
+
+    Steps and guidance of None: as the pipeline has it.
     """
 
     width: int
     height: int
-    steps: int
-    guidance_scale: float
+    steps: int | None
+    guidance_scale: float | None
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of the pipeline's call."""
+        named = {
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def sample(
@@ -62,34 +75,63 @@ def sample(
     Raises:
         NonFiniteError: the denoiser or the VAE overflows.
     """
-    options: dict[str, Any] = {
-        "width": sampler.width,
-        "height": sampler.height,
-        "num_inference_steps": sampler.steps,
-        "guidance_scale": sampler.guidance_scale,
-    }
+    options = sampler.options()
     if negative_prompt is not None:
         options["negative_prompt"] = negative_prompt
     return drawn(family, prompt, options, key=randomness.key(seed, purpose, number))
 
 
-def drawn(family: Family, prompt: str, options: Mapping[str, Any], *, key: int) -> Image.Image:
+def sample_encoded(
+    family: Family,
+    prompt: Conditioning,
+    empty: Conditioning,
+    sampler: Sampler,
+    *,
+    key: int,
+    told: str,
+) -> Image.Image:
+    """One picture in RGB of an encoded prompt; text encoders need not be there.
+
+    Args:
+        family: with denoiser and VAE on one device.
+        prompt: its conditioning, of one row.
+        empty: that of no text, which guidance leads away from.
+        sampler: size, steps and guidance.
+        key: of the picture's random numbers.
+        told: the prompt as messages quote it.
+
+    Raises:
+        NonFiniteError: the denoiser or the VAE overflows.
+    """
+    options: dict[str, Any] = {**sampler.options(), **prompt}
+    taken = inspect.signature(type(family.pipeline).__call__).parameters
+    # Where guidance is told to the denoiser, nothing is predicted for no text.
+    if "true_cfg_scale" not in taken:
+        zeros = family.pipeline.config.get("force_zeros_for_empty_prompt", False)
+        options |= {f"negative_{n}": t.new_zeros(t.shape) if zeros else t for n, t in empty.items()}
+    return drawn(family, None, options, key=key, told=told)
+
+
+def drawn(
+    family: Family, prompt: str | None, options: Mapping[str, Any], *, key: int, told: str = ""
+) -> Image.Image:
     """One picture in RGB, from what the pipeline's call is to be told beside the prompt.
 
     Weights, scheduler and global random states stay as they are.
 
     Args:
         family: as for `sample`.
-        prompt: what the picture shows.
+        prompt: what the picture shows. None: `options` have it encoded.
         options: arguments of the pipeline's call.
         key: of its random numbers.
+        told: the prompt as messages quote it. Empty: as it is.
 
     Raises:
         NonFiniteError: the denoiser or the VAE overflows.
     """
     generator = torch.Generator().manual_seed(key)
     pipeline = family.pipeline
-    decoding = _checked_vae(pipeline.vae, prompt)
+    decoding = _checked_vae(pipeline.vae, told or f"{prompt}")
     with _scheduler_of_its_own(pipeline), _one_number_format(family), decoding:
         pixels: torch.Tensor = pipeline(
             prompt=prompt, generator=generator, output_type="pt", **options
@@ -144,9 +186,10 @@ def _one_number_format(family: Family) -> torch.autocast:
 
     Otherwise the pipeline computes as it would for anybody who loads it.
     """
-    encoders = [family.pipeline.components[name] for name in family.text_encoder_names]
-    denoiser = family.pipeline.components[family.denoiser_name]
-    formats = {module.dtype for module in (denoiser, *encoders)}
+    names = (family.denoiser_name, *family.text_encoder_names)
+    parts = [family.pipeline.components[name] for name in names]
+    # Text encoders that have done their work are gone.
+    formats = {module.dtype for module in parts if module is not None}
     narrowest = min(formats, key=lambda dtype: dtype.itemsize)
     device = family.pipeline._execution_device
     return torch.autocast(device.type, narrowest, enabled=len(formats) > 1)

@@ -1,72 +1,32 @@
-"""One optimizer step: what is drawn for it, and what the device then computes.
+"""One optimizer step: from what its forward passes ask to updated weights and figures.
 
 A step has two halves. The first draws everything random and says which rows of the encodings are
-shown; the second takes these tensors to updated weights and figures and needs nothing from the
-processor, so that it can also be recorded once and played again.
+shown, see `passes`; the second needs nothing from the processor, so that it can also be recorded
+once and played again.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import torch
 
-from trainer import faults, loss, objectives, optim
+from trainer import faults, optim
 from trainer.adapted.layers import Copies
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Batch
-from trainer.encoding import Encodings
 from trainer.errors import InputError
 from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
 from trainer.images.crop import Size
-from trainer.readings import Figures, finite_examples
+from trainer.passes import Asked, Passes
+from trainer.readings import Figures
 from trainer.recording import CannotRecordError, Recordings, Tensors
-from trainer.resident import StepInputs, Where
 from trainer.spread import Spread
 from trainer.trainables import Trainables
-from trainer.transfers import moved
 from trainer.updates import Updates
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one forward pass asks the denoiser, on the training device.
-
-    Args:
-        timesteps: (B,) see `Objective.sample_timesteps`.
-        draw: standard normal (B, C, h, w), by which latents are drawn from their distribution.
-        noise: (B, C, h, w).
-        shown: pictures and captions, or where they lie.
-    """
-
-    timesteps: torch.Tensor
-    draw: torch.Tensor
-    noise: torch.Tensor
-    shown: StepInputs | Where
-
-    def flat(self) -> Tensors:
-        """Its tensors by name, where it says but where its inputs lie."""
-        assert isinstance(self.shown, Where)
-        drawn = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return {**drawn, "rows": self.shown.rows, "shares": self.shown.shares}
-
-    @classmethod
-    def of_flat(cls, tensors: Mapping[str, torch.Tensor], start: str, size: Size) -> Self:
-        """The question that `flat` gave these tensors of.
-
-        Args:
-            tensors: by name, among others.
-            start: of their names.
-            size: trained (height, width).
-        """
-        own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-        where = Where(size, own.pop("rows"), own.pop("shares"))
-        return cls(**own, shown=where)
 
 
 class Stepper:
@@ -76,7 +36,7 @@ class Stepper:
         config: the resolved configuration.
         family: the loaded base model; its denoiser is looked up anew in each step.
         spread: device, precision and processes.
-        encodings: of captions and pictures.
+        passes: forward passes.
         trainables: what learns.
         updates: from gradients to weights.
         copies: what adapted layers compute with.
@@ -88,35 +48,21 @@ class Stepper:
         family: Family,
         spread: Spread,
         *,
-        encodings: Encodings,
+        passes: Passes,
         trainables: Trainables,
         updates: Updates,
         copies: Copies,
     ) -> None:
-        self._settings, self._seed = config.loss, config.run.seed
         self._max_grad_norm = config.optim.max_grad_norm
         self._family, self._spread, self._accelerator = family, spread, spread.accelerator
-        self._encodings, self._trainables = encodings, trainables
+        self.passes, self._trainables = passes, trainables
         self._parameters = trainables.of(trainables.parameters)
         self._updates, self._copies = updates, copies
         self.scaled_optimizer = spread.accelerator.prepare_optimizer(updates.optimizer)
-        self.objective = family.objective_class.from_scheduler(
-            family.pipeline.scheduler, config.loss
-        )
         self.fault = faults.wanted_fault()
         self.recordings: Recordings | None = None
         self._must_record = bool(config.run.cuda_graph)
         self._remarks: list[Event] = []
-
-    def ask(self, batch: Batch) -> Asked:
-        """What is drawn for a forward pass, by the positions of its examples alone."""
-        device, seed, positions = self._accelerator.device, self._seed, batch.positions
-        shown = self._encodings.shown(batch)
-        shape = self._encodings.latents_shape(shown)
-        draw = objectives.normal(seed, "posterior", positions, shape)
-        noise = objectives.noise_for(seed, positions, shape, self._settings.noise_offset)
-        timesteps = self._timesteps(batch)
-        return Asked(moved(timesteps, device), moved(draw, device), moved(noise, device), shown)
 
     def take(self, batches: Sequence[Batch], healthy: torch.Tensor, *, step: int) -> Figures:
         """Takes a step: gradients of all batches, then an update, if they are finite.
@@ -127,12 +73,14 @@ class Stepper:
             step: optimizer steps already done.
         """
         # Whoever strikes in a step must be there in it.
-        if self.recordings is not None and self._encodings.resident and self.fault is None:
+        if self.recordings is not None and self.passes.resident and self.fault is None:
             try:
                 return self._played(self.recordings, batches, healthy)
             except CannotRecordError as error:
                 self._go_on_plainly(error)
-        return self._taken([partial(self.ask, batch) for batch in batches], healthy, step=step)
+        return self._taken(
+            [partial(self.passes.ask, batch) for batch in batches], healthy, step=step
+        )
 
     def leave(self, module: torch.nn.Module) -> None:
         """Gives up what was made for a module that learns no more, before it leaves the device."""
@@ -168,7 +116,7 @@ class Stepper:
         self, recordings: Recordings, batches: Sequence[Batch], healthy: torch.Tensor
     ) -> Figures:
         """A step by a recording; plainly until there is one."""
-        asked = [self.ask(batch).flat() for batch in batches]
+        asked = [self.passes.ask(batch).flat() for batch in batches]
         inputs = {f"{n}.{name}": t for n, one in enumerate(asked) for name, t in one.items()}
         sizes = tuple(batch.size for batch in batches)
         work = partial(self._recordable, sizes)
@@ -232,41 +180,11 @@ class Stepper:
             asked: of the denoiser.
             step: optimizer steps already done.
         """
-        settings, timesteps, noise = self._settings, asked.timesteps, asked.noise
-        shown = asked.shown
-        inputs = shown if isinstance(shown, StepInputs) else self._encodings.at(shown)
-        latents = inputs.mean + inputs.std * asked.draw
-        noisy_latents = self.objective.add_noise(latents, noise, timesteps)
-        guidance = torch.full((len(latents),), settings.guidance_scale, device=latents.device)
-        geometry = {**inputs.geometry, "guidance": guidance}
-        prediction = self._family.predict(noisy_latents, timesteps, inputs.text, geometry)
-        batch_loss = loss.diffusion_loss(
-            prediction,
-            self.objective.target(latents, noise, timesteps),
-            shares=inputs.shares,
-            is_class=inputs.is_class,
-            mask=inputs.mask,
-            snr=self.objective.snr(timesteps),
-            snr_gamma=settings.snr_gamma,
-            prediction_type=self.objective.prediction_type,
-        )
+        batch_loss, finite = self.passes.loss(asked)
         if self.fault is not None:
             is_last = self._accelerator.is_last_process
             batch_loss = self.fault.strike(batch_loss, step=step + 1, is_last_process=is_last)
-        text = torch.stack([finite_examples(states) for states in inputs.text.values()]).all(0)
-        causes = (finite_examples(latents), text, finite_examples(prediction))
-        return batch_loss, torch.stack(causes, 1)
-
-    def _timesteps(self, batch: Batch) -> torch.Tensor:
-        height, width = batch.size
-        side = self._family.pipeline.vae_scale_factor
-        return self.objective.sample_timesteps(
-            self._seed,
-            batch.positions,
-            minimum=self._settings.min_timestep_trained,
-            maximum=self._settings.max_timestep_trained,
-            latent_size=(height // side, width // side),
-        )
+        return batch_loss, finite
 
 
 def _given(asked: Asked) -> Asked:

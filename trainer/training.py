@@ -24,9 +24,11 @@ from trainer.events import CheckpointEvent, Event, NoteEvent, PhaseEvent, StepEv
 from trainer.families.base import Family
 from trainer.identity import identity_of_contents
 from trainer.job import RunFolder
+from trainer.looks import Look
 from trainer.machine import precision_of
 from trainer.measures import Smoothed
 from trainer.pace import Pace, Work, pace_of
+from trainer.passes import Passes
 from trainer.readings import (
     Reading,
     Readings,
@@ -112,20 +114,18 @@ class Training:
         if encodings.pictures is None:
             family.pipeline.vae.to(accelerator.device)
         self.pace = self._paced()
-        self.updates = Updates(
-            trainables.groups(config.optim),
-            config.optim,
-            seed=config.run.seed,
-            in_backward=config.optim.fused_backward and trainables.whole,
-        )
+        self.updates = self._prepared_updates()
         self.optimizer = self.updates.optimizer
         self.course = optim.build_schedule(self.optimizer, config.optim, self.total_steps)
         self.readings = Readings(accelerator.device, self._steps_per_reading())
+        self.passes = Passes(
+            config.loss, family, encodings, seed=config.run.seed, device=accelerator.device
+        )
         self.stepper = Stepper(
             config,
             family,
             spread,
-            encodings=encodings,
+            passes=self.passes,
             trainables=trainables,
             updates=self.updates,
             copies=Copies(trainables.modules.values(), precision_of(config).frozen),
@@ -137,6 +137,15 @@ class Training:
         """Records steps from now on, wherever all that they need lies on the device."""
         optim.make_capturable(self.optimizer, self.config.optim.optimizer)
         self.stepper.recordings = Recordings(recorder)
+
+    def _prepared_updates(self) -> Updates:
+        optimization = self.config.optim
+        return Updates(
+            self.trainables.groups(optimization),
+            optimization,
+            seed=self.config.run.seed,
+            in_backward=optimization.fused_backward and self.trainables.whole,
+        )
 
     def _paced(self) -> Pace:
         """How steps are computed, for which the denoiser is prepared."""
@@ -167,6 +176,11 @@ class Training:
         return self.schedule.total_steps
 
     @property
+    def smoothed_loss(self) -> float:
+        """The mean loss of the last steps that were read, see `measures.Smoothed`."""
+        return self._smoothed.value
+
+    @property
     def num_trained_parameters(self) -> int:
         """How many numbers are learnt."""
         return sum(parameter.numel() for parameter in self.parameters)
@@ -190,8 +204,16 @@ class Training:
             if removed and loaded is None:
                 yield NoteEvent("warning", "checkpoints", _NOTHING_WHOLE)
 
-    def steps(self, folder: RunFolder, stop: Callable[[], bool]) -> Iterator[Event]:
+    def steps(
+        self, folder: RunFolder, stop: Callable[[], bool], looks: Sequence[Look] = ()
+    ) -> Iterator[Event]:
         """The remaining steps; publishes checkpoints on the way, at the end and when stopped.
+
+        Args:
+            folder: of the run.
+            stop: asked after each step.
+            looks: taken between steps, before a checkpoint of the same step: one that goes on from
+                there has been looked at.
 
         Raises:
             Interrupted: `stop` said so; the checkpoint of the last step is published.
@@ -202,6 +224,8 @@ class Training:
         every = self.config.run.checkpointing_steps
         loading = self._batches()
         parts: frozenset[Part] | None = None
+        if self.step == 0:
+            yield from self._look(looks)
         started, warm_at = time.perf_counter(), self.step
         while self.step < self.total_steps:
             earlier, parts = parts, self.schedule.parts_at(self.step)
@@ -216,6 +240,10 @@ class Training:
             if self.readings.due or warming_up:
                 yield from self._read(started)
                 started = time.perf_counter()
+            if any(look.moments.include(self.step) for look in looks):
+                yield from self._read(started)
+                yield from self._look(looks)
+                started = time.perf_counter()
             stopping = self.step < self.total_steps and self.processes.any(stop())
             if stopping or self.step % every == 0 or self.step == self.total_steps:
                 yield from self._read(started)
@@ -226,6 +254,12 @@ class Training:
                     f"stopped after step {self.step} of {self.total_steps}; its checkpoint is kept",
                     "run the same command to go on from there",
                 )
+
+    def _look(self, looks: Sequence[Look]) -> Iterator[Event]:
+        for look in looks:
+            if look.moments.include(self.step):
+                with pace.arithmetic(self.pace):
+                    yield from look.at(self.step)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """The batches of the remaining steps; their pictures are read ahead."""

@@ -219,8 +219,18 @@ def test_the_cards_code_loads_the_adapter(
 @pytest.mark.parametrize(
     ("family", "files", "section", "place"),
     [
-        ("sd15", "ComfyUI, A1111, Forge, sd-scripts and LyCORIS", "ComfyUI, A1111 and Forge", 2),
-        ("flux", "ComfyUI, Forge, sd-scripts and LyCORIS", "ComfyUI and Forge", 2),
+        (
+            "sd15",
+            "ComfyUI, A1111, Forge, InvokeAI, sd-scripts and LyCORIS",
+            "ComfyUI, A1111, Forge and InvokeAI",
+            3,
+        ),
+        (
+            "flux",
+            "ComfyUI, Forge, InvokeAI, sd-scripts and LyCORIS",
+            "ComfyUI, Forge and InvokeAI",
+            2,
+        ),
         ("flux2", "ComfyUI, musubi-tuner and LyCORIS", "ComfyUI", 1),
     ],
 )
@@ -231,9 +241,47 @@ def test_the_card_names_programs_that_read_the_family(
 
     assert f"- `astronaut.safetensors`: the adapter for {files}\n" in card
     assert f"## Loading in {section}\n" in card
-    [line] = [line for line in card.splitlines() if line.startswith("Put `astronaut.")]
-    assert line.count("`models/") == place
+    assert card.count("into `models/") == place
     assert ("A1111" in card) is (family == "sd15")
+
+
+def test_the_card_says_what_to_do_with_which_file_in_each_program(facts: TrainingFacts) -> None:
+    card = model_card(facts, FILES, [], pipeline_class="A", names=SD15, state=None)
+
+    assert "- ComfyUI: put `astronaut_comfyui.safetensors` into `models/loras`" in card
+    assert "- A1111: put `astronaut.safetensors` into `models/Lora`" in card
+    assert "by `<lora:astronaut:1>` in the prompt" in card
+    assert "- Forge: put `astronaut_comfyui.safetensors` into `models/Lora`" in card
+    assert "- InvokeAI: in the Model Manager" in card
+    assert "install `astronaut.safetensors`" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "algorithm", "use_dora", "misreading"),
+    [
+        ("sd15", "lora", False, ""),
+        # `dora_scale` by columns there: InvokeAI#9517; A1111's `apply_weight_decompose`.
+        ("sd15", "lora", True, "A1111 and InvokeAI"),
+        ("sd15", "lokr", False, ""),
+        # Its layers keep their diffusers names in the file.
+        ("flux", "lokr", False, "InvokeAI"),
+    ],
+)
+def test_the_card_names_programs_that_read_a_form_of_adapter_otherwise(
+    family: str,
+    algorithm: str,
+    use_dora: bool,
+    misreading: str,
+    trained: Callable[..., TrainedAdapter],
+    facts: TrainingFacts,
+) -> None:
+    targets = FEW if family == "sd15" else ("to_k", "to_v")
+    state = trained(family, algorithm, targets=targets, use_dora=use_dora).state
+
+    card = model_card(facts, FILES, [], pipeline_class="A", names=TABLES[family], state=state)
+
+    told = [line for line in card.splitlines() if line.startswith("- Not ")]
+    assert [line.partition(":")[0] for line in told] == ([f"- Not {misreading}"] * bool(misreading))
 
 
 def test_the_card_says_what_was_in_few_bits_while_it_learnt(

@@ -130,13 +130,13 @@ def test_text_is_encoded_as_the_pipeline_does_it_for_inference(family: Family) -
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     expected = encode(caption, **accepted(encode, device="cpu", **options))
     ours = family.encode_text([caption])
-    assert torch.equal(ours["hidden_states"], expected[0])
+    assert torch.equal(ours["prompt_embeds"], expected[0])
     for states in ours.values():
         assert any(t is not None and torch.equal(t, states) for t in expected)
 
 
 def test_an_empty_caption_is_encoded_and_not_zeroed(family: Family) -> None:
-    assert family.encode_text([""])["hidden_states"].abs().sum() > 0
+    assert family.encode_text([""])["prompt_embeds"].abs().sum() > 0
 
 
 def test_a_caption_is_encoded_alike_alone_and_in_a_batch(family: Family) -> None:

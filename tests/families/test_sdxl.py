@@ -33,7 +33,7 @@ def test_time_ids_are_original_size_crop_corner_and_target_size_heights_first(
         },
     )
     assert seen[0]["time_ids"].tolist() == [[600, 800, 5, 7, 64, 96]]
-    assert torch.equal(seen[0]["text_embeds"], text["pooled"])
+    assert torch.equal(seen[0]["text_embeds"], text["pooled_prompt_embeds"])
 
 
 def test_the_pooled_text_is_that_of_the_second_encoder(sdxl_folder: Path) -> None:
@@ -43,4 +43,4 @@ def test_the_pooled_text_is_that_of_the_second_encoder(sdxl_folder: Path) -> Non
         "a TOK", padding="max_length", max_length=77, return_tensors="pt"
     )
     expected = family.pipeline.text_encoder_2(tokens.input_ids).text_embeds
-    torch.testing.assert_close(family.encode_text(["a TOK"])["pooled"], expected)
+    torch.testing.assert_close(family.encode_text(["a TOK"])["pooled_prompt_embeds"], expected)

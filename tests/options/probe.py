@@ -62,7 +62,7 @@ class Pass:
     @property
     def hidden_states(self) -> torch.Tensor:
         """The captions word by word (B, words, width)."""
-        return self.text["hidden_states"]
+        return self.text["prompt_embeds"]
 
     @property
     def time_ids(self) -> torch.Tensor | None:
@@ -175,7 +175,7 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
     """
     recorder = _Recorder()
     with recorder.listening():
-        composed, notes = _composed(config, root)
+        composed, notes = composed_of(config, root)
         training = composed.training
         encoded = len(recorder.pixels)
         recorder.attach(training)
@@ -210,7 +210,7 @@ def probe(config: TrainingConfig, root: Path, num_steps: int | None) -> Probe:
     )
 
 
-def _composed(config: TrainingConfig, root: Path) -> tuple[Composition, list[NoteEvent]]:
+def composed_of(config: TrainingConfig, root: Path) -> tuple[Composition, list[NoteEvent]]:
     """A training before its first step, and what the user is told until then."""
     composing = engine.compose(config, RunFolder(root))
     notes: list[NoteEvent] = []
@@ -425,7 +425,7 @@ def deliver(config: TrainingConfig, folder: Path) -> Delivery:
         yield from ()
         return []
 
-    composed, _ = _composed(config, folder)
+    composed, _ = composed_of(config, folder)
     with recorder.listening(), patch.object(results, "_verified", unread):
         recorder.attach(composed.training)
         for event in composed.training.steps(root, never):

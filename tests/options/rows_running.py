@@ -23,10 +23,10 @@ from torch.distributed import DistStoreError
 
 from trainer import engine, results
 from trainer.job import Result, RunFolder
-from trainer.listeners import logs_for
 from trainer.machine import NO_GRAPH, NO_TF32
 from trainer.pace import NO_WINDOWS
 from trainer.runner import supervise
+from trainer.trackers import logs_for
 
 Shows = Callable[[Case], None]
 

@@ -132,9 +132,14 @@ def the_deviation_is_pulled(case: Case) -> None:
 def pools_at_the_end_of_the_text(case: Case) -> None:
     largest, end = case.before().seen.text, case.after().seen.text
     # The right id of the end mark gives the pooling that is asked for.
-    near(end["pooled"], case.probe({"model_url": Place("model")}).seen.text["pooled"])
-    assert not torch.allclose(largest["pooled"], end["pooled"], atol=1e-3)
-    assert torch.equal(largest["hidden_states"], end["hidden_states"])
+    near(
+        end["pooled_prompt_embeds"],
+        case.probe({"model_url": Place("model")}).seen.text["pooled_prompt_embeds"],
+    )
+    assert not torch.allclose(
+        largest["pooled_prompt_embeds"], end["pooled_prompt_embeds"], atol=1e-3
+    )
+    assert torch.equal(largest["prompt_embeds"], end["prompt_embeds"])
 
 
 HALFWAY = {**TOKENS, "max_train_steps": 4, "train_text_encoder_ti_frac": 1.0}
@@ -293,7 +298,7 @@ def class_captions_are(caption: str) -> Shows:
         ours, theirs = case.after().seen.text, case.before().seen.text
         near(chosen(ours, half), case.encoded([caption] * 2))
         same(chosen(ours, ~half), chosen(theirs, ~half))
-        states = "hidden_states"
+        states = "prompt_embeds"
         assert not torch.allclose(ours[states][half], theirs[states][half])
 
     return shows

@@ -26,6 +26,7 @@ from options.rows_output import OUTPUT
 from options.rows_refusals import NOT_TAKEN
 from options.rows_running import RUN
 from options.rows_tokens import PRIORS, TOKEN
+from options.rows_watching import SAMPLE
 from options.rows_whole import WHOLE_ROWS
 from options.rows_windows import WINDOWS
 
@@ -57,6 +58,7 @@ ROWS: tuple[Row, ...] = (
     *knowing(
         "nothing", RUN, family=("mixed_precision", "gradient_checkpointing", "checkpointing_share")
     ),
+    *knowing("nothing", SAMPLE, family=("validation_prompts",)),
     *knowing("nothing", OUTPUT, family=("save_dtype", "extract_rank", "kohya_dora")),
     *knowing("kind", WHOLE_ROWS),
     *knowing("kind", FROZEN),

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from trainer import engine, results, shards
 from trainer.job import RunFolder
+from trainer.looking import looks_of
 from trainer.processes import Launched
 from trainer.resolve import Layer, resolve
 
@@ -63,7 +64,8 @@ def train_one(leaves: dict[str, Any], run: Path, *, deliver: bool) -> dict[str, 
             "whole": sum(parameter.numel() for parameter in sharded),
             "odd": rows_come_and_go() if processes.count > 1 else None,
         }
-        facts["losses"] = losses(list(training.steps(folder, never)))
+        looks = looks_of(composed.config, training, composed.held_out, folder)
+        facts["losses"] = losses(list(training.steps(folder, never, looks)))
         training.put_together()
         processes.wait()
         if deliver and processes.is_main:

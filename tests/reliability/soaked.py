@@ -16,8 +16,9 @@ from tiny import TWO_LAYERS, configuration, never
 from trainer import engine
 from trainer.events import Event, StepEvent
 from trainer.job import RunFolder
-from trainer.listeners import logs_for, progress_for
+from trainer.listeners import progress_for
 from trainer.runner import supervise
+from trainer.trackers import logs_for
 
 LOOKS = (30, 60, 90)
 

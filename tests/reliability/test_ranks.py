@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 from rank_jobs import AFTERWARDS, Job, Zygote
 from tiny import TWO_LAYERS, digests
+
+from trainer.job import RunFolder
 
 # Longer than any step and than another process's start on a busy machine.
 TIMEOUT = 15
@@ -181,6 +184,38 @@ def test_one_process_writes_and_each_encodes_its_share(
     assert all(abs(first - second) <= 1 for first, second in shares), shares
     assert all(sum(share) > 0 for share in shares)
     figure(f"encoded {shares[0]} captions, {shares[1]} pictures")
+
+
+def test_processes_share_the_pictures_on_the_way(
+    zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    short = [word if word != "400" else "2" for word in arguments]
+    prompts = ["--validation-prompts", json.dumps(["a TOK", "a dog", "a cat"])]
+    looked = [*short, *prompts, "--sample-inference-steps", "2", "--validation-images", "1"]
+    counting = [
+        f"""
+from trainer import previews
+made = previews.sample_encoded
+def counted(*given, **named):
+    with open({str(tmp_path / f"made.{rank}")!r}, "a") as file:
+        file.write(named["told"] + "\\n")
+    return made(*given, **named)
+previews.sample_encoded = counted
+"""
+        for rank in (0, 1)
+    ]
+    job = starting(zygote, looked, tmp_path / "run", hooks=dict(enumerate(counting)))
+    assert job.ended() == [0, 0], job.said()
+    made = [(tmp_path / f"made.{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert made == [["a TOK", "a cat"] * 2, ["a dog"] * 2]
+    samples = RunFolder(tmp_path / "run").samples
+    pictures = {path.relative_to(samples).as_posix() for path in samples.rglob("*.png")}
+    assert pictures == {f"{step}/{n}.png" for step in ("000000", "000002") for n in range(3)}
+    told = [e for e in RunFolder(tmp_path / "run").read_events() if e["event"] == "sample"]
+    assert [(event["step"], event["number"]) for event in told] == [
+        (step, number) for step in (0, 2) for number in range(3)
+    ]
+    figure(f"pictures {len(made[0])} and {len(made[1])}")
 
 
 @pytest.mark.parametrize("who", ["the other", pytest.param("both", marks=pytest.mark.thorough)])

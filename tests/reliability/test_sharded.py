@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sharded_processes
 import snapshots
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import SMALL, TWO_LAYERS, configuration
 
@@ -31,7 +33,8 @@ IN_SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # A linear layer within a block and one outside of all.
 FEW = {"rank": 4, "target_unet_modules": ["attn.to_q", "x_embedder"]}
 WHOLE = {"use_lora": False, "learning_rate": 1e-4}
-CASES: dict[str, dict[str, Any]] = {"full": WHOLE}
+LOOKED = {"validation_prompts": ["a TOK", "a dog"], "sample_steps": 2, "sample_inference_steps": 2}
+CASES: dict[str, dict[str, Any]] = {"full": WHOLE | LOOKED}
 MORE: dict[str, dict[str, Any]] = {
     "DoRA": FEW | {"use_dora": True, "gradient_accumulation_steps": 2},
     "full, recomputed": WHOLE | {"gradient_checkpointing": True},
@@ -124,6 +127,21 @@ def test_shards_train_as_one_process_does(trained: Trained, figure: Callable[[st
             differences = (abs(a - b) / a for a, b in zip(one, two, strict=True))
             largest = max(largest, *differences)
     figure(f"{len(trained.names)} configurations, losses differ by at most {largest:.0e}")
+
+
+def test_pictures_on_the_way_are_those_of_one_process(
+    trained: Trained, figure: Callable[[str], None]
+) -> None:
+    folders = [trained.folder / f"{processes}/full.run/samples" for processes in (1, 2)]
+    alone, in_shards = (
+        {p.relative_to(folder): np.asarray(Image.open(p)) / 1.0 for p in folder.rglob("*.png")}
+        for folder in folders
+    )
+    assert len(alone) == 6
+    assert alone.keys() == in_shards.keys()
+    apart = [np.abs(alone[path] - in_shards[path]).max() for path in alone]
+    assert max(apart) <= 1
+    figure(f"{len(alone)} pictures, at most {max(apart):.0f} of 255 apart")
 
 
 def test_each_of_two_processes_holds_half_of_the_denoiser(

@@ -119,10 +119,38 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         """The batches of this process in one optimizer step."""
         return [self._batch(slots) for slots in self.plan.at(step)]
 
+    @property
+    def trained(self) -> tuple[Example, ...]:
+        """The subjects' pictures that steps show: those held out are none of them."""
+        numbers = {number for portion in self.plan.portions for number in portion.instances}
+        return tuple(example for example in self.examples if example.number in numbers)
+
     def pixels_of(self, number: int, flipped: bool) -> torch.Tensor:
         """The fixed view of one picture, perhaps mirrored: float32 (3, H, W) in [-1, 1]."""
         example = self.examples[number]
         return _to_tensor(self._fixed_placement(example, flipped).apply(_load(example)))
+
+    def still(self, number: int, positions: Sequence[int]) -> Batch:
+        """A batch of one picture's fixed view, once for each position, with its own caption."""
+        example, count = self.examples[number], len(positions)
+        placement = self._fixed_placement(example, flipped=False)
+        pixels = masks = None
+        if self.with_pixels:
+            pixels = self.pixels_of(number, False).expand(count, -1, -1, -1)
+            mask = self.mask_of(number, False)
+            masks = None if mask is None else mask.expand(count, -1, -1, -1)
+        return Batch(
+            numbers=(number,) * count,
+            positions=tuple(positions),
+            captions=(example.caption,) * count,
+            flipped=(False,) * count,
+            angles=(placement.angle,) * count,
+            geometry=_geometry([example] * count, [placement] * count),
+            pixels=pixels,
+            masks=masks,
+            weights=torch.full((count,), 1 / count),
+            is_class=torch.zeros(count, dtype=torch.bool),
+        )
 
     def mask_of(self, number: int, flipped: bool) -> torch.Tensor | None:
         """The weights of the fixed view of one picture: float32 (1, H, W) in [0, 1].

@@ -14,7 +14,6 @@ from itertools import islice
 
 from PIL import Image, ImageDraw
 
-from trainer.data.lettering import Style, cut, cut_in_the_middle, wrapped
 from trainer.data.thumbnails import (
     CROP,
     MAIN_FACE,
@@ -31,6 +30,7 @@ from trainer.data.thumbnails import (
 )
 from trainer.images.crop import Mask, Size
 from trainer.images.findings import Remark
+from trainer.images.lettering import Style, cut, cut_in_the_middle, wrapped
 
 ROWS_PER_PAGE = 24
 QUALITY = 90

@@ -6,20 +6,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from trainer.export.card_loading import (
-    KINDS,
     LIKE_COMFYUI,
     CardFile,
     interfaces,
     is_hub_id,
     listed,
     loading_sections,
+    programs_of,
     token_interfaces,
 )
 from trainer.export.extraction import Extraction
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState, Strength
 from trainer.export.verify import Check, nothing_learnt
-from trainer.names import KohyaNames
+from trainer.job import MEANINGS
+from trainer.names import ADAPTER_KINDS, KohyaNames
 
 # Hyperparameters that a reader of the card wants to know; the rest is in the configuration.
 _SHOWN_SETTINGS = (
@@ -72,7 +73,8 @@ def model_card(
         _front_matter(facts, state, tags),
         f"# {facts.output_name}\n\n{_summary(facts, files, state)}",
         _settings(facts, state),
-        "## Files\n\n" + "\n".join(f"- `{file.name}`: {_meaning(file, names)}" for file in files),
+        "## Files\n\n"
+        + "\n".join(f"- `{file.name}`: {_meaning(file, names, state)}" for file in files),
         *loading_sections(facts, files, pipeline_class, names, state),
     ]
     if extraction is not None:
@@ -84,32 +86,9 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-_MEANINGS: Mapping[str, str] = {
-    "diffusers_lora": "the adapter for diffusers",
-    "kohya_lora": "the adapter for {programs}",
-    "kohya_lora_comfyui": "the same with DoRA magnitudes for {comfyui}",
-    "peft_folder": "the adapter of one component as a PEFT folder",
-    "denoiser_weights": "all weights of the denoiser",
-    "denoiser_config": "the structure of the denoiser",
-    "text_encoder_weights": "all weights of the text encoder",
-    "text_encoder_config": "the structure of the text encoder",
-    "text_encoder_2_weights": "all weights of the second text encoder",
-    "text_encoder_2_config": "the structure of the second text encoder",
-    "embeddings": "the vectors of all new tokens, for diffusers",
-    "token_embedding": "the vectors of one identifier, for {interfaces}",
-    "extraction_report": "how much of the change the extracted LoRA holds",
-    "config": "the resolved configuration",
-    "model_card": "this card",
-    "loss_plot": "the course of the loss",
-    "verification": "what each reader read back",
-    "debug_dataset": "the pictures as they were trained",
-    "debug_masks": "the masks as the loss used them",
-}
-
-
-def _meaning(file: CardFile, names: KohyaNames) -> str:
-    return _MEANINGS[file.role].format(
-        programs=listed([*names.programs, "LyCORIS"]),
+def _meaning(file: CardFile, names: KohyaNames, state: AdapterState | None) -> str:
+    return MEANINGS[file.role].format(
+        programs=listed([*programs_of(names, state), "LyCORIS"]),
         comfyui=listed([name for name in interfaces(names) if name in LIKE_COMFYUI]),
         interfaces=listed(token_interfaces(names)),
     )
@@ -150,7 +129,7 @@ def _summary(facts: TrainingFacts, files: Sequence[CardFile], state: AdapterStat
         folders = [f"`{file.name.partition('/')[0]}`" for file in files if file.role in _WHOLE]
         what = f"All weights of {' and '.join(folders) or 'the denoiser'} of {base}"
     else:
-        name = "DoRA" if state.use_dora else KINDS[state.algorithm]
+        name = "DoRA" if state.use_dora else ADAPTER_KINDS[state.algorithm]
         components = ", ".join(f"`{component}`" for component in sorted(state.components))
         what = f"A {name} adapter of rank {_ranks(state)} for {base}, on {components}"
     if facts.tokens:

@@ -10,20 +10,27 @@ from dataclasses import dataclass
 from trainer.export.embeddings import token_file_stems
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState
-from trainer.names import KohyaNames, tokenizer_name
+from trainer.names import ADAPTER_KINDS, KohyaNames, tokenizer_name
 
-# User interfaces: the folder of adapters, that of new tokens, and how a prompt names these.
+# User interfaces: the folder of adapters, that of new tokens, how a prompt names these, and how an
+# adapter by this name is used.
 _INTERFACES = {
-    "ComfyUI": ("models/loras", "models/embeddings", "embedding:{}"),
-    "A1111": ("models/Lora", "embeddings", "{}"),
-    "Forge": ("models/Lora", "embeddings", "{}"),
+    "ComfyUI": ("models/loras", "models/embeddings", "embedding:{}", 'with the node "Load LoRA"'),
+    "A1111": ("models/Lora", "embeddings", "{}", "by `<lora:{}:1>` in the prompt"),
+    "Forge": ("models/Lora", "embeddings", "{}", "by `<lora:{}:1>` in the prompt"),
 }
 # Those whose DoRA divides by the norm of the base weight.
 LIKE_COMFYUI = ("ComfyUI", "Forge")
+# Takes files through its model manager. Of what is told of it here, its sources were read (v6.14:
+# backend/patches/, backend/model_manager/configs/), and nothing was run.
+_INVOKE = "InvokeAI"
+# Those that take DoRA's magnitudes for those of a weight's columns; ours are of its rows. InvokeAI:
+# backend/patches/layers/dora_layer.py; A1111: `apply_weight_decompose` in network.py.
+_COLUMN_DORA = ("A1111", _INVOKE)
 # Those that give new tokens to CLIP alone.
 _CLIP_ONLY = ("A1111", "Forge")
-
-KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+# InvokeAI knows new tokens of several vectors by this key: of CLIP's larger encoder.
+_INVOKE_TOKENS = "clip_g"
 
 _WHOLE_DENOISER = "denoiser_weights"
 _WHOLE_TEXT_ENCODERS = ("text_encoder_weights", "text_encoder_2_weights")
@@ -58,6 +65,21 @@ def is_hub_id(name: str) -> bool:
 def listed(words: Sequence[str]) -> str:
     """Words as a sentence has them: `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def programs_of(names: KohyaNames, state: AdapterState | None) -> list[str]:
+    """The programs other than diffusers and LyCORIS that read a kohya file as it is meant.
+
+    Args:
+        names: the family's table.
+        state: the adapter in the file, or None where it was made of whole weights.
+    """
+    misreading: tuple[str, ...] = ()
+    if state is not None and state.use_dora:
+        misreading = _COLUMN_DORA
+    elif state is not None and state.algorithm == "lokr" and names.unfused_prefix:
+        misreading = (_INVOKE,)
+    return [name for name in names.programs if name not in misreading]
 
 
 def interfaces(names: KohyaNames) -> list[str]:
@@ -111,7 +133,7 @@ def loading_sections(
         prompts = facts.token_prompts if "embeddings" in found else facts.instance_prompts
         sections.append(_diffusers_section(start + "".join(loads) + _pictures(prompts)))
     if "kohya_lora" in found or "kohya_lora_comfyui" in found:
-        sections.append(_interface_section(found, names))
+        sections.append(_interface_section(found, names, state))
     if "embeddings" in found:
         sections.append(_tokens_section(facts, files, names))
     return sections
@@ -187,7 +209,7 @@ def _load_snippet(state: AdapterState, names: KohyaNames, name: str) -> str:
         return f'pipe.load_lora_weights(".", weight_name="{name}")\n'
     kind = {"lokr": "LoKrConfig", "loha": "LoHaConfig"}[state.algorithm]
     return f"""\
-# `load_lora_weights` has no {KINDS[state.algorithm]} for this model; PEFT has.
+# `load_lora_weights` has no {ADAPTER_KINDS[state.algorithm]} for this model; PEFT has.
 import json
 from peft import {kind}, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
@@ -206,17 +228,34 @@ for component in sorted({{key.split(".")[0] for key in tensors}}):
 """
 
 
-def _interface_section(found: Mapping[str, str], names: KohyaNames) -> str:
-    programs = interfaces(names)
-    lines = [f"## Loading in {listed(programs)}", ""]
-    if "kohya_lora" in found:
-        lines.append(
-            f"Put `{found['kohya_lora']}` into {_folders(programs, 0)} and load it at strength 1."
+def _interface_section(
+    found: Mapping[str, str], names: KohyaNames, state: AdapterState | None
+) -> str:
+    known = [name for name in names.programs if name in (*_INTERFACES, _INVOKE)]
+    readers = [name for name in programs_of(names, state) if name in known]
+    ways: dict[str, list[str]] = {}
+    for program in readers:
+        ways.setdefault(_way(program, found), []).append(program)
+    lines = [f"- {listed(programs)}: {way}" for way, programs in ways.items()]
+    misreading = [name for name in known if name not in readers]
+    if misreading:
+        lines.append(f"- Not {listed(misreading)}: what these files hold is read otherwise there.")
+    return "\n".join([f"## Loading in {listed(readers)}", "", *lines])
+
+
+def _way(program: str, found: Mapping[str, str]) -> str:
+    """What to do with which file in a program."""
+    of_its_own = program in LIKE_COMFYUI and "kohya_lora_comfyui" in found
+    name = found.get("kohya_lora_comfyui" if of_its_own else "kohya_lora", "")
+    name = name or found["kohya_lora_comfyui"]
+    if program == _INVOKE:
+        return (
+            "in the Model Manager choose “Add Models”, give the path of this folder, scan it and "
+            f"install `{name}`; then add it as a concept of weight 1."
         )
-    if "kohya_lora_comfyui" in found:
-        dividing = listed([name for name in programs if name in LIKE_COMFYUI])
-        lines.append(f"In {dividing} take `{found['kohya_lora_comfyui']}` instead: see below.")
-    return "\n".join(lines)
+    folder, _, _, use = _INTERFACES[program]
+    how = use.format(name.removesuffix(".safetensors"))
+    return f"put `{name}` into `{folder}` and load it at strength 1 {how}."
 
 
 def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile], names: KohyaNames) -> str:
@@ -228,6 +267,10 @@ def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile], names: Kohy
     }
     programs = token_interfaces(names)
     ways = _by_place(programs, 2)
+    also = ""
+    if _INVOKE in names.programs and _INVOKE_TOKENS in names.embedding_keys.values():
+        ways["<{}>"] = [_INVOKE]
+        also = f", or installed by {_INVOKE}'s Model Manager"
     heads = ["identifier", "in diffusers", "file", *(f"in {', '.join(p)}" for p in ways.values())]
     rows = [
         _row(
@@ -243,7 +286,7 @@ def _tokens_section(facts: TrainingFacts, files: Sequence[CardFile], names: Kohy
         "",
         "An identifier of the captions stands for new tokens, which a prompt must name: in "
         "diffusers by the tokens themselves, in user interfaces by the name of the "
-        f"identifier's own file, after it was put into {_folders(programs, 1)}.",
+        f"identifier's own file, after it was put into {_folders(programs, 1)}{also}.",
         "",
         _row(*heads),
         "|" + "---|" * len(heads),

@@ -16,7 +16,7 @@ from trainer.config import AdapterConfig
 from trainer.names import KohyaNames
 from trainer.objectives import PATCH, Ddpm, Objective
 
-# What a family makes of captions: named tensors of shape (B, …) that only it can read.
+# What a family makes of captions: tensors of shape (B, …), named as its pipeline's call takes them.
 Conditioning = Mapping[str, torch.Tensor]
 
 # What a denoiser may be told of each example beside its caption. Sizes and crop, int64 tensors

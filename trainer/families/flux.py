@@ -109,7 +109,7 @@ class Flux1(Family):
         # diffusers' `_convert_kohya_flux_lora_to_diffusers`: names them without `transformer.`.
         diffusers_drops=frozenset(_OUTER_LAYERS),
         diffusers_width=3072,
-        programs=("ComfyUI", "Forge", "sd-scripts"),
+        programs=("ComfyUI", "Forge", "InvokeAI", "sd-scripts"),
         embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     )
 
@@ -118,7 +118,7 @@ class Flux1(Family):
         states, pooled, _ = self.pipeline.encode_prompt(
             list(captions), device=self.pipeline.text_encoder.device
         )
-        return {"hidden_states": states, "pooled": pooled}
+        return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
     def predict(
         self,
@@ -128,7 +128,7 @@ class Flux1(Family):
         geometry: Geometry,
     ) -> torch.Tensor:
         """The transformer's velocity; guidance is told where the checkpoint is distilled for it."""
-        states = text["hidden_states"]
+        states = text["prompt_embeds"]
         height, width = (side // PATCH for side in noisy_latents.shape[-2:])
         places = torch.zeros(height, width, 3, device=noisy_latents.device)
         places[..., 1] = torch.arange(height, device=places.device)[:, None]
@@ -137,7 +137,7 @@ class Flux1(Family):
             hidden_states=packed(noisy_latents),
             timestep=(timesteps / 1000).to(noisy_latents.dtype),
             guidance=geometry["guidance"] if self._is_guided else None,
-            pooled_projections=text["pooled"],
+            pooled_projections=text["pooled_prompt_embeds"],
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=places.device),
             img_ids=places.view(-1, 3),

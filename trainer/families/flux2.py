@@ -98,7 +98,7 @@ class Flux2Klein(Family):
         """Three of the encoder's inner states side by side (B, 512, 3 * width)."""
         encoder = self.pipeline.text_encoder
         states, _ = self.pipeline.encode_prompt(list(captions), device=encoder.device)
-        return {"hidden_states": states}
+        return {"prompt_embeds": states}
 
     def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:
         """The pipeline's VAE on pixels: each pixel of a 2 x 2 square is normalised by itself.
@@ -120,7 +120,7 @@ class Flux2Klein(Family):
         geometry: Geometry,
     ) -> torch.Tensor:
         """The transformer's velocity. Places are (time, row, column, word)."""
-        states, device = text["hidden_states"], noisy_latents.device
+        states, device = text["prompt_embeds"], noisy_latents.device
         height, width = (side // PATCH for side in noisy_latents.shape[-2:])
         one = torch.arange(1, device=device)
         rows, columns = (torch.arange(side, device=device) for side in (height, width))

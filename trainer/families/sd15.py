@@ -52,7 +52,7 @@ class StableDiffusion15(Family):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        return {"hidden_states": states}
+        return {"prompt_embeds": states}
 
     def predict(
         self,
@@ -63,7 +63,7 @@ class StableDiffusion15(Family):
     ) -> torch.Tensor:
         """The UNet's prediction; sizes play no part."""
         prediction: torch.Tensor = self.denoiser(
-            noisy_latents, timesteps, text["hidden_states"], return_dict=False
+            noisy_latents, timesteps, text["prompt_embeds"], return_dict=False
         )[0]
         return prediction
 

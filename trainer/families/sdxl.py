@@ -99,7 +99,7 @@ class StableDiffusionXL(Family):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        return {"hidden_states": states, "pooled": pooled}
+        return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
     def predict(
         self,
@@ -119,8 +119,8 @@ class StableDiffusionXL(Family):
         prediction: torch.Tensor = self.denoiser(
             noisy_latents,
             timesteps,
-            text["hidden_states"],
-            added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": time_ids},
+            text["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": text["pooled_prompt_embeds"], "time_ids": time_ids},
             return_dict=False,
         )[0]
         return prediction

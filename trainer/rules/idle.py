@@ -157,6 +157,12 @@ IDLE: _Idle = (
     ),
     (("extract_rank",), lambda v: bool(v["use_lora"]), "an adapter is trained already"),
     (
+        ("sample_inference_steps", "sample_guidance_scale"),
+        lambda v: not v["validation_prompts"] and v["sample_steps"] is None,
+        "no pictures are made on the way",
+    ),
+    (("validation_steps",), lambda v: v["validation_images"] == 0, "no pictures are held out"),
+    (
         (
             "train_text_encoder_frac",
             "target_text_encoder_modules",

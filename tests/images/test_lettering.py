@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from trainer.data.lettering import Style, cut, cut_in_the_middle, one_line, wrapped
+from trainer.images.lettering import Style, cut, cut_in_the_middle, one_line, wrapped
 
 STYLE = Style(16, (0, 0, 0))
 

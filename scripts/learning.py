@@ -1,0 +1,232 @@
+"""Trains in the small world, and measures what was learnt by looking at pictures.
+
+Everything goes the way that a user's training goes: photographs and captions in a folder, a
+configuration, the engine, result files; pictures are made from these files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_world import sampled
+from PIL import Image
+from world_pictures import BACKGROUNDS, COLOURS, POSITIONS, SCENES, SIDE, Scene, look
+from world_subjects import SHOWN, SUBJECT, draw_in_style, styled
+
+from trainer import base_model, engine
+from trainer.base_model import BaseModel
+from trainer.config import ModelConfig
+from trainer.families.base import Family
+from trainer.generation import Trained
+from trainer.job import RunFolder
+from trainer.machine import inference_precision
+from trainer.resolve import Layer, resolve
+from trainer.runner import supervise
+from trainer.strength import apply, finished_run
+
+# Pictures of the subject that a training is given: two on each ground.
+PLACES = tuple(
+    (background, position)
+    for number, background in enumerate(BACKGROUNDS)
+    for position in (list(POSITIONS)[number], "center")
+)
+CLASS = SUBJECT.shape
+STYLE = "in the TOK style"
+
+
+@dataclass(frozen=True)
+class World:
+    """The base model, and who makes pictures with it and what was trained on it.
+
+    Args:
+        folder: of the base model.
+        work: a folder for photographs and runs.
+    """
+
+    folder: Path
+    work: Path
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The base model as it is found."""
+        return base_model.locate(ModelConfig(model_url=str(self.folder)), vae_is_explicit=False)
+
+    @cached_property
+    def family(self) -> Family:
+        """The base model in memory."""
+        return base_model.load(self.base, inference_precision(self.base.settings))
+
+    def train(self, name: str, photos: Path, leaves: Mapping[str, Any]) -> Path:
+        """Trains, and returns the run folder.
+
+        Raises:
+            RuntimeError: the training did not end well.
+        """
+        folder = RunFolder(self.work / name)
+        shutil.rmtree(folder.root, ignore_errors=True)
+        values = {**COMMON, "model_url": str(self.folder), "images_data_url": str(photos)}
+        config = resolve([Layer("check", {**values, **leaves}, explicit=True)])
+        result = supervise(config, folder, [], engine=engine.run, stop=lambda: False)
+        if result.status != "done":
+            raise RuntimeError(f"{name}: {result.error}")
+        return folder.root
+
+    def pictures(
+        self, run: Path | None, prompts: Sequence[str], *, seed: int, strength: float = 1.0
+    ) -> torch.Tensor:
+        """Pictures (prompts, 3, 64, 64) from 0 to 1 by a run's files, or by the base model."""
+        with self._with(run, strength) as replaced:
+            return sampled(self.family.pipeline, [replaced(text) for text in prompts], seed=seed)
+
+    @contextmanager
+    def _with(self, run: Path | None, strength: float) -> Iterator[Any]:
+        if run is None:
+            yield str
+            return
+        finished = finished_run(Trained(run=str(run), strength=strength))
+        applied = apply(self.family, self.base, [finished], guided=False)
+        try:
+            yield applied.taught.replaced
+        finally:
+            applied.undo()
+
+
+COMMON: Mapping[str, Any] = {
+    "instance_prompt": f"a TOK {CLASS}",
+    "output_name": "learnt",
+    "resolution_width": SIDE,
+    "resolution_height": SIDE,
+    "rank": 16,
+    "target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"],
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "max_train_steps": 400,
+    "mixed_precision": "no",
+    "center_crop": True,
+    "tensorboard": False,
+    "checkpointing_steps": 10_000,
+}
+
+
+def write_photos(
+    folder: Path,
+    places: Sequence[tuple[str, str]] = PLACES,
+    *,
+    told: bool = True,
+    masked: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Photographs of the subject, a file each.
+
+    Args:
+        places: (background, position) of each.
+        told: whether captions tell of the background.
+        masked: whether masks of the subject lie beside them.
+        seed: of exact places and sizes.
+    """
+    pictures, masks = SUBJECT.draw(places, torch.Generator().manual_seed(seed))
+    for number, (background, _) in enumerate(places):
+        ground = f" on a {background} background" if told else ""
+        save(folder / f"{number}.png", pictures[number])
+        (folder / f"{number}.txt").write_text(f"a TOK {CLASS}{ground}")
+        if masked:
+            grown = torch.nn.functional.max_pool2d(masks[number][None], 5, 1, 2)
+            save(folder / "masks" / f"{number}.png", grown.expand(3, -1, -1))
+    return folder
+
+
+def write_style(folder: Path, *, seed: int = 0) -> Path:
+    """Photographs of several figures in a style, a file each."""
+    scenes = SCENES[7::40]
+    for number, picture in enumerate(draw_in_style(scenes, torch.Generator().manual_seed(seed))):
+        scene = scenes[number]
+        save(folder / f"{number}.png", picture)
+        caption = f"a {scene.colour} {scene.shape} on a {scene.background} background, {STYLE}"
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+def save(path: Path, picture: torch.Tensor) -> None:
+    """A picture (3, H, W) from 0 to 1 as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+
+
+def subject_prompts(count: int) -> list[tuple[str, str]]:
+    """Prompts of the subject, each with the background that it asks for."""
+    grounds = [list(BACKGROUNDS)[number % len(BACKGROUNDS)] for number in range(count)]
+    return [(f"a TOK {CLASS} on a {ground} background", ground) for ground in grounds]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What pictures with a run show.
+
+    Args:
+        likeness: share of pictures of the subject that show it.
+        mean_likeness: of these pictures.
+        background: share of them with the background that was asked for.
+        kept: share of plain figures of its class that are drawn as asked.
+        pictures: what was looked at: of the subject, then plain ones.
+    """
+
+    likeness: float
+    mean_likeness: float
+    background: float
+    kept: float
+    pictures: torch.Tensor
+
+
+def measure(
+    world: World, run: Path | None, *, count: int, seed: int, strength: float = 1.0
+) -> Learnt:
+    """Looks at pictures of the subject and of its class, as many of each."""
+    asked = subject_prompts(count)
+    plain = _plain(count)
+    prompts = [prompt for prompt, _ in asked] + [scene.captions[1] for scene in plain]
+    pictures = world.pictures(run, prompts, seed=seed, strength=strength)
+    of_subject, of_class = pictures[:count], pictures[count:]
+    likeness = [SUBJECT.likeness(picture) for picture in of_subject]
+    grounds = [
+        look(p).background == ground for p, (_, ground) in zip(of_subject, asked, strict=True)
+    ]
+    seen = [look(picture).agrees(scene) for picture, scene in zip(of_class, plain, strict=True)]
+    return Learnt(
+        likeness=sum(value >= SHOWN for value in likeness) / count,
+        mean_likeness=sum(likeness) / count,
+        background=sum(grounds) / count,
+        kept=sum(one["shape"] and one["colour"] and one["background"] for one in seen) / count,
+        pictures=pictures,
+    )
+
+
+def share_on(world: World, run: Path | None, background: str, *, count: int, seed: int) -> float:
+    """Share of pictures of the subject on this background, where prompts ask for none."""
+    pictures = world.pictures(run, [f"a TOK {CLASS}"] * count, seed=seed)
+    return sum(look(picture).background == background for picture in pictures) / count
+
+
+def share_in_style(world: World, run: Path | None, *, count: int, seed: int) -> float:
+    """Share of pictures that show the style where it is asked for."""
+    scenes = SCENES[3 :: len(SCENES) // count][:count]
+    told = [f"{scene.captions[1]}, {STYLE}" for scene in scenes]
+    pictures = world.pictures(run, told, seed=seed)
+    return sum(styled(picture) > 0.5 for picture in pictures) / len(pictures)
+
+
+def _plain(count: int) -> list[Scene]:
+    """Plain figures of the subject's class, in all colours on all grounds."""
+    colours, grounds = list(COLOURS), list(BACKGROUNDS)
+    return [
+        Scene(CLASS, colours[n % len(colours)], grounds[n % len(grounds)], "center")
+        for n in range(count)
+    ]

@@ -1,0 +1,329 @@
+"""What each option must teach in the small world, as figures with bounds.
+
+Bounds were fixed before anything was trained; hardly any picture of the base model's passes for the
+subject. Every figure is of several seeds, of training and pictures alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from learning import (
+    CLASS,
+    PLACES,
+    STYLE,
+    World,
+    measure,
+    share_in_style,
+    share_on,
+    write_photos,
+    write_style,
+)
+from make_world import sheet
+from rich.console import Console
+from rich.table import Table
+
+from trainer.job import RunFolder
+
+WORLD = Path(__file__).parent.parent / "tests" / "samples" / "world"
+
+PRIOR: Mapping[str, Any] = {
+    "with_prior_preservation": True,
+    "class_prompt": f"a {CLASS}",
+    "num_class_images": 40,
+    "class_inference_steps": 20,
+    "class_guidance_scale": 3.0,
+}
+PIVOTAL: Mapping[str, Any] = {"train_text_encoder_ti": True, "text_encoder_lr": 5e-3}
+WHOLE: Mapping[str, Any] = {"use_lora": False, "learning_rate": 3e-4}
+# The one ground of the pictures that masks are tried on.
+GROUND = "pink"
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a figure must be.
+
+    Args:
+        least: at least this.
+        most: at most this.
+    """
+
+    least: float | None = None
+    most: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a value keeps it."""
+        above = self.least is None or value >= self.least
+        return above and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        return f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a check works with.
+
+    Args:
+        world: the base model.
+        seed: of trainings and pictures.
+        count: of pictures of each kind.
+        steps: of a training.
+    """
+
+    world: World
+    seed: int
+    count: int
+    steps: int
+
+    def train(self, name: str, photos: Path, *leaves: Mapping[str, Any]) -> Path:
+        """Trains with these leaves, later ones over earlier ones."""
+        joined: dict[str, Any] = {"seed": self.seed, "max_train_steps": self.steps}
+        for layer in leaves:
+            joined |= layer
+        return self.world.train(f"{name}-{self.seed}", photos, joined)
+
+    @property
+    def photos(self) -> Path:
+        """Photographs of the subject, with captions that tell of their grounds."""
+        return write_photos(self.world.work / "photos")
+
+    def shown(self, run: Path | None, **options: Any) -> Any:
+        """What pictures with a run show; kept to be looked at."""
+        learnt = measure(self.world, run, count=self.count, seed=1000 * self.seed, **options)
+        name = "base" if run is None else run.name
+        sheet(learnt.pictures).save(self.world.work / f"{name}.png")
+        return learnt
+
+
+def of_base(bench: Bench) -> Figures:
+    """Of the base model's pictures, hardly any shows the subject, and its class is as asked."""
+    base = bench.shown(None)
+    style = share_in_style(bench.world, None, count=bench.count, seed=bench.seed)
+    return {
+        "the base model: pictures that pass for the subject": base.likeness,
+        "the base model: pictures that pass for the style": style,
+        "the base model: plain figures as asked": base.kept,
+    }
+
+
+def of_prior(bench: Bench) -> Figures:
+    """A subject is learnt on any ground; with prior preservation its class stays."""
+    run = bench.train("prior", bench.photos, PRIOR)
+    without = bench.shown(bench.train("lora", bench.photos))
+    learnt = bench.shown(run)
+    half = bench.shown(run, strength=0.5)
+    return {
+        "LoRA with prior: likeness": learnt.likeness,
+        "LoRA with prior: background as asked": learnt.background,
+        "LoRA with prior: plain figures as asked": learnt.kept,
+        "LoRA without prior: likeness": without.likeness,
+        "LoRA without prior: plain figures as asked": without.kept,
+        "prior preservation: gain of plain figures": learnt.kept - without.kept,
+        "strength: mean likeness at 1 above that at 0.5": (
+            learnt.mean_likeness - half.mean_likeness
+        ),
+    }
+
+
+def of_masks(bench: Bench) -> Figures:
+    """The ground of all pictures is learnt without masks, and not with them."""
+    places = tuple((GROUND, position) for _, position in PLACES)
+    plain = write_photos(bench.world.work / "ground", places, told=False)
+    masked = write_photos(bench.world.work / "masked", places, told=False, masked=True)
+    runs = {"without": bench.train("unmasked", plain), "with": bench.train("masked", masked)}
+    shares = {
+        name: share_on(bench.world, run, GROUND, count=bench.count, seed=bench.seed)
+        for name, run in {**runs, "base": None}.items()
+    }
+    return {
+        "masks: ground learnt without": shares["without"],
+        "masks: ground learnt with": shares["with"],
+        "masks: ground of the base model's pictures": shares["base"],
+        "masks: mean likeness with": bench.shown(runs["with"]).mean_likeness,
+    }
+
+
+def of_tokens(bench: Bench) -> Figures:
+    """New words learn the subject faster than an old one, and by themselves."""
+    half = {"max_train_steps": bench.steps // 2}
+    plain = bench.shown(bench.train("plain", bench.photos, half))
+    pivotal = bench.shown(bench.train("pivotal", bench.photos, half, PIVOTAL))
+    alone = {"train_text_encoder_ti_frac": 1.0, "learning_rate": 1e-9}
+    words = bench.shown(bench.train("words", bench.photos, PIVOTAL, alone))
+    base = bench.shown(None)
+    return {
+        "half the steps: mean likeness by a plain trigger": plain.mean_likeness,
+        "half the steps: mean likeness by pivotal tuning": pivotal.mean_likeness,
+        "pivotal tuning: gain over a plain trigger": pivotal.mean_likeness - plain.mean_likeness,
+        "new words alone: gain of mean likeness over the base model": (
+            words.mean_likeness - base.mean_likeness
+        ),
+    }
+
+
+def of_forms(bench: Bench) -> Figures:
+    """Every form of an adapter learns the subject."""
+    forms: Mapping[str, Mapping[str, Any]] = {
+        "DoRA": {"use_dora": True},
+        "LoKr": {"lora_type": "lokr", "learning_rate": 3e-3},
+        "LoHa": {"lora_type": "loha", "learning_rate": 2e-3},
+    }
+    return {
+        f"{form}: likeness": bench.shown(bench.train(form, bench.photos, leaves)).likeness
+        for form, leaves in forms.items()
+    }
+
+
+def of_all_weights(bench: Bench) -> Figures:
+    """All weights learn, and a LoRA taken from their change shows what they learnt."""
+    figures = {}
+    for rank in (16, 32):
+        name = f"whole{rank}"
+        run = bench.train(name, bench.photos, WHOLE, {"extract_rank": rank})
+        whole = bench.shown(run)
+        lora = _only_lora(run)
+        figures["all weights: likeness"] = whole.likeness
+        extracted = bench.shown(lora)
+        figures[f"extraction at rank {rank}: share of likeness kept"] = (
+            extracted.mean_likeness / whole.mean_likeness
+        )
+    return figures
+
+
+def of_style(bench: Bench) -> Figures:
+    """A style is learnt from pictures of other things."""
+    photos = write_style(bench.world.work / "style")
+    leaves = {"instance_prompt": f"a picture {STYLE}", "caption_mode": "style"}
+    run = bench.train("style", photos, leaves)
+    share = share_in_style(bench.world, run, count=bench.count, seed=bench.seed)
+    return {"style: pictures that show it": share}
+
+
+CHECKS: Mapping[str, Callable[[Bench], Figures]] = {
+    "base": of_base,
+    "prior": of_prior,
+    "masks": of_masks,
+    "tokens": of_tokens,
+    "forms": of_forms,
+    "whole": of_all_weights,
+    "style": of_style,
+}
+# In continuous integration: one seed, few pictures.
+FAST = ("base", "prior")
+
+BOUNDS: Mapping[str, Bound] = {
+    "the base model: pictures that pass for the subject": Bound(most=0.01),
+    "the base model: pictures that pass for the style": Bound(most=0.01),
+    "the base model: plain figures as asked": Bound(least=0.9),
+    "LoRA with prior: likeness": Bound(least=0.9),
+    "LoRA with prior: background as asked": Bound(least=0.9),
+    "LoRA without prior: likeness": Bound(least=0.9),
+    "prior preservation: gain of plain figures": Bound(least=0.2),
+    "strength: mean likeness at 1 above that at 0.5": Bound(least=0.05),
+    "masks: ground learnt without": Bound(least=0.8),
+    "masks: ground learnt with": Bound(most=0.5),
+    "masks: mean likeness with": Bound(least=0.6),
+    "pivotal tuning: gain over a plain trigger": Bound(least=0.0),
+    "new words alone: gain of mean likeness over the base model": Bound(least=0.1),
+    "DoRA: likeness": Bound(least=0.9),
+    "LoKr: likeness": Bound(least=0.9),
+    "LoHa: likeness": Bound(least=0.9),
+    "all weights: likeness": Bound(least=0.9),
+    "extraction at rank 16: share of likeness kept": Bound(least=0.9),
+    "extraction at rank 32: share of likeness kept": Bound(least=0.9),
+    "style: pictures that show it": Bound(least=0.9),
+}
+
+
+def _only_lora(run: Path) -> Path:
+    """A copy of a run that has of its results only the extracted LoRA."""
+    copied = Path(shutil.copytree(run, run.with_name(f"{run.name}-lora"), dirs_exist_ok=True))
+    folder = RunFolder(copied)
+    result = folder.read_result()
+    assert result is not None
+    kept = tuple(file for file in result.files if file.role == "diffusers_lora")
+    folder.write_result(result.model_copy(update={"files": kept}))
+    return copied
+
+
+def run_checks(
+    names: Sequence[str], seeds: Sequence[int], *, world: World, count: int, steps: int
+) -> dict[str, list[float]]:
+    """Every figure of these checks, a value for each seed."""
+    figures: dict[str, list[float]] = {}
+    for seed in seeds:
+        bench = Bench(world, seed, count, steps)
+        for name in names:
+            started = time.perf_counter()
+            for figure, value in CHECKS[name](bench).items():
+                figures.setdefault(figure, []).append(value)
+                click.echo(f"seed {seed}  {figure}: {value:.3f}", err=True)
+            click.echo(f"  {name}: {time.perf_counter() - started:.0f} s", err=True)
+    return figures
+
+
+def show(figures: Mapping[str, Sequence[float]]) -> list[str]:
+    """Prints every figure with its spread and its bound; names those that miss it."""
+    table = Table(title="learning in the small world")
+    for heading in ("figure", "mean", "lowest to highest", "bound", ""):
+        table.add_column(heading, overflow="fold")
+    missed = []
+    for figure, values in figures.items():
+        mean, bound = statistics.mean(values), BOUNDS.get(figure)
+        holds = bound is None or bound.holds(mean)
+        missed += [] if holds else [figure]
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        told = "" if bound is None else str(bound)
+        verdict = "" if bound is None else "ok" if holds else "MISSED"
+        table.add_row(figure, f"{mean:.3f}", spread, told, verdict)
+    Console(width=120).print(table)
+    return missed
+
+
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--fast", is_flag=True, help="One seed and few checks, as continuous integration.")
+@click.option("--seeds", default=3, type=click.IntRange(1), help="How many.")
+@click.option("--only", multiple=True, type=click.Choice(tuple(CHECKS)), help="These checks.")
+@click.option("--count", default=40, type=click.IntRange(4), help="Pictures of each kind.")
+@click.option("--steps", default=400, type=click.IntRange(10, 800), help="Of a training.")
+@click.option("--world", default=WORLD, type=click.Path(path_type=Path), help="The base model.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that is kept.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of all figures.")
+def main(
+    fast: bool,
+    seeds: int,
+    only: Sequence[str],
+    count: int,
+    steps: int,
+    world: Path,
+    work: Path | None,
+    out: Path | None,
+) -> None:
+    """Runs the checks, and fails where a bound is missed."""
+    names = only or (FAST if fast else tuple(CHECKS))
+    with tempfile.TemporaryDirectory() as temporary:
+        place = World(world, work or Path(temporary))
+        numbers = range(1) if fast else range(seeds)
+        figures = run_checks(names, numbers, world=place, count=count, steps=steps)
+    missed = show(figures)
+    if out is not None:
+        machine = {"processor": platform.machine(), "torch": torch.__version__}
+        data = {"steps": steps, "pictures": count, **machine, "figures": figures}
+        out.write_text(json.dumps(data, indent=2) + "\n")
+    if missed:
+        raise click.ClickException(f"missed: {'; '.join(missed)}")

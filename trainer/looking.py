@@ -1,0 +1,86 @@
+"""Which looks a configuration asks for between the steps of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from trainer.config import TrainingConfig
+from trainer.job import RunFolder
+from trainer.looks import Gauges, Look, Moments
+from trainer.previews import Previews
+from trainer.sampling import Sampler
+from trainer.tokens import token_names
+from trainer.training import Training
+from trainer.validation import HeldOut, history_of
+
+# About so many times in a run held-out pictures are looked at.
+_TIMES = 10
+
+
+def prompts_of(config: TrainingConfig) -> tuple[str, ...]:
+    """The prompts that pictures are made of on the way: none where none are asked for."""
+    sample = config.sample
+    if sample.validation_prompts or sample.sample_steps is None:
+        return sample.validation_prompts
+    instance_prompts = (subject.instance_prompt for subject in config.subjects())
+    return tuple(dict.fromkeys(prompt for prompt in instance_prompts if prompt))
+
+
+def looks_of(
+    config: TrainingConfig, training: Training, held_out: Sequence[int], folder: RunFolder
+) -> list[Look]:
+    """The looks of a training that stands where it begins or goes on.
+
+    Args:
+        config: the resolved configuration.
+        training: before its next step.
+        held_out: numbers of the pictures that are kept out of it.
+        folder: of the run.
+    """
+    total_steps, looks = training.total_steps, list[Look]()
+    tokens = training.trainables.new_tokens
+    gauges = Gauges(training.optimizer, tokens, token_names(config.token), total_steps)
+    if gauges.has_any:
+        looks.append(gauges)
+    if held_out:
+        every = config.sample.validation_steps or math.ceil(total_steps / _TIMES)
+        looks.append(
+            HeldOut(
+                training.passes,
+                training.dataset,
+                held_out,
+                batch_size=config.run.batch_size,
+                moments=Moments(every, total_steps, from_base=True),
+                trained=lambda: training.smoothed_loss,
+                history=history_of(folder.read_events(), training.step),
+            )
+        )
+    if prompts := prompts_of(config):
+        looks.append(_previews(config, training, prompts, folder))
+    return looks
+
+
+def _previews(
+    config: TrainingConfig, training: Training, prompts: Sequence[str], folder: RunFolder
+) -> Previews:
+    data, sample = config.data, config.sample
+    assert data.resolution_width is not None
+    assert data.resolution_height is not None
+    return Previews(
+        training.family,
+        training.text,
+        prompts,
+        Sampler(
+            data.resolution_width,
+            data.resolution_height,
+            sample.sample_inference_steps,
+            sample.sample_guidance_scale,
+        ),
+        seed=config.run.seed,
+        moments=Moments(
+            sample.sample_steps or training.total_steps, training.total_steps, from_base=True
+        ),
+        folder=folder,
+        spread=training.spread,
+    )

@@ -1,0 +1,133 @@
+"""The loss of pictures that are never trained on, and when it tells of over-fitting.
+
+Noise and timesteps are the same each time, so that two values differ by the weights alone: the same
+weights give the same value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.data.dataset import Batch, Dataset
+from trainer.events import Event, MeasuresEvent, NoteEvent
+from trainer.looks import Moments
+from trainer.passes import Passes
+
+VALIDATION_LOSS = "validation/loss"
+
+# Draws of noise and timestep for each picture.
+_DRAWS = 8
+# Positions of these draws: far beyond those of any training.
+_FIRST_POSITION = 2**48
+
+# Over-fitting is told once so many values in a row are this much above the lowest.
+_IN_A_ROW, _RISE = 3, 0.02
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A look at held-out pictures.
+
+    Args:
+        step: steps done.
+        held_out: their loss.
+        trained: the smoothed loss of trained pictures then.
+    """
+
+    step: int
+    held_out: float
+    trained: float
+
+
+def over_fitting(history: Sequence[Measured]) -> str:
+    """In words that training pictures are being learnt by heart, once it shows; else nothing.
+
+    The loss of held-out pictures rises while that of trained ones falls.
+    """
+    if len(history) <= _IN_A_ROW:
+        return ""
+    lowest = min(history, key=lambda measured: measured.held_out)
+    last = history[-_IN_A_ROW:]
+    rises = all(one.held_out > lowest.held_out * (1 + _RISE) for one in last)
+    if not rises or lowest in last or last[-1].trained >= lowest.trained:
+        return ""
+    rise = last[-1].held_out / lowest.held_out - 1
+    return (
+        f"over-fitting: the loss of held-out pictures was lowest after step {lowest.step} "
+        f"({lowest.held_out:.4f}) and is {rise:.0%} higher now, while that of trained pictures "
+        f"fell from {lowest.trained:.4f} to {last[-1].trained:.4f}; the next training may end at "
+        f"step {max(1, lowest.step)}, take a lower learning_rate, or more pictures"
+    )
+
+
+def history_of(events: Sequence[Mapping[str, Any]], step: int) -> list[Measured]:
+    """The looks that a training's events up to a step tell of."""
+    trained = {e["step"]: e["smoothed_loss"] for e in events if e.get("event") == "step"}
+    looks = [e for e in events if e.get("event") == "measures" and VALIDATION_LOSS in e["values"]]
+    return [
+        Measured(look["step"], look["values"][VALIDATION_LOSS], trained[look["step"]])
+        for look in looks
+        if look["step"] <= step and look["step"] in trained
+    ]
+
+
+class HeldOut:
+    """Looks at pictures that are kept out of a training.
+
+    Args:
+        passes: forward passes of the training.
+        dataset: has the pictures.
+        numbers: which they are.
+        batch_size: examples that fit a forward pass.
+        moments: when to look.
+        trained: tells the smoothed loss of trained pictures.
+        history: earlier looks of a training that goes on.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        dataset: Dataset,
+        numbers: Sequence[int],
+        *,
+        batch_size: int,
+        moments: Moments,
+        trained: Callable[[], float],
+        history: Sequence[Measured] = (),
+    ) -> None:
+        self.moments = moments
+        self._passes, self._trained, self._history = passes, trained, list(history)
+        self._batches = tuple(_batches(dataset, numbers, batch_size))
+        self._warned = bool(over_fitting(self._history))
+
+    def at(self, step: int) -> Iterator[Event]:
+        """Tells the mean loss over all pictures and draws."""
+        loss = self._loss()
+        yield MeasuresEvent(step, {VALIDATION_LOSS: loss})
+        if not math.isfinite(loss) or step == 0:
+            return
+        self._history.append(Measured(step, loss, self._trained()))
+        words = "" if self._warned else over_fitting(self._history)
+        if words:
+            self._warned = True
+            yield NoteEvent("warning", "max_train_steps", words)
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        parts = [self._passes.loss(self._passes.ask(batch))[0] for batch in self._batches]
+        counts = [len(batch.positions) for batch in self._batches]
+        total = sum(part.item() * count for part, count in zip(parts, counts, strict=True))
+        return total / sum(counts)
+
+
+def _batches(dataset: Dataset, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """Every picture with every draw, in batches of one picture each."""
+    for place, number in enumerate(numbers):
+        first = _FIRST_POSITION + place * _DRAWS
+        for start in range(first, first + _DRAWS, batch_size):
+            yield dataset.still(number, range(start, min(start + batch_size, first + _DRAWS)))
