@@ -170,6 +170,7 @@ def test_a_user_goes_from_photographs_to_files_and_pictures(
     bring(page, photos)
     page.get_by_role("link", name="Go on").click()
     fill(page, model_url="tiny", max_train_steps="30", rank="4", output_name=f"me {scheme}")
+    fill(page, validation_prompts="a photograph of TOK\na cup on a table")
     expect(page.get_by_label("Changed options")).to_contain_text("rank: 4")
     seen.shot(f"{scheme}-2-settings")
 
@@ -188,10 +189,12 @@ def test_a_user_goes_from_photographs_to_files_and_pictures(
     state_of(page, "done")
     expect(page.get_by_role("link", name="pytorch_lora_weights.safetensors")).to_be_visible()
     expect(page.get_by_text("Passed · diffusers").first).to_be_visible()
+    previews = page.get_by_label("Previews", exact=True)
+    expect(previews.get_by_role("img")).to_have_count(4)
+    report = page.frame_locator("iframe[title='Report of the training']")
+    expect(report.get_by_role("heading").first).to_be_attached()
     with page.expect_download() as downloading:
-        page.get_by_role("link", name=f"me {scheme}.safetensors".replace(" ", "-")).or_(
-            page.get_by_role("link", name=f"me {scheme}.safetensors")
-        ).first.click()
+        page.get_by_role("link", name=f"me {scheme}.safetensors").first.click()
     assert downloading.value.path().stat().st_size > 10_000
 
     page.get_by_label("Strength").fill("0.5")

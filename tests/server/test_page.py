@@ -265,6 +265,7 @@ def test_a_result_has_its_files_with_what_their_readers_said(
 
     (file,) = [file for file in told["files"] if file["role"] == "kohya_lora"]
     assert file["verdicts"] == [{"reader": "lycoris", "status": "passed"}]
+    assert file["meaning"] == "the adapter for ComfyUI, A1111 and the like"
     assert (file["size"], server.get(file["address"]).content) == (5, b"kohya")
 
 

@@ -161,6 +161,7 @@ class File(BaseModel):
     """A file of a result."""
 
     role: str
+    meaning: str = Field(description="What it is, in words.")
     name: str
     size: int
     content_type: str

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config import LEAVES
 from trainer.config_files import parse_yaml
 from trainer.generation import GenerationRequest
-from trainer.job import Result
+from trainer.job import MEANINGS, Result
 from trainer.server.files import StoredFile
 from trainer.server.inputs import CONCEPTS, DATA
 from trainer.server.own import run_files
@@ -29,6 +29,12 @@ from trainer.server.workshop import Workshop
 NAME = "page"
 # Under which of its fields a request for pictures names the training.
 TRAINED = "trained"
+# Who reads what, in the words of `MEANINGS`.
+_PROGRAMS = {
+    "programs": "ComfyUI, A1111 and the like",
+    "comfyui": "ComfyUI",
+    "interfaces": "ComfyUI and A1111",
+}
 
 
 def line(job: Job, workshop: Workshop) -> JobLine:
@@ -122,6 +128,7 @@ def _files(job: Job, result: Result | None, workshop: Workshop) -> list[File]:
     return [
         File(
             role=file.role,
+            meaning=MEANINGS[file.role].format_map(_PROGRAMS),
             name=file.path.rpartition("/")[2],
             size=file.size,
             content_type=file.content_type,

@@ -8,7 +8,7 @@ import { showPrepared } from "./photographs.js";
 import { capital } from "./problems.js";
 import { samples } from "./samples.js";
 import { trials } from "./trials.js";
-import { bytes, count, fileWords, kindWords, moment, serviceWords, shown, span, stateWords } from "./words.js";
+import { bytes, count, kindWords, moment, serviceWords, shown, span, stateWords } from "./words.js";
 
 const LOOK_SECONDS = 1;
 const NOTES = { warning: "Warning", ignored: "Without effect", yielded: "Given way", resolved: "Settled" };
@@ -224,8 +224,8 @@ function files({ files: all }) {
   return h("section", { "aria-label": "Files" }, h("h2", {}, "Files"),
     h("table", { class: "tablelike" },
       h("thead", {}, h("tr", {}, ["What for", "File", "Size", "Read back"].map((text) => h("th", { scope: "col" }, text)))),
-      h("tbody", {}, weights.map(({ role, name, size, address, verdicts }) => h("tr", {},
-        h("td", {}, fileWords(role)),
+      h("tbody", {}, weights.map(({ meaning, name, size, address, verdicts }) => h("tr", {},
+        h("td", {}, capital(meaning)),
         h("td", {}, h("a", { href: address, download: name }, name)),
         h("td", { class: "number" }, bytes(size)),
         h("td", {}, verdicts.map(({ reader, status }) =>

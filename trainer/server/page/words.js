@@ -1,36 +1,12 @@
 // Numbers, times and names as people read them.
 
-const FILES = {
-  diffusers_lora: "For diffusers",
-  kohya_lora: "For ComfyUI, A1111 and the like",
-  kohya_lora_comfyui: "For ComfyUI, DoRA as it reads it",
-  peft_folder: "For PEFT",
-  denoiser_weights: "All weights of the denoiser",
-  denoiser_config: "What the denoiser is",
-  text_encoder_weights: "All weights of the text encoder",
-  text_encoder_config: "What the text encoder is",
-  text_encoder_2_weights: "All weights of the second text encoder",
-  text_encoder_2_config: "What the second text encoder is",
-  embeddings: "The new tokens",
-  token_embedding: "One new token, for ComfyUI and A1111",
-  extraction_report: "How the LoRA was taken from the weights",
-  config: "The settings, to train again",
-  model_card: "Model card",
-  loss_plot: "The loss, drawn",
-  verification: "What was read back",
-  debug_dataset: "Pictures as the first steps saw them",
-  debug_masks: "Masks as the first steps used them",
-  picture: "Picture",
-};
-
 const SERVICES = { page: "this page", fal: "fal", novita: "Novita", bfl: "BFL" };
 const KINDS = { training: "Training", generation: "Pictures", preparation: "Preparation" };
 const STATES = {
   queued: "waiting", running: "running", done: "done", failed: "failed", cancelled: "cancelled",
 };
 
-/** What a result file is for. */
-export const fileWords = (role) => FILES[role] ?? role.replaceAll("_", " ");
+/** Who a job was asked for by, and what it is. */
 export const serviceWords = (name) => SERVICES[name] ?? name;
 export const kindWords = (kind) => KINDS[kind] ?? kind;
 
