@@ -444,6 +444,7 @@ def test_nothing_runs_in_a_report_and_previews_come_as_they_are_made(
     expect(page.get_by_role("img", name="a cup in the sun")).to_have_js_property("naturalWidth", 1)
     expect(page.get_by_text("is large")).to_be_visible()
     state_of(page, "done")
+    expect(page.locator("iframe")).to_have_attribute("sandbox", "")
     frame = page.frame_locator("iframe")
     expect(frame.get_by_text("the end")).to_have_css("color", "rgb(255, 0, 0)")
     assert page.title().startswith("told")

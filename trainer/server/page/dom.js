@@ -58,7 +58,7 @@ function filled(element, properties, children) {
       if (value !== null && value !== undefined) {
         element[name] = value;
       }
-    } else if (isThere(value)) {
+    } else if (isThere(value) || value === "") {
       element.setAttribute(name, value === true ? "" : value);
     }
   }

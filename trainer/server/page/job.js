@@ -200,7 +200,7 @@ class View {
   async showReport(place) {
     const { address } = await post(`/trainer/jobs/${this.id}/report`);
     put(place, h("h2", {}, "Report"),
-      h("iframe", { class: "report", src: address, title: "Report of the training", sandbox: "", loading: "lazy" }),
+      h("iframe", { class: "report", src: address, title: "Report of the training", sandbox: "" }),
       h("p", {}, h("a", { href: address, target: "_blank", rel: "noopener" }, "Open it by itself"), " · ",
         h("a", { href: address, download: "report.html" }, "Download it")));
   }
@@ -227,7 +227,7 @@ function files({ files: all }) {
       h("tbody", {}, weights.map(({ meaning, name, size, address, verdicts }) => h("tr", {},
         h("td", {}, capital(meaning)),
         h("td", {}, h("a", { href: address, download: name }, name)),
-        h("td", { class: "number" }, bytes(size)),
+        h("td", { class: "number size" }, bytes(size)),
         h("td", {}, verdicts.map(({ reader, status }) =>
           h("div", { class: status === "passed" ? "passed" : status === "failed" ? "bad" : "soft" }, `${capital(status)} · ${reader}`))))))));
 }
