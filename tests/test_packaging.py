@@ -53,7 +53,7 @@ def test_the_pins_have_no_local_label_and_no_path() -> None:
 
 
 def test_every_requirement_is_pinned_inside_its_range() -> None:
-    wanted = requirements("dev", "demo", "lycoris", "server")
+    wanted = requirements("dev", "demo", "lycoris", "page-tests", "server")
 
     assert [str(r) for r in wanted if canonicalize_name(r.name) not in pins()] == []
     assert [
@@ -183,7 +183,9 @@ def test_the_wheel_carries_package_configurations_and_licence(built: Path) -> No
     ]
     assert len(modules) > 20
     assert len(configs) > 5
-    assert set(modules) | set(configs) | {"trainer/py.typed"} <= names
+    page = [f"trainer/server/page/{path.name}" for path in (ROOT / "trainer/server/page").iterdir()]
+    assert len(page) > 10
+    assert {*modules, *configs, *page, "trainer/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "demo/", "runs/")) for name in names)
 

@@ -271,3 +271,24 @@ def test_pictures_that_are_missing_leave_no_folder(
     assert code == 2
     assert capsys.readouterr().err.count("error[input]: `images_data_url`") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_with_result_it_says_at_its_end_how_it_went(
+    sd15_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model-url", str(sd15_folder), "--with-result", "--output"]
+    whole = commands.run(
+        ["prepare", *given, str(tmp_path / "run"), "--images-data-url", str(pictures)]
+    )
+    missing = commands.run(
+        ["prepare", *given, str(tmp_path / "bad"), "--images-data-url", str(tmp_path / "none")]
+    )
+    capsys.readouterr()
+
+    done = RunFolder(tmp_path / "run").read_result()
+    failed = RunFolder(tmp_path / "bad").read_result()
+    assert done is not None and failed is not None
+    assert (whole, done.status) == (0, "done")
+    assert RunFolder(tmp_path / "run").read_events()[-1]["event"] == "stage"
+    assert (missing, failed.status) == (2, "failed")
+    assert [problem.field for problem in failed.problems] == ["images_data_url"]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -121,6 +122,7 @@ def train(
 @output_option
 @preset_option
 @dialect_option
+@click.option("--with-result", is_flag=True, help="Leave events.jsonl and result.json, as train.")
 @json_option
 def prepare(
     request: Path | None,
@@ -128,6 +130,7 @@ def prepare(
     output: Path | None,
     preset: str | None,
     dialect: str | None,
+    with_result: bool,
     as_json: bool,
 ) -> None:
     """Prepare pictures, masks and captions, to be looked at before training.
@@ -135,17 +138,20 @@ def prepare(
     Writes the contact sheet, and what `train` with the same options and run folder goes on from.
     """
     from trainer.job import RunFolder
-    from trainer.listeners import progress_for
-    from trainer.runner import stop_on_signals, watched
+    from trainer.listeners import EventLog, Listener, progress_for
+    from trainer.runner import result_left, stop_on_signals, watched
 
-    with stop_on_signals() as stop:
+    with ExitStack() as stack, stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
+        listeners: list[Listener] = [progress_for(talk(), config.resolved.explicit)]
+        if with_result:
+            stack.enter_context(result_left(folder))
+            listeners.append(EventLog(folder))
         hush_libraries()
         from trainer import preparing
 
-        events = preparing.prepare(config, folder, stop)
-        watched(events, folder, [progress_for(talk(), config.resolved.explicit)])
+        watched(preparing.prepare(config, folder, stop), folder, listeners)
     emit(preparing.report(config, folder), as_json, prepared)
 
 

@@ -187,6 +187,17 @@ def watched(events: Iterator[Event], folder: RunFolder, listeners: Sequence[List
             raise
 
 
+@contextmanager
+def result_left(folder: RunFolder) -> Iterator[None]:
+    """Something short of a training, at whose end `result.json` says how it ended."""
+    try:
+        yield
+    except TrainerError as error:
+        folder.write_result(Result.of_error(error))
+        raise
+    folder.write_result(Result(status="done", exit_code=0))
+
+
 class Tally:
     """Counts a run's steps and files, and says how it ended."""
 

@@ -50,6 +50,36 @@ def main(output: Path) -> int:
     return 0
 
 
+def prepare(output: Path) -> int:
+    """What a preparation leaves: one small picture, and what is said of it."""
+    folder = output / "prepared"
+    folder.mkdir(parents=True, exist_ok=True)
+    note("FAKE_LOG", output)
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    if "FAKE_FAIL" in os.environ:
+        return fail(output, os.environ["FAKE_FAIL"])
+    say(output, {"event": "stage", "stage": "prepare", "done": 1, "total": 1})
+    for name in ("000.png", "000.source.jpg", "contact_sheet_1.jpg"):
+        (folder / name).write_bytes(PIXEL)
+    picture = {
+        **{"name": "000-a.png", "size": [64, 96], "trained_size": [64, 64]},
+        **{
+            "trained_box": [16, 0, 64, 64],
+        },
+        "faces": [{"left": 20, "top": 4, "width": 16, "height": 16, "score": 1}],
+        **{"caption": "a cup", "caption_origin": "instance_prompt", "repeats": 1, "mask": None},
+        **{"remarks": [{"kind": "warning", "text": "is soft"}], "each_time": []},
+    }
+    line = {"topic": "count", "found": "only 1 picture", "advice": "at least 10", "level": "act"}
+    report = {"advice": {"level": "act", "lines": [line]}, "notes": [], "pictures": [picture]}
+    left_out = [{"name": "001-b.png", "reason": "is no picture"}]
+    (folder / "report.json").write_text(json.dumps({**report, "left_out": left_out}))
+    index = {"pictures": [{"name": "000-a.png", "thumbnail": "000.source.jpg", "mask": None}]}
+    (folder / "prepared.json").write_text(json.dumps(index))
+    end(output, {"status": "done", "exit_code": 0})
+    return 0
+
+
 def generate(folder: Path) -> None:
     """What the inference process does for one folder."""
     request = json.loads((folder / "generation.json").read_text())
@@ -122,4 +152,6 @@ if __name__ == "__main__":
             if "FAKE_ONCE" in os.environ:
                 break
         sys.exit(0)
+    if sys.argv[1] == "--prepare":
+        sys.exit(prepare(Path(sys.argv[2])))
     sys.exit(main(Path(sys.argv[2])))

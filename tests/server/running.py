@@ -28,6 +28,9 @@ def fake_jobs_environment() -> dict[str, str]:
     return {
         "TRAINER_JOB_COMMAND": shlex.join([sys.executable, str(FAKE), "{config}", "{output}"]),
         "TRAINER_GENERATION_COMMAND": shlex.join([sys.executable, str(FAKE), "--stdin"]),
+        "TRAINER_PREPARATION_COMMAND": shlex.join(
+            [sys.executable, str(FAKE), "--prepare", "{output}"]
+        ),
     }
 
 
@@ -73,6 +76,8 @@ def warm_jobs(folder: Path) -> Iterator[dict[str, str]]:
         yield {
             "TRAINER_JOB_COMMAND": f"{ask} train {{config}} --output {{output}} --seal-network",
             "TRAINER_GENERATION_COMMAND": f"{ask} generate --stdin",
+            "TRAINER_PREPARATION_COMMAND": f"{ask} prepare {{config}} --output {{output}} "
+            "--with-result",
             "OMP_NUM_THREADS": "1",
         }
 

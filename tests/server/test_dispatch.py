@@ -22,7 +22,7 @@ from trainer.server import dispatch, slots
 from trainer.server.backends import BackendError, Handover, Standing
 from trainer.server.backends.local import LocalBackend
 from trainer.server.database import Database
-from trainer.server.dispatch import Dispatcher, Limits
+from trainer.server.dispatch import Dispatcher, Lane, Limits
 from trainer.server.files import SCHEMA as FILES
 from trainer.server.files import FileStore
 from trainer.server.generators import Generators
@@ -65,9 +65,8 @@ class World:
             self.queue,
             self.files,
             self.folders,
-            backend=self.engine or self.backends[-1],
+            trainings=Lane(self.engine or self.backends[-1], self.command),
             generators=generators,
-            command=self.command,
             limits=self.limits,
         )
 
@@ -709,3 +708,16 @@ def test_inference_that_does_not_leave_is_ended_so_that_a_training_begins(
     world.until_over(pictures, training)
 
     assert [world.state(job) for job in (pictures, training)] == ["done", "done"]
+
+
+def test_the_run_folder_is_there_before_a_training_so_that_a_refusal_stays_in_it(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.engine = FarEngine()
+    world.restart()
+    job = world.submit()
+
+    world.dispatcher.tick()
+
+    assert world.folders.of(job.id).run.root.is_dir()

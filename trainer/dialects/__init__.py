@@ -144,7 +144,7 @@ def layers_of(name: str, payload: Mapping[str, Any]) -> list[Layer]:
         problems=[*_contradictions(name, dialect, payload), *request.problems],
         fields={**dialect.FIELDS, **request.fields},
     )
-    return [_with_known_model(layer, field_of(name, "model_url")) for layer in (defaults, request)]
+    return [with_known_model(layer, field_of(name, "model_url")) for layer in (defaults, request)]
 
 
 def request_of(name: str, config: TrainingConfig) -> dict[str, Any]:
@@ -397,7 +397,7 @@ def _other_value(leaf: str, value: Any, allowed: Any, service: str) -> Problem:
     return Problem(leaf, message)
 
 
-def _with_known_model(layer: Layer, field: str) -> Layer:
+def with_known_model(layer: Layer, field: str) -> Layer:
     """A layer in which a base model by name is the place that it stands for.
 
     Args:

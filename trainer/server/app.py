@@ -36,7 +36,7 @@ from trainer.server.backends import Backend
 from trainer.server.backends.command import CommandBackend, Templates
 from trainer.server.backends.local import LocalBackend
 from trainer.server.backends.slurm import SlurmBackend
-from trainer.server.dispatch import Dispatcher, Limits
+from trainer.server.dispatch import Dispatcher, Lane, Limits
 from trainer.server.generators import Generators
 from trainer.server.hosts import own_hosts
 from trainer.server.inputs import Inputs
@@ -47,8 +47,14 @@ from trainer.server.protocols import protocol_of, protocols
 from trainer.server.refusals import Reason, Refusal
 from trainer.server.room import Room
 from trainer.server.security import Guard
-from trainer.server.settings import GENERATION_COMMAND, GIBIBYTE, JOB_COMMAND, ServerSettings
-from trainer.server.slots import Slot, gpus_of_this_machine
+from trainer.server.settings import (
+    GENERATION_COMMAND,
+    GIBIBYTE,
+    JOB_COMMAND,
+    PREPARATION_COMMAND,
+    ServerSettings,
+)
+from trainer.server.slots import PROCESSOR, Slot, gpus_of_this_machine
 from trainer.server.tidying import TidyPaths
 from trainer.server.webhooks import Outbox
 from trainer.server.workshop import Workshop, read_overrides
@@ -57,6 +63,7 @@ from trainer.server.workshop import Workshop, read_overrides
 _TRAINER = (sys.executable, "-P", "-m", "trainer")
 _TRAIN = (*_TRAINER, "train", "{config}", "--output", "{output}", "--seal-network")
 _GENERATE = (*_TRAINER, "generate", "--stdin")
+_PREPARE = (*_TRAINER, "prepare", "{config}", "--output", "{output}", "--with-result")
 
 _TICK_SECONDS = 0.1
 _REMOTE_POLL_SECONDS = 5.0
@@ -143,14 +150,20 @@ def _server(settings: ServerSettings) -> Server:
         jobs,
         store,
         folders,
-        backend=BACKENDS[settings.backend](settings, places, data / "jobs"),
+        trainings=Lane(
+            BACKENDS[settings.backend](settings, places, data / "jobs"),
+            _command(JOB_COMMAND, _TRAIN),
+        ),
+        preparations=Lane(
+            LocalBackend([Slot(PROCESSOR, data / "slots" / "preparation")], data / "jobs"),
+            _command(PREPARATION_COMMAND, _PREPARE),
+        ),
         generators=Generators(
             places,
             data,
             _command(GENERATION_COMMAND, _GENERATE),
             settings.inference_idle_seconds,
         ),
-        command=_command(JOB_COMMAND, _TRAIN),
         limits=Limits(
             grace=settings.grace_seconds,
             wall=settings.wall_hours and settings.wall_hours * 3600,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trainer.durable import disk_errors, write_text
+from trainer.durable import write_text
 from trainer.errors import TrainerError
 from trainer.generation import GenerationFolder
 from trainer.job import Result
@@ -34,6 +34,19 @@ LOST, LATE, OVERTIME, REFUSED = "lost", "request_timeout", "wall_time", "backend
 # An engine that does not take a training is asked again, each time after twice as long.
 HANDOVER_TRIES = 5
 HANDOVER_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What works on the jobs of one kind, each a process of its own.
+
+    Args:
+        backend: runs them.
+        command: with places `{config}`, `{output}`, `{folder}`, `{id}`.
+    """
+
+    backend: Backend
+    command: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,10 @@ class Dispatcher:
         queue: of jobs.
         files: where results are made fetchable.
         folders: of jobs.
-        backend: runs trainings.
+        trainings: where they are worked on.
+        preparations: where pictures are prepared to be looked at: beside trainings, so that
+            nobody waits for one to see them. None: nowhere.
         generators: make pictures.
-        command: of a training, with places `{config}`, `{output}`, `{folder}`, `{id}`.
         limits: how long things may take.
     """
 
@@ -83,17 +97,18 @@ class Dispatcher:
         files: FileStore,
         folders: JobFolders,
         *,
-        backend: Backend,
+        trainings: Lane,
+        preparations: Lane | None = None,
         generators: Generators,
-        command: Sequence[str],
         limits: Limits = Limits(),
     ) -> None:
         self._queue = queue
         self._files = files
         self._folders = folders
-        self._backend = backend
+        self._lanes: dict[Kind, Lane] = {"training": trainings}
+        if preparations is not None:
+            self._lanes["preparation"] = preparations
         self._generators = generators
-        self._command = command
         self._limits = limits
         self._watches: dict[str, _Watch] = {}
         self._handover_tries = 0
@@ -111,7 +126,7 @@ class Dispatcher:
             for job in self._queue.running():
                 with _trouble_logged(job):
                     self._look_at(job)
-            for kinds in _LINES[self._backend.runs_here]:
+            for kinds in self._lines():
                 while not self._ends and self._begin_next(kinds):
                     pass
             self._generators.expire(self._limits.grace)
@@ -120,13 +135,13 @@ class Dispatcher:
         """Begins nothing any more, and asks what runs on this machine to leave a checkpoint.
 
         Returns:
-            How many trainings are waited for.
+            How many trainings and preparations are waited for.
         """
         self._ends = True
-        running = self._trainings_here()
+        running = self._ending_here()
         for job in running:
             with _trouble_logged(job):
-                self._backend.stop(job.id, at_once=False)
+                self._lanes[job.kind].backend.stop(job.id, at_once=False)
         return len(running)
 
     def close(self, hurry: threading.Event | None = None) -> None:
@@ -150,14 +165,20 @@ class Dispatcher:
             # What was at work is idle now, and leaves.
             self._generators.close()
 
-    def _trainings_here(self) -> list[Job]:
-        running = self._queue.running() if self._backend.runs_here else []
-        return [job for job in running if job.kind == "training"]
+    def _lines(self) -> list[Sequence[Kind]]:
+        """The kinds of jobs that wait in one line each."""
+        others: list[Sequence[Kind]] = [("preparation",)] if "preparation" in self._lanes else []
+        return [*_LINES[self._lanes["training"].backend.runs_here], *others]
+
+    def _ending_here(self) -> list[Job]:
+        """What is asked to end with the server."""
+        here = [kind for kind, lane in self._lanes.items() if lane.backend.runs_here]
+        return [job for job in self._queue.running() if job.kind in here]
 
     def _awaited(self) -> list[Job]:
         """What ends with the server."""
         pictures = [job for job in self._queue.running() if job.kind == "generation"]
-        return [*self._trainings_here(), *pictures]
+        return [*self._ending_here(), *pictures]
 
     def _look_at(self, job: Job) -> None:
         now = time.monotonic()
@@ -177,7 +198,7 @@ class Dispatcher:
     def _standing(self, job: Job) -> Standing:
         if job.kind == "generation":
             return self._generators.standing(job)
-        return self._backend.standing(job.id)
+        return self._lanes[job.kind].backend.standing(job.id)
 
     def _limit(self, job: Job, watch: _Watch, *, has_result: bool) -> None:
         """Stops a running job that somebody cancelled, or that takes too long, also to end."""
@@ -192,7 +213,7 @@ class Dispatcher:
         if job.kind == "generation":
             self._generators.stop(job)
         elif at_once or not has_result:
-            self._backend.stop(job.id, at_once=at_once)
+            self._lanes[job.kind].backend.stop(job.id, at_once=at_once)
 
     def _settle(self, job: Job, result: Result | None, standing: Standing) -> None:
         job = self._queue.find(job.id) or job
@@ -249,12 +270,19 @@ class Dispatcher:
     def _begin_training(self, job: Job) -> bool:
         if time.monotonic() < self._handover_rests_until:
             return False
-        if not self._backend.has_room():
+        if not self._lanes["training"].backend.has_room():
             self._generators.make_room()
             return False
+        return self._hand_over(job)
+
+    def _begin_preparation(self, job: Job) -> bool:
+        return self._lanes["preparation"].backend.has_room() and self._hand_over(job)
+
+    def _hand_over(self, job: Job) -> bool:
+        """Gives a job to what works on its kind; false where that cannot be now."""
         folder = self._folders.of(job.id)
-        with disk_errors(folder.root):
-            folder.root.mkdir(parents=True, exist_ok=True)
+        # One that is refused takes back what it made, and leaves its reason where a folder was.
+        folder.run.create()
         if not folder.config.exists():
             write_text(folder.config, job.work)
         # What an interrupted start said must not be taken for what this one says.
@@ -262,7 +290,7 @@ class Dispatcher:
         if not self._queue.start(job):
             return True
         try:
-            taken = self._backend.start(self._handover(job, folder))
+            taken = self._lanes[job.kind].backend.start(self._handover(job, folder))
         except (TrainerError, OSError) as error:
             self._not_taken(job, error)
             return False
@@ -305,7 +333,7 @@ class Dispatcher:
             "config": str(folder.config.resolve()),
             "output": str(folder.run.root.resolve()),
         }
-        return Handover(job.id, root, with_places(self._command, places))
+        return Handover(job.id, root, with_places(self._lanes[job.kind].command, places))
 
 
 @contextmanager
@@ -324,5 +352,6 @@ _LINES: Mapping[bool, Sequence[Sequence[Kind]]] = {
 }
 _BEGINNINGS: Mapping[str, Callable[[Dispatcher, Job], bool]] = {
     "training": Dispatcher._begin_training,
+    "preparation": Dispatcher._begin_preparation,
     "generation": Dispatcher._begin_generation,
 }

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.config_files import stands_for_content
@@ -25,6 +26,8 @@ from trainer.server.hosts import plain_host
 # Options that say where pictures and captions are, and where models are.
 DATA = ("images_data_url", "captions_file_url", "class_images_url")
 MODELS = ("model_url", "vae_url", "single_file_config", "clipseg_url", "captioner")
+# Subjects, each with locations of its own.
+CONCEPTS = "concepts"
 PATHS = ("face_detector_path", "face_restorer_path")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -52,7 +55,7 @@ class Inputs:
         return [self._admitted(layer) for layer in layers]
 
     def _admitted(self, layer: Layer) -> Layer:
-        values, problems = dict(layer.values), list(layer.problems)
+        values, problems, wrong = dict(layer.values), list(layer.problems), set(layer.wrong)
         judges: Mapping[str, Callable[[str, str], str]] = {
             **dict.fromkeys(DATA, self.data),
             **dict.fromkeys((*MODELS, *PATHS), self._model),
@@ -64,7 +67,29 @@ class Inputs:
             except InputError as error:
                 problems += error.problems
                 del values[leaf]
-        return replace(layer, values=values, problems=problems)
+        try:
+            if isinstance(values.get(CONCEPTS), list):
+                values[CONCEPTS] = self._concepts(values[CONCEPTS])
+        except InputError as error:
+            problems += error.problems
+            wrong.add(CONCEPTS)
+            del values[CONCEPTS]
+        return replace(layer, values=values, problems=problems, wrong=wrong)
+
+    def _concepts(self, concepts: Sequence[Any]) -> list[Any]:
+        """The same concepts, each with locations that a job may read.
+
+        Raises:
+            InputError: one may not be read.
+        """
+        judged = []
+        for number, concept in enumerate(concepts):
+            given = dict(concept) if isinstance(concept, dict) else concept
+            for name in DATA if isinstance(given, dict) else ():
+                if isinstance(given.get(name), str):
+                    given[name] = self.data(given[name], f"{CONCEPTS}[{number}].{name}")
+            judged.append(given)
+        return judged
 
     def data(self, location: str, field: str) -> str:
         """Where a job reads what is at a location of pictures or captions, or at all of a list.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from trainer.server.database import Database
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
-Kind = Literal["training", "generation"]
+Kind = Literal["training", "generation", "preparation"]
 Ending = Literal["done", "failed", "cancelled"]
 
 QUEUED_OR_RUNNING = ("queued", "running")
@@ -65,7 +65,8 @@ class NewJob:
         app: what was called, in the service's words, such as `fal-ai/personalization`.
         kind: what it is.
         request: the service's request, without long contents.
-        work: the configuration as YAML for a training, a `GenerationRequest` as JSON for pictures.
+        work: the configuration as YAML for a training and for the preparation of one, a
+            `GenerationRequest` as JSON for pictures.
         name: what the user calls it.
         priority: lower ones first.
         start_by: seconds since 1970 after which it is not begun any more.
@@ -195,11 +196,11 @@ class Queue:
         return None if row is None else _as_job(row)
 
     def position(self, job: Job) -> int:
-        """Jobs that go before this one, from 0."""
+        """Jobs that go before this one, from 0: preparations wait in a line of their own."""
         row = self._database.row(
-            "SELECT count(*) FROM jobs WHERE state = 'queued' AND"
+            "SELECT count(*) FROM jobs WHERE state = 'queued' AND (kind = 'preparation') = ? AND"
             " (priority, number) < (SELECT priority, number FROM jobs WHERE id = ?)",
-            (job.id,),
+            (job.kind == "preparation", job.id),
         )
         assert row is not None
         return int(row[0])
@@ -212,6 +213,13 @@ class Queue:
             "SELECT * FROM jobs WHERE protocol = ? AND kind = ?"
             " ORDER BY number DESC LIMIT ? OFFSET ?",
             (protocol, kind, limit, offset),
+        )
+        return [_as_job(row) for row in rows]
+
+    def recent(self, *, limit: int, offset: int = 0) -> list[Job]:
+        """The jobs of all protocols, newest first."""
+        rows = self._database.rows(
+            "SELECT * FROM jobs ORDER BY number DESC LIMIT ? OFFSET ?", (limit, offset)
         )
         return [_as_job(row) for row in rows]
 

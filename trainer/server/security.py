@@ -52,9 +52,9 @@ _PATHS = "trainer.paths"
 _BODIES = 2
 _READING = ("GET", "HEAD", "OPTIONS")
 _METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
-_PUBLIC = ("/healthz", "/openapi.json", "/.well-known/jwks.json")
-_FILES = "/files/"
-_SMALL = MEBIBYTE
+_PUBLIC = ("/", "/healthz", "/openapi.json", "/.well-known/jwks.json")
+_FILES, _SMALL = "/files/", MEBIBYTE
+_SHOWN = (_FILES, "/page/")
 # Larger bodies are parsed in a thread.
 _READ_AT_ONCE = 2**16
 # Where uploads are brought, and ended: under addresses with a token, which their handlers judge.
@@ -314,7 +314,7 @@ class _Asked:
     @property
     def is_public(self) -> bool:
         """Whether it needs no key: files are known by random ids."""
-        return not self.writes and (self.path in _PUBLIC or self.path.startswith(_FILES))
+        return not self.writes and (self.path in _PUBLIC or self.path.startswith(_SHOWN))
 
     @property
     def has_own_token(self) -> bool:

@@ -11,11 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-# Keys of clients, and programs in the place of the trainer's own: a training with `{config}` and
-# `{output}`, and one that makes pictures for the folders on its input.
+# Keys of clients, and programs in the place of the trainer's own: a training and its preparation
+# with `{config}` and `{output}`, and one that makes pictures for the folders on its input.
 KEYS = "TRAINER_KEYS"
 JOB_COMMAND = "TRAINER_JOB_COMMAND"
 GENERATION_COMMAND = "TRAINER_GENERATION_COMMAND"
+PREPARATION_COMMAND = "TRAINER_PREPARATION_COMMAND"
 
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from trainer.server.settings import GENERATION_COMMAND, JOB_COMMAND, KEYS
+from trainer.server.settings import GENERATION_COMMAND, JOB_COMMAND, KEYS, PREPARATION_COMMAND
 
 PROCESSOR = "cpu"
 _CODE = Path(__file__).parents[2]
-_OWN_VARIABLES = (KEYS, JOB_COMMAND, GENERATION_COMMAND)
+_OWN_VARIABLES = (KEYS, JOB_COMMAND, GENERATION_COMMAND, PREPARATION_COMMAND)
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 # The process id is written by the process to be, before it becomes the program: there is no
 # moment in which the lock is held and nobody knows by whom.

@@ -9,11 +9,13 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
+from trainer.config import TrainingConfig
 from trainer.config_files import parse_yaml, read_config_file, write_config
 from trainer.dialects import field_of, layers_of
 from trainer.errors import InputError, Problem, TrainerError
@@ -29,6 +31,7 @@ from trainer.server.queue import Job, KeyReused, NewJob, Queue, QueueFull
 from trainer.server.refusals import Refusal
 from trainer.server.room import Room
 from trainer.server.settings import ServerSettings
+from trainer.server.tickets import Tickets
 
 log = logging.getLogger("trainer.server")
 
@@ -56,6 +59,7 @@ class Workshop:
         room: how much the data folder may grow.
         overrides: the owner's options over every request.
         parts: of files that come in parts.
+        tickets: for what browsers fetch without a key.
     """
 
     settings: ServerSettings
@@ -67,6 +71,7 @@ class Workshop:
     room: Room
     overrides: Sequence[Layer] = ()
     parts: Parts = field(default_factory=Parts)
+    tickets: Tickets = field(default_factory=Tickets)
 
     def training(
         self, dialect: str, payload: Mapping[str, Any], over: Mapping[str, Any] | None = None
@@ -79,13 +84,34 @@ class Workshop:
         Raises:
             Refusal: with every field at fault, in the request's own names.
         """
+        return self.configuration(
+            lambda: [*layers_of(dialect, payload), Layer("server", over or {}, explicit=True)],
+            partial(field_of, dialect),
+        )
+
+    def configuration(
+        self, layers: Callable[[], Sequence[Layer]], field_of: Callable[[str], str]
+    ) -> str:
+        """`resolved` as YAML."""
+        return write_config(self.resolved(layers, field_of))
+
+    def resolved(
+        self, layers: Callable[[], Sequence[Layer]], field_of: Callable[[str], str]
+    ) -> TrainingConfig:
+        """The configuration that layers of a request mean here.
+
+        Args:
+            layers: makes them.
+            field_of: gives the request's name of an option.
+
+        Raises:
+            Refusal: with every field at fault, in the request's own names.
+        """
         self._check_lists()
         try:
-            layers = self.inputs.admitted(layers_of(dialect, payload))
-            layers.append(Layer("server", over or {}, explicit=True))
-            return write_config(resolve([*layers, *self.overrides]))
+            return resolve([*self.inputs.admitted(layers()), *self.overrides])
         except InputError as error:
-            named = [told_to_strangers(p, field_of(dialect, p.field)) for p in error.problems]
+            named = [told_to_strangers(p, field_of(p.field)) for p in error.problems]
             # What the dialect says of a field goes before what follows from it.
             problems = list({p.field: p for p in reversed(named)}.values())[::-1]
             message = "\n".join(map(str, problems))
@@ -224,8 +250,8 @@ def read_overrides(file: Path | None) -> list[Layer]:
 
 
 def _chosen_in(job: Job) -> Collection[str] | None:
-    """The options of a training that somebody set on purpose; of pictures all that is told."""
-    if job.kind != "training":
+    """The options that somebody set on purpose; of pictures that are made all that is told."""
+    if job.kind == "generation":
         return None
     resolved = parse_yaml(job.work, "work").get("resolved", {})
     return frozenset(resolved.get("explicit", ()))
