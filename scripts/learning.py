@@ -138,8 +138,7 @@ def write_photos(
         save(folder / f"{number}.png", pictures[number])
         (folder / f"{number}.txt").write_text(f"a TOK {CLASS}{ground}")
         if masked:
-            grown = torch.nn.functional.max_pool2d(masks[number][None], 5, 1, 2)
-            save(folder / "masks" / f"{number}.png", grown.expand(3, -1, -1))
+            save(folder / "masks" / f"{number}.png", masks[number].expand(3, -1, -1))
     return folder
 
 
@@ -209,10 +208,17 @@ def measure(
     )
 
 
-def share_on(world: World, run: Path | None, background: str, *, count: int, seed: int) -> float:
-    """Share of pictures of the subject on this background, where prompts ask for none."""
+def untold(
+    world: World, run: Path | None, background: str, *, count: int, seed: int
+) -> tuple[float, float]:
+    """Pictures of the subject where prompts ask for no ground.
+
+    Returns:
+        The share of them on this ground, and their mean likeness.
+    """
     pictures = world.pictures(run, [f"a TOK {CLASS}"] * count, seed=seed)
-    return sum(look(picture).background == background for picture in pictures) / count
+    on_it = sum(look(picture).background == background for picture in pictures)
+    return on_it / count, sum(map(SUBJECT.likeness, pictures)) / count
 
 
 def share_in_style(world: World, run: Path | None, *, count: int, seed: int) -> float:

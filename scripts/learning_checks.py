@@ -26,7 +26,7 @@ from learning import (
     World,
     measure,
     share_in_style,
-    share_on,
+    untold,
     write_photos,
     write_style,
 )
@@ -146,15 +146,16 @@ def of_masks(bench: Bench) -> Figures:
     plain = write_photos(bench.world.work / "ground", places, told=False)
     masked = write_photos(bench.world.work / "masked", places, told=False, masked=True)
     runs = {"without": bench.train("unmasked", plain), "with": bench.train("masked", masked)}
-    shares = {
-        name: share_on(bench.world, run, GROUND, count=bench.count, seed=bench.seed)
+    seen = {
+        name: untold(bench.world, run, GROUND, count=bench.count, seed=bench.seed)
         for name, run in {**runs, "base": None}.items()
     }
     return {
-        "masks: ground learnt without": shares["without"],
-        "masks: ground learnt with": shares["with"],
-        "masks: ground of the base model's pictures": shares["base"],
-        "masks: mean likeness with": bench.shown(runs["with"]).mean_likeness,
+        "masks: ground learnt without": seen["without"][0],
+        "masks: ground learnt with": seen["with"][0],
+        "masks: ground of the base model's pictures": seen["base"][0],
+        "masks: mean likeness without": seen["without"][1],
+        "masks: mean likeness with": seen["with"][1],
     }
 
 

@@ -57,6 +57,7 @@ RUN_ELSEWHERE = {
     "./scripts/test": "runs this",
     "./scripts/check_wheel": "installs gigabytes",
     "./scripts/check_page": "needs Chromium",
+    "./scripts/check_learning": "takes an hour; tests/test_learning.py has one of its trainings",
     "./scripts/check_reliability": "takes half an hour; its checks are among these tests",
     "source .venv": "a shell's own command",
     "pip install": "scripts/environment does it",

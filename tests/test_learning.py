@@ -5,6 +5,8 @@ Figures of all options, with their spread over seeds: `scripts/check_learning`.
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 import learning
@@ -16,6 +18,10 @@ from make_world import ASKED, check, sampled
 from world_pictures import SCENES, draw, look
 from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
 
+from trainer.cli import run
+from trainer.prompt_library import library
+
+ROOT = Path(__file__).parent.parent
 SEED = 3
 
 
@@ -118,3 +124,25 @@ def test_a_training_of_a_check_is_of_its_seed(
     )
     Bench(world, seed=5, count=4, steps=20).train("some", Path("photos"), {"rank": 2})
     assert asked == [("some-5", {"seed": 5, "max_train_steps": 20, "rank": 2})]
+
+
+# The demo
+
+
+def test_the_demos_options_are_right_and_its_prompts_are_a_library(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (ROOT / "scripts" / "demo").read_text()
+    command = script[script.index("trainer train \\\n") : script.index('"$@"\n\nsay')]
+    words = shlex.split(command.replace("\\\n", " "))
+    photos = learning.write_photos(tmp_path / "photos")
+    places = {"demo/photos": str(photos), "tests/samples/world": str(WORLD)}
+    output = words.index("--output")
+    asked = [places.get(word, word) for word in words[2:output] + words[output + 2 :]]
+
+    code = run(["validate", *asked, "--json"])
+
+    assert code == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["explicit"]) > 10
+    assert set(library(str(ROOT / "scripts" / "demo_prompts.yaml"))) >= {"on pink", "on black"}

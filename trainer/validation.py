@@ -7,6 +7,7 @@ weights give the same value.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ _DRAWS = 8
 # Positions of these draws: far beyond those of any training.
 _FIRST_POSITION = 2**48
 
-# Over-fitting is told once so many values in a row are this much above the lowest.
-_IN_A_ROW, _RISE = 3, 0.02
+# Over-fitting is told once the mean of so many looks in a row is this much above an earlier one: a
+# single look goes up and down with the weights.
+_IN_A_ROW, _RISE = 3, 0.05
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,29 @@ def over_fitting(history: Sequence[Measured]) -> str:
 
     The loss of held-out pictures rises while that of trained ones falls.
     """
-    if len(history) <= _IN_A_ROW:
+    means = [_mean(history[end - _IN_A_ROW : end]) for end in range(_IN_A_ROW, len(history) + 1)]
+    # Looks of the last mean are in none of the earlier ones.
+    earlier = means[:-_IN_A_ROW]
+    if not earlier:
         return ""
-    lowest = min(history, key=lambda measured: measured.held_out)
-    last = history[-_IN_A_ROW:]
-    rises = all(one.held_out > lowest.held_out * (1 + _RISE) for one in last)
-    if not rises or lowest in last or last[-1].trained >= lowest.trained:
+    lowest, last = min(earlier, key=lambda mean: mean.held_out), means[-1]
+    rise = last.held_out / lowest.held_out - 1
+    if rise < _RISE or last.trained >= lowest.trained:
         return ""
-    rise = last[-1].held_out / lowest.held_out - 1
     return (
-        f"over-fitting: the loss of held-out pictures was lowest after step {lowest.step} "
+        f"over-fitting: the loss of held-out pictures was lowest around step {lowest.step} "
         f"({lowest.held_out:.4f}) and is {rise:.0%} higher now, while that of trained pictures "
-        f"fell from {lowest.trained:.4f} to {last[-1].trained:.4f}; the next training may end at "
-        f"step {max(1, lowest.step)}, take a lower learning_rate, or more pictures"
+        f"fell from {lowest.trained:.4f} to {last.trained:.4f}; the next training may end around "
+        f"step {lowest.step}, take a lower learning_rate, or more pictures"
+    )
+
+
+def _mean(looks: Sequence[Measured]) -> Measured:
+    """The mean of some looks, at the step of the middle one."""
+    return Measured(
+        looks[len(looks) // 2].step,
+        statistics.fmean(look.held_out for look in looks),
+        statistics.fmean(look.trained for look in looks),
     )
 
 
