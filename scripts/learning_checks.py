@@ -181,7 +181,7 @@ def of_forms(bench: Bench) -> Figures:
     """Every form of an adapter learns the subject."""
     forms: Mapping[str, Mapping[str, Any]] = {
         "DoRA": {"use_dora": True},
-        "LoKr": {"lora_type": "lokr", "learning_rate": 3e-3},
+        "LoKr": {"lora_type": "lokr", "learning_rate": 5e-3},
         "LoHa": {"lora_type": "loha", "learning_rate": 2e-3},
     }
     return {

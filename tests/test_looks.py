@@ -15,8 +15,11 @@ from snapshots import composition, stopped_after
 from tiny import TWO_LAYERS, configuration, losses, never, train
 
 from trainer import sampling
+from trainer.data.holding import held_out
 from trainer.errors import InputError
+from trainer.estimate import estimate
 from trainer.events import Event, MeasuresEvent, NoteEvent, SampleEvent
+from trainer.inspection import inspect_pictures
 from trainer.job import RunFolder
 from trainer.listeners import EventLog
 from trainer.looking import looks_of
@@ -238,6 +241,30 @@ def test_so_many_held_out_pictures_that_none_is_left_are_refused_before_a_model_
     config = configuration(sd15_folder, photo_folder, **{**HELD_OUT, "validation_images": 99})
     with pytest.raises(InputError, match="validation_images.*99"):
         composition(config, tmp_path)
+
+
+def test_validate_refuses_too_many_and_an_estimate_counts_steps_without_them(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    wanted = configuration(sd15_folder, photo_folder, **HELD_OUT, num_train_epochs=3)
+    composed, _ = composition(wanted, tmp_path)
+    plain = configuration(sd15_folder, photo_folder, **TWO_LAYERS, num_train_epochs=3)
+
+    assert estimate(wanted).steps == composed.training.total_steps
+    assert estimate(wanted).steps < estimate(plain).steps
+    with pytest.raises(InputError, match="validation_images"):
+        inspect_pictures(configuration(sd15_folder, photo_folder, validation_images=99))
+
+
+def test_of_each_concept_a_picture_is_left() -> None:
+    pictures = [(1, "a"), (1, "b"), (1, "c"), (2, "a"), (2, "b")]
+    held = held_out(pictures, count=3, seed=0)
+    assert len(set(held)) == 3
+    assert {concept for concept, _ in set(pictures) - set(held)} == {1, 2}
+    assert held_out(pictures, count=3, seed=0) == held
+    assert {held_out(pictures, count=1, seed=seed) for seed in range(20)} > {held[:1]}
+    with pytest.raises(InputError, match="of 5 pictures 3 can be kept out"):
+        held_out(pictures, count=4, seed=0)
 
 
 def test_a_run_that_goes_on_remembers_its_held_out_losses(

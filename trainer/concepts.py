@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from trainer import randomness
 from trainer.cache import cache_folder
 from trainer.class_images import ClassImages, class_images
 from trainer.config import Concept, TrainingConfig
 from trainer.data.buckets import native_side
+from trainer.data.holding import Picture, held_out
 from trainer.data.picture_set import class_pictures_of, pictures_of
 from trainer.data.plan import Portion
 from trainer.data.prepare import forget, prepare
 from trainer.data.prepared import Example
 from trainer.data.store import Store
 from trainer.durable import disk_errors
-from trainer.errors import InputError
 from trainer.events import Event, NoteEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
@@ -174,9 +172,7 @@ def joined(
 def hold_out(
     portions: Sequence[Portion], examples: Sequence[Example], *, count: int, seed: int
 ) -> tuple[tuple[Portion, ...], tuple[int, ...]]:
-    """Takes pictures out of training, drawn by the seed, at all their sizes.
-
-    Each concept keeps at least one.
+    """Takes pictures out of training at all their sizes, see `data.holding`.
 
     Args:
         portions: every concept's part of an epoch.
@@ -190,21 +186,11 @@ def hold_out(
     Raises:
         InputError: there are not so many.
     """
-    pictures: dict[tuple[int, str], list[int]] = {}
+    pictures: dict[Picture, list[int]] = {}
     for portion in portions:
         for number in dict.fromkeys(portion.instances):
             pictures.setdefault((portion.concept, examples[number].name), []).append(number)
-    left = Counter(concept for concept, _ in pictures)
-    held: list[list[int]] = []
-    names = list(pictures)
-    for place in randomness.permutation(seed, "held out", 0, len(names)):
-        concept, _ = names[place]
-        if len(held) < count and left[concept] > 1:
-            left[concept] -= 1
-            held.append(pictures[names[place]])
-    if len(held) < count:
-        message = f"is {count}, and of {len(names)} pictures {len(held)} can be kept out"
-        raise InputError.of("validation_images", message, f"give 0 to {len(held)}")
+    held = [pictures[picture] for picture in held_out(tuple(pictures), count=count, seed=seed)]
     out = {number for numbers in held for number in numbers}
     kept = (replace(p, instances=tuple(n for n in p.instances if n not in out)) for p in portions)
     return tuple(p for p in kept if p.instances), tuple(numbers[0] for numbers in held)

@@ -18,7 +18,7 @@ from trainer.config import Concept, TrainingConfig
 from trainer.data.plan import Plan, Portion
 from trainer.errors import InputError
 from trainer.images.crop import Size
-from trainer.inspection import inspect_concepts
+from trainer.inspection import held_out_of, inspect_concepts
 from trainer.machine import completed, device_name, precision_of
 from trainer.measurements import measured_seconds_per_step, measurement_key
 from trainer.memory import Footprint, Forecast
@@ -139,10 +139,14 @@ def _plan(config: TrainingConfig) -> Plan:
     """
     portions: list[Portion] = []
     sizes: list[Size | None] = []
-    for concept, report in zip(config.subjects(), inspect_concepts(config), strict=True):
+    reports = inspect_concepts(config)
+    held = held_out_of(config, reports)
+    subjects = zip(config.subjects(), reports, strict=True)
+    for place, (concept, report) in enumerate(subjects, start=1):
         uses = [
             (target, picture.repeats)
             for picture in report.usable
+            if (place, picture.name) not in held
             for target in (picture.target, *picture.smaller)
         ]
         numbers = range(len(sizes), len(sizes) + len(uses))

@@ -5,10 +5,11 @@ Reads every picture and writes nothing; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from trainer.config import TrainingConfig
+from trainer.data.holding import Picture, held_out
 from trainer.data.picture_set import PictureSet, class_pictures_of, pictures_of
 from trainer.data.report import DataReport, inspect
 from trainer.sections.subjects import (
@@ -36,10 +37,29 @@ def inspect_pictures(config: TrainingConfig) -> DataReport:
 
 def inspect_concepts(config: TrainingConfig) -> list[DataReport]:
     """The pictures of each concept; errors as for `inspect_pictures`."""
-    return [
+    reports = [
         _inspected(pictures_of(config, concept), fields_of_concept(config.data.concepts, place))
         for place, concept in enumerate(config.subjects())
     ]
+    held_out_of(config, reports)
+    return reports
+
+
+def held_out_of(config: TrainingConfig, reports: Sequence[DataReport]) -> tuple[Picture, ...]:
+    """The pictures that are kept out of a training.
+
+    Args:
+        reports: on the pictures of each concept.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    usable = [
+        (concept, picture.name)
+        for concept, report in enumerate(reports, start=1)
+        for picture in report.usable
+    ]
+    return held_out(usable, count=config.sample.validation_images, seed=config.run.seed)
 
 
 def _inspected(wanted: PictureSet, fields: Mapping[str, str]) -> DataReport:
