@@ -28,6 +28,8 @@ WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 360, "height": 740}
 VIEWS = ("#/photographs", "#/settings", "#/training", "#/jobs")
 SECONDS = 1000
+# A busy machine is no fault of the page.
+expect.set_options(timeout=30 * SECONDS)
 
 
 @pytest.fixture(scope="session")
