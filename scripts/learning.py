@@ -144,7 +144,7 @@ def write_photos(
 
 def write_style(folder: Path, *, seed: int = 0) -> Path:
     """Photographs of several figures in a style, a file each."""
-    scenes = SCENES[7::40]
+    scenes = SCENES[7::47]
     for number, picture in enumerate(draw_in_style(scenes, torch.Generator().manual_seed(seed))):
         scene = scenes[number]
         save(folder / f"{number}.png", picture)
