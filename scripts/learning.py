@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ PLACES = tuple(
 )
 CLASS = SUBJECT.shape
 STYLE = "in the TOK style"
+
+
+class Maker(Protocol):
+    """Whatever makes pictures of prompts."""
+
+    def pictures(
+        self, run: Path | None, prompts: Sequence[str], *, seed: int, strength: float = 1.0
+    ) -> torch.Tensor:
+        """Pictures (prompts, 3, 64, 64) from 0 to 1 by a run, or by the base model."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ def write_photos(
 
 def write_style(folder: Path, *, seed: int = 0) -> Path:
     """Photographs of several figures in a style, a file each."""
-    scenes = SCENES[7::47]
+    # On black nothing is darker.
+    scenes = [scene for scene in SCENES if scene.background != "black"][7::29]
     for number, picture in enumerate(draw_in_style(scenes, torch.Generator().manual_seed(seed))):
         scene = scenes[number]
         save(folder / f"{number}.png", picture)
@@ -173,6 +183,7 @@ class Learnt:
     Args:
         likeness: share of pictures of the subject that show it.
         mean_likeness: of these pictures.
+        coloured: mean share of their figures that has the subject's colours, wherever.
         background: share of them with the background that was asked for.
         kept: share of plain figures of its class that are drawn as asked.
         pictures: what was looked at: of the subject, then plain ones.
@@ -180,13 +191,14 @@ class Learnt:
 
     likeness: float
     mean_likeness: float
+    coloured: float
     background: float
     kept: float
     pictures: torch.Tensor
 
 
 def measure(
-    world: World, run: Path | None, *, count: int, seed: int, strength: float = 1.0
+    world: Maker, run: Path | None, *, count: int, seed: int, strength: float = 1.0
 ) -> Learnt:
     """Looks at pictures of the subject and of its class, as many of each."""
     asked = subject_prompts(count)
@@ -202,6 +214,7 @@ def measure(
     return Learnt(
         likeness=sum(value >= SHOWN for value in likeness) / count,
         mean_likeness=sum(likeness) / count,
+        coloured=sum(map(SUBJECT.coloured, of_subject)) / count,
         background=sum(grounds) / count,
         kept=sum(kept) / count,
         pictures=pictures,
@@ -209,7 +222,7 @@ def measure(
 
 
 def untold(
-    world: World, run: Path | None, background: str, *, count: int, seed: int
+    world: Maker, run: Path | None, background: str, *, count: int, seed: int
 ) -> tuple[float, float]:
     """Pictures of the subject where prompts ask for no ground.
 

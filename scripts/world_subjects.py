@@ -73,6 +73,13 @@ class Subject:
         regions = ((self.inner, in_band & figure), (self.outer, ~in_band & figure))
         return min(share_of_colour(picture, colour, region) for colour, region in regions)
 
+    def coloured(self, picture: torch.Tensor) -> float:
+        """The share of a picture's figure that has either of its colours, wherever."""
+        figure = figure_in(picture)
+        if figure.float().mean() < LEAST_COVERED:
+            return 0.0
+        return sum(share_of_colour(picture, colour, figure) for colour in self._colours)
+
     def _fill(self, middle: torch.Tensor, radius: float) -> torch.Tensor:
         _, y = grid()
         outside = ((y - middle[1]).abs() - radius / 3 + 0.5).clamp(0, 1)

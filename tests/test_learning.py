@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import faulty_loop
 import learning
 import pytest
 import torch
+from faulty_loop import FAULTS, Course
 from learning import World
-from learning_checks import WORLD, Bench, Bound
+from learning_checks import WORLD, Bench, Bound, worse_than_with_faults
 from make_world import ASKED, check, sampled
 from world_pictures import SCENES, draw, look
 from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
@@ -43,6 +46,7 @@ def test_what_is_drawn_of_the_subject_is_like_it_and_no_figure_of_the_world_is()
     assert masks.shape == (4, 64, 64)
     assert min(map(SUBJECT.likeness, pictures)) > 0.85
     assert max(map(SUBJECT.likeness, draw(SCENES, drawn(1)))) < SHOWN / 4
+    assert min(map(SUBJECT.coloured, pictures)) > 0.95
 
 
 def test_a_picture_without_a_figure_is_not_like_the_subject() -> None:
@@ -113,6 +117,36 @@ def test_a_subject_is_learnt_and_put_on_any_ground(world: World) -> None:
 def test_a_bound_is_held_at_its_edge(bound: Bound, holds: float, fails: float) -> None:
     assert bound.holds(holds)
     assert not bound.holds(fails)
+
+
+def test_ours_is_worse_only_beyond_two_deviations() -> None:
+    """By hand: the deviation of 0.5, 0.7 is 0.141."""
+    theirs = {"with faults: likeness": [0.5, 0.7]}
+    assert worse_than_with_faults({**theirs, "ours: likeness": [0.3, 0.4]}) == []
+    assert worse_than_with_faults({**theirs, "ours: likeness": [0.1, 0.2]}) == [
+        "worse than with faults: likeness"
+    ]
+
+
+def test_the_loop_with_faults_learns_too_and_each_fault_changes_it(tmp_path: Path) -> None:
+    photos = learning.write_photos(tmp_path, masked=True)
+    course = Course(6, 1e-3, 4, ["to_q", "to_v"], 4, SEED, token_rate=5e-3)
+    learnt = {
+        faults: faulty_loop.train(WORLD, photos, replace(course, faults=faults))
+        for faults in [(), *((fault,) for fault in FAULTS)]
+    }
+    weights = {
+        faults: torch.cat([p.flatten() for p in trained.unet.parameters() if p.requires_grad])
+        for faults, trained in learnt.items()
+    }
+    tokens = {
+        faults: trained.text_encoder.get_input_embeddings().weight[-2:].detach()
+        for faults, trained in learnt.items()
+    }
+    assert len(weights) == 5
+    for fault in FAULTS:
+        assert not torch.equal(weights[(fault,)], weights[()])
+    assert not torch.equal(tokens["epoch-counted pivot",], tokens[()])
 
 
 def test_a_training_of_a_check_is_of_its_seed(
