@@ -290,10 +290,10 @@ def course(held_out: list[float], trained: list[float]) -> list[Measured]:
 
 
 def test_over_fitting_is_told_where_held_out_pictures_rise_while_trained_ones_fall() -> None:
-    """By hand: means of three are 0.43, …, 0.46; of trained ones 0.40 and 0.20."""
-    held_out = [0.47, 0.40, 0.42, 0.45, 0.46, 0.47]
+    """By hand: means of three are 0.43, …, 0.49; of trained ones 0.40 and 0.20."""
+    held_out = [0.47, 0.40, 0.42, 0.46, 0.49, 0.52]
     words = over_fitting(course(held_out, [0.5, 0.4, 0.3, 0.25, 0.2, 0.15]))
-    assert "lowest around step 200 (0.4300) and is 7% higher now" in words
+    assert "lowest around step 200 (0.4300) and is 14% higher now" in words
     assert "fell from 0.4000 to 0.2000" in words
 
 
@@ -305,7 +305,7 @@ FALLING = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15]
     [
         ([0.6, 0.5, 0.4, 0.3, 0.2, 0.1], FALLING),
         ([0.5, 0.4, 0.45, 0.5, 0.4, 0.45], FALLING),
-        ([0.42, 0.40, 0.41, 0.42, 0.41, 0.42], FALLING),
+        ([0.42, 0.40, 0.41, 0.44, 0.43, 0.45], FALLING),
         ([0.5, 0.4, 0.45, 0.5, 0.55, 0.6], [0.5, 0.4, 0.45, 0.5, 0.55, 0.6]),
         ([0.40, 0.42, 0.45, 0.47, 0.50], FALLING[:-1]),
     ],

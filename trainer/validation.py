@@ -28,7 +28,7 @@ _FIRST_POSITION = 2**48
 
 # Over-fitting is told once the mean of so many looks in a row is this much above an earlier one: a
 # single look goes up and down with the weights.
-_IN_A_ROW, _RISE = 3, 0.05
+_IN_A_ROW, _RISE = 3, 0.1
 
 
 @dataclass(frozen=True)
