@@ -242,6 +242,8 @@ def of_faults(bench: Bench) -> Figures:
     their_ground, their_likeness = untold(
         _by_loop(bench, masked), None, GROUND, count=bench.count, seed=bench.seed
     )
+    # As often as without any training is not learnt.
+    usual, _ = untold(bench.world, None, GROUND, count=bench.count, seed=bench.seed)
     return {
         "ours: mean likeness": ours.mean_likeness,
         "with faults: mean likeness": with_tokens.mean_likeness,
@@ -249,8 +251,8 @@ def of_faults(bench: Bench) -> Figures:
         "with faults: background as asked": with_tokens.background,
         "ours: mean likeness by masked pictures": likeness,
         "with faults: mean likeness by masked pictures": their_likeness,
-        "ours: ground of masked pictures not learnt": 1 - ground,
-        "with faults: ground of masked pictures not learnt": 1 - their_ground,
+        "ours: ground of masked pictures not learnt": 1 - max(0.0, ground - usual),
+        "with faults: ground of masked pictures not learnt": 1 - max(0.0, their_ground - usual),
     }
 
 
