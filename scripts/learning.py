@@ -236,7 +236,9 @@ def untold(
 
 def share_in_style(world: World, run: Path | None, *, count: int, seed: int) -> float:
     """Share of pictures that show the style where it is asked for."""
-    scenes = SCENES[3 :: len(SCENES) // count][:count]
+    seen = [scene for scene in SCENES if scene.background != "black"]
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
+    scenes = [seen[number] for number in order[:count].tolist()]
     told = [f"{scene.captions[1]}, {STYLE}" for scene in scenes]
     pictures = world.pictures(run, told, seed=seed)
     return sum(styled(picture) > 0.5 for picture in pictures) / len(pictures)

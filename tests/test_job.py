@@ -256,3 +256,17 @@ def test_the_run_folder_needs_no_torch() -> None:
     code = "import sys, trainer.job; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "diffusers"} & set(done.stdout.split())
+
+
+def test_of_a_run_that_begins_anew_nothing_stays_that_was_seen_after_a_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    told = [
+        {"event": "note", "note": "warning", "field": "x", "message": "of all"},
+        {"event": "sample", "step": 0, "number": 0, "prompt": "another", "path": "p"},
+        {"event": "note", "note": "warning", "field": "x", "message": "seen", "step": 3},
+    ]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in told))
+
+    folder.keep_events_through(0)
+
+    assert folder.read_events() == told[:1]

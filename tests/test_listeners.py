@@ -101,6 +101,10 @@ def test_a_loss_that_is_no_number_stays_valid_json(tmp_path: Path) -> None:
 
     event = json.loads(folder.events.read_text(), parse_constant=pytest.fail)
     assert (event["loss"], event["grad_norm"]) == (None, None)
+    tell(EventLog(folder), [MeasuresEvent(1, {"validation/loss": float("nan")})])
+    assert json.loads(folder.events.read_text().splitlines()[-1])["values"] == {
+        "validation/loss": None
+    }
 
 
 def test_an_event_is_on_disk_before_the_next_one_comes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny import TWO_LAYERS, configuration, losses, never, train
 
 from trainer import sampling
 from trainer.data.holding import held_out
-from trainer.errors import InputError
+from trainer.errors import InputError, NonFiniteError
 from trainer.estimate import estimate
 from trainer.events import Event, MeasuresEvent, NoteEvent, SampleEvent
 from trainer.inspection import inspect_pictures
@@ -145,18 +145,50 @@ def test_a_new_training_in_the_folder_leaves_no_picture_of_an_earlier_one(
     assert not old.exists()
 
 
-def test_too_little_memory_for_pictures_ends_the_pictures_and_not_the_training(
-    sdxl_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("out of memory")
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
 
-    monkeypatch.setattr("trainer.previews.sample_encoded", fail)
+
+def overflows(*_: Any, **__: Any) -> Any:
+    raise NonFiniteError("the VAE gives no finite picture", "set upscale_vae_32bit: true")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "words"),
+    [
+        ("trainer.previews.sample_encoded", out_of_memory, "too little memory"),
+        ("trainer.previews._on", out_of_memory, "too little memory"),
+        ("trainer.previews.sample_encoded", overflows, "upscale_vae_32bit"),
+    ],
+    ids=["picture", "VAE", "overflow"],
+)
+def test_a_picture_that_cannot_be_made_ends_the_pictures_and_not_the_training(
+    place: str,
+    failure: Any,
+    words: str,
+    sdxl_folder: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(place, failure)
     events = train(configuration(sdxl_folder, photo_folder, **LOOKED), tmp_path)
 
     notes = [e for e in events if isinstance(e, NoteEvent) and e.field == "validation_prompts"]
     assert [note.note for note in notes] == ["warning"]
-    assert "too little memory" in notes[0].message
+    assert words in notes[0].message
+    assert len(losses(events)) == 4
+
+
+def test_too_little_memory_for_held_out_pictures_ends_the_looks_and_not_the_training(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.validation.HeldOut._loss", out_of_memory)
+    events = train(configuration(sd15_folder, photo_folder, **HELD_OUT), tmp_path)
+
+    notes = [e for e in events if isinstance(e, NoteEvent) and e.field == "validation_images"]
+    assert len(notes) == 1
+    assert held_out_losses(events) == {}
     assert len(losses(events)) == 4
 
 
@@ -265,6 +297,25 @@ def test_of_each_concept_a_picture_is_left() -> None:
     assert {held_out(pictures, count=1, seed=seed) for seed in range(20)} > {held[:1]}
     with pytest.raises(InputError, match="of 5 pictures 3 can be kept out"):
         held_out(pictures, count=4, seed=0)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_part_of_the_history() -> None:
+    events = [{"event": "step", "step": n, "smoothed_loss": 0.5} for n in (1, 2)] + [
+        {"event": "measures", "step": 1, "values": {"validation/loss": None}},
+        {"event": "measures", "step": 2, "values": {"validation/loss": 0.25}},
+    ]
+    assert history_of(events, step=9) == [Measured(2, 0.25, 0.5)]
+
+
+def test_turned_pictures_are_held_out_in_the_middle_of_their_range(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    turned = {"random_rotation_start": -20, "random_rotation_end": 10, "cache_latents": False}
+    composed, _ = composition(
+        configuration(sd15_folder, photo_folder, **{**HELD_OUT, **turned}), tmp_path
+    )
+    (number,) = composed.held_out
+    assert composed.training.dataset.still(number, [7]).angles == (-5.0,)
 
 
 def test_a_run_that_goes_on_remembers_its_held_out_losses(

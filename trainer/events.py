@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+# What the loss of held-out pictures is called among measures.
+VALIDATION_LOSS = "validation/loss"
+
 
 @dataclass(frozen=True)
 class Event:
@@ -138,6 +141,13 @@ class NoteEvent(Event):
     note: str
     field: str
     message: str
+
+
+@dataclass(frozen=True)
+class NoteAtStep(NoteEvent):
+    """A note on what was seen after a step: one that is taken again tells it again."""
+
+    step: int
 
 
 @dataclass(frozen=True)

@@ -337,11 +337,12 @@ class RunFolder:
     def keep_events_through(self, step: int) -> None:
         """Drops what a run resumed after this step logs anew, or has said before in equal words.
 
-        However often a run is killed, each step stands in the log once and so does each note.
+        However often a run is killed, each step stands in the log once and so does each note. A run
+        that begins at step 0 looks at the base model anew.
         """
         kept: dict[str, str] = {}
         for event in self.read_events():
-            if event.get("step", 0) <= step:
+            if "step" not in event or 0 < step >= event["step"]:
                 kept.setdefault(json.dumps({**event, "time": None}), json.dumps(event))
         write_text(self.events, "".join(line + "\n" for line in kept.values()))
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from trainer.config import LEAVES
 from trainer.durable import disk_errors
 from trainer.events import (
+    VALIDATION_LOSS,
     CheckpointEvent,
     Event,
     FileEvent,
@@ -114,6 +115,8 @@ class EventLog(Quiet):
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -271,7 +274,7 @@ def note_line(event: NoteEvent) -> str:
 
 def measures_line(event: MeasuresEvent) -> str:
     """The loss of held-out pictures as one line; nothing where it is not among the measures."""
-    loss = event.values.get("validation/loss")
+    loss = event.values.get(VALIDATION_LOSS)
     return "" if loss is None else f"held-out pictures after step {event.step}: loss {loss:.4f}"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 
 from trainer.config import TrainingConfig
+from trainer.durable import disk_errors
 from trainer.job import RunFolder
 from trainer.looks import Gauges, Look, Moments
 from trainer.previews import Previews
@@ -15,7 +17,7 @@ from trainer.training import Training
 from trainer.validation import HeldOut, history_of
 
 # About so many times in a run held-out pictures are looked at.
-_TIMES = 10
+_HELD_OUT_LOOKS = 10
 
 
 def prompts_of(config: TrainingConfig) -> tuple[str, ...]:
@@ -38,20 +40,23 @@ def looks_of(
         held_out: numbers of the pictures that are kept out of it.
         folder: of the run.
     """
+    if training.step == 0 and training.accelerator.is_main_process:
+        _remove_pictures(folder)
     total_steps, looks = training.total_steps, list[Look]()
     tokens = training.trainables.new_tokens
     gauges = Gauges(training.optimizer, tokens, token_names(config.token), total_steps)
     if gauges.has_any:
         looks.append(gauges)
+    held_out = [number for number in held_out if training.dataset.counts(number)]
     if held_out:
-        every = config.sample.validation_steps or math.ceil(total_steps / _TIMES)
+        every = config.sample.validation_steps or math.ceil(total_steps / _HELD_OUT_LOOKS)
         looks.append(
             HeldOut(
                 training.passes,
                 training.dataset,
                 held_out,
-                batch_size=config.run.batch_size,
                 moments=Moments(every, total_steps, from_base=True),
+                spread=training.spread,
                 trained=lambda: training.smoothed_loss,
                 history=history_of(folder.read_events(), training.step),
             )
@@ -59,6 +64,13 @@ def looks_of(
     if prompts := prompts_of(config):
         looks.append(_previews(config, training, prompts, folder))
     return looks
+
+
+def _remove_pictures(folder: RunFolder) -> None:
+    """Removes what another training in the folder left, which ended before a checkpoint."""
+    if folder.samples.exists():
+        with disk_errors(folder.samples):
+            shutil.rmtree(folder.samples)
 
 
 def _previews(

@@ -6,7 +6,6 @@ needed: prompts were encoded with the captions.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,12 +14,14 @@ import torch
 from PIL import Image
 
 from trainer import randomness
-from trainer.durable import disk_errors, write_bytes
+from trainer.durable import write_bytes
 from trainer.encoding import Text
-from trainer.events import Event, NoteEvent, SampleEvent
+from trainer.errors import NonFiniteError
+from trainer.events import Event, NoteAtStep, SampleEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
 from trainer.looks import NEVER, Moments
+from trainer.out_of_memory import ran_out_of_memory
 from trainer.sampling import Sampler, sample_encoded
 from trainer.spread import Spread
 
@@ -28,10 +29,7 @@ PURPOSE = "validation prompt"
 # What leads away from a prompt: nothing.
 EMPTY = ""
 
-_NO_MEMORY = (
-    "the device has too little memory to make pictures beside the training, which goes on without; "
-    "a result's pictures: trainer sample"
-)
+_NO_MEMORY = "the device has too little memory for pictures beside the training"
 
 
 class Previews:
@@ -65,49 +63,51 @@ class Previews:
         self._folder, self._spread = folder, spread
 
     def at(self, step: int) -> Iterator[Event]:
-        """Makes a picture of each prompt; an earlier training's are removed before the first.
+        """Makes a picture of each prompt.
 
-        Where the device has too little memory for it, the training goes on without.
+        Where memory does not allow one, or it overflows, the training goes on without any. In
+        shards no process can go on alone, and that ends the training.
 
         Raises:
-            NonFiniteError: the denoiser or the VAE overflows.
             DiskError: a picture cannot be written.
         """
-        if step == 0 and self._spread.processes.is_main:
-            with disk_errors(self._folder.samples):
-                shutil.rmtree(self._folder.samples, ignore_errors=True)
-        with _on(self._family, self._spread.accelerator.device):
-            for number, picture in self._pictures():
-                if picture is None:
-                    yield NoteEvent("warning", "validation_prompts", _NO_MEMORY)
-                    self.moments = NEVER
-                    return
-                path = self._folder.samples / f"{step:06d}" / f"{number}.png"
-                if self._spread.processes.is_main:
-                    write_bytes(path, _png(picture))
-                place = path.relative_to(self._folder.root).as_posix()
-                yield SampleEvent(step, number, self._prompts[number], place)
+        for number, picture in self._pictures():
+            if isinstance(picture, str):
+                message = f"{picture}; the training goes on without pictures on the way"
+                yield NoteAtStep("warning", "validation_prompts", message, step)
+                self.moments = NEVER
+                return
+            path = self._folder.samples / f"{step:06d}" / f"{number}.png"
+            if self._spread.processes.is_main:
+                write_bytes(path, _png(picture))
+            place = path.relative_to(self._folder.root).as_posix()
+            yield SampleEvent(step, number, self._prompts[number], place)
 
-    def _pictures(self) -> Iterator[tuple[int, Image.Image | None]]:
-        """Number and picture of each prompt; nothing in place of one that memory does not allow."""
+    def _pictures(self) -> Iterator[tuple[int, Image.Image | str]]:
+        """Number and picture of each prompt, or why there is none."""
         numbers = range(len(self._prompts))
         if self._spread.sharding is None:
             return self._spread.processes.shared(numbers, self._picture_if_possible)
         return ((number, self._picture(number)) for number in numbers)
 
-    def _picture_if_possible(self, number: int) -> Image.Image | None:
+    def _picture_if_possible(self, number: int) -> Image.Image | str:
         try:
             return self._picture(number)
-        except torch.OutOfMemoryError:
-            return None
+        except NonFiniteError as error:
+            return f"{error.message} ({error.hint})"
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            return _NO_MEMORY
 
     def _picture(self, number: int) -> Image.Image:
         key = randomness.key(self._seed, PURPOSE, number)
         with torch.no_grad():
             prompt, empty = (self._text.of([text]) for text in (self._prompts[number], EMPTY))
-        return sample_encoded(
-            self._family, prompt, empty, self._sampler, key=key, told=self._prompts[number]
-        )
+        with _on(self._family, self._spread.accelerator.device):
+            return sample_encoded(
+                self._family, prompt, empty, self._sampler, key=key, told=self._prompts[number]
+            )
 
 
 @contextmanager
@@ -115,8 +115,8 @@ def _on(family: Family, device: torch.device) -> Iterator[None]:
     """The VAE on the device, and afterwards where it was."""
     vae = family.pipeline.vae
     place = vae.device
-    vae.to(device)
     try:
+        vae.to(device)
         yield
     finally:
         vae.to(place)

@@ -198,6 +198,8 @@ class _Together(Processes):
         for start in range(0, len(items), self.count):
             together = items[start : start + self.count]
             own = work(together[self.index]) if self.index < len(together) else None
+            # Who has less to do waits here, where nobody is taken for lost.
+            self.wait()
             values: list[Any] = [None] * self.count
             distributed.all_gather_object(values, own, self._control)
             yield from zip(together, values, strict=False)

@@ -54,7 +54,9 @@ class TensorBoard(Quiet):
     @hear.register
     def _(self, event: RunEvent) -> None:
         module = importlib.import_module("trainer.curves")
-        self._curves = module.CurveFile(self._logs, first_step=event.start_step + 1)
+        self._curves = module.CurveFile(
+            self._logs, first_step=event.start_step + bool(event.start_step)
+        )
 
     @hear.register
     def _(self, event: StepEvent) -> None:

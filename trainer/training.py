@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -258,7 +259,12 @@ class Training:
     def _look(self, looks: Sequence[Look]) -> Iterator[Event]:
         for look in looks:
             if look.moments.include(self.step):
-                with pace.arithmetic(self.pace):
+                # Compiled for training, blocks would be compiled once more for each kind of look.
+                plainly = torch.compiler.set_stance("force_eager")
+                with (
+                    pace.arithmetic(self.pace),
+                    plainly if self.pace.compile_blocks else nullcontext(),
+                ):
                     yield from look.at(self.step)
 
     def _batches(self) -> Iterator[list[Batch]]:

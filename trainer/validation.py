@@ -14,17 +14,22 @@ from typing import Any
 
 import torch
 
-from trainer.data.dataset import Batch, Dataset
-from trainer.events import Event, MeasuresEvent, NoteEvent
-from trainer.looks import Moments
+from trainer.data.dataset import Dataset
+from trainer.events import VALIDATION_LOSS, Event, MeasuresEvent, NoteAtStep
+from trainer.looks import NEVER, Moments
+from trainer.out_of_memory import ran_out_of_memory
 from trainer.passes import Passes
-
-VALIDATION_LOSS = "validation/loss"
+from trainer.spread import Spread
 
 # Draws of noise and timestep for each picture.
 _DRAWS = 8
 # Positions of these draws: far beyond those of any training.
 _FIRST_POSITION = 2**48
+
+_NO_MEMORY = (
+    "the device has too little memory to look at held-out pictures beside the training, which goes "
+    "on without"
+)
 
 # Over-fitting is told once the mean of so many looks in a row is this much above an earlier one: a
 # single look goes up and down with the weights.
@@ -84,7 +89,8 @@ def history_of(events: Sequence[Mapping[str, Any]], step: int) -> list[Measured]
     return [
         Measured(look["step"], look["values"][VALIDATION_LOSS], trained[look["step"]])
         for look in looks
-        if look["step"] <= step and look["step"] in trained
+        if look["step"] <= step
+        and None not in (look["values"][VALIDATION_LOSS], trained.get(look["step"]))
     ]
 
 
@@ -95,8 +101,8 @@ class HeldOut:
         passes: forward passes of the training.
         dataset: has the pictures.
         numbers: which they are.
-        batch_size: examples that fit a forward pass.
         moments: when to look.
+        spread: its processes all compute the same.
         trained: tells the smoothed loss of trained pictures.
         history: earlier looks of a training that goes on.
     """
@@ -107,19 +113,27 @@ class HeldOut:
         dataset: Dataset,
         numbers: Sequence[int],
         *,
-        batch_size: int,
         moments: Moments,
+        spread: Spread,
         trained: Callable[[], float],
         history: Sequence[Measured] = (),
     ) -> None:
         self.moments = moments
         self._passes, self._trained, self._history = passes, trained, list(history)
-        self._batches = tuple(_batches(dataset, numbers, batch_size))
+        self._dataset, self._numbers, self._spread = dataset, tuple(numbers), spread
         self._warned = bool(over_fitting(self._history))
 
     def at(self, step: int) -> Iterator[Event]:
-        """Tells the mean loss over all pictures and draws."""
-        loss = self._loss()
+        """Tells the mean loss over all pictures and draws.
+
+        Where memory does not allow it, the training goes on without; in shards, where no process
+        can go on alone, that ends it.
+        """
+        loss = self._loss_if_possible()
+        if loss is None:
+            yield NoteAtStep("warning", "validation_images", _NO_MEMORY, step)
+            self.moments = NEVER
+            return
         yield MeasuresEvent(step, {VALIDATION_LOSS: loss})
         if not math.isfinite(loss) or step == 0:
             return
@@ -127,19 +141,27 @@ class HeldOut:
         words = "" if self._warned else over_fitting(self._history)
         if words:
             self._warned = True
-            yield NoteEvent("warning", "max_train_steps", words)
+            yield NoteAtStep("warning", "max_train_steps", words, step)
+
+    def _loss_if_possible(self) -> float | None:
+        """The loss, or nothing where a process has too little memory for it."""
+        if self._spread.sharding is not None:
+            return self._loss()
+        loss: float | None = None
+        try:
+            loss = self._loss()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+        return None if self._spread.processes.any(loss is None) else loss
 
     @torch.no_grad()
     def _loss(self) -> float:
-        parts = [self._passes.loss(self._passes.ask(batch))[0] for batch in self._batches]
-        counts = [len(batch.positions) for batch in self._batches]
-        total = sum(part.item() * count for part, count in zip(parts, counts, strict=True))
-        return total / sum(counts)
-
-
-def _batches(dataset: Dataset, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """Every picture with every draw, in batches of one picture each."""
-    for place, number in enumerate(numbers):
-        first = _FIRST_POSITION + place * _DRAWS
-        for start in range(first, first + _DRAWS, batch_size):
-            yield dataset.still(number, range(start, min(start + batch_size, first + _DRAWS)))
+        # One example at a time: beside a step that is recorded little memory is left.
+        batches = (
+            self._dataset.still(number, [_FIRST_POSITION + place * _DRAWS + draw])
+            for place, number in enumerate(self._numbers)
+            for draw in range(_DRAWS)
+        )
+        losses = [self._passes.loss(self._passes.ask(batch))[0] for batch in batches]
+        return torch.stack(losses).mean().item()

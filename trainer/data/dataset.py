@@ -167,6 +167,10 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
         placements = [self._fixed_placement(self.examples[n], flipped) for n, flipped in views]
         return _geometry(examples, placements)
 
+    def counts(self, number: int) -> bool:
+        """Whether the fixed view of a picture shows anything that its mask keeps."""
+        return self._counts[number]
+
     def ingredients_of(self, number: int, flipped: bool) -> dict[str, Any]:
         """All that decides the pixels of a fixed view, as JSON can hold it.
 
@@ -224,7 +228,8 @@ class Dataset(torch.utils.data.Dataset[list[Batch]]):
 
     def _fixed_placement(self, example: Example, flipped: bool) -> Placement:
         window = _given_window(example) or center_window(example.size, example.target)
-        return Placement(window, flipped, float(self.data.random_rotation_start))
+        start, end = self.data.random_rotation_start, self.data.random_rotation_end
+        return Placement(window, flipped, (start + end) / 2)
 
     def _batch(self, slots: Sequence[Slot]) -> Batch:
         examples = [self.examples[slot.number] for slot in slots]

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from trainer.events import PhaseEvent
+from trainer.events import VALIDATION_LOSS, PhaseEvent
 from trainer.listeners import phase_line
 from trainer.report.axes import Point
 from trainer.report.charts import Chart, Line, Marks, figure
 from trainer.report.markup import paragraph, section
 from trainer.report.record import Event, Record
 
-_VALIDATION = "validation/loss"
 _TOKENS = "tokens/"
 _TITLES: Mapping[str, str] = {
     "train/prodigy_d": "Prodigy's estimate of the step size, d",
@@ -37,7 +36,7 @@ def _charts(record: Record) -> Iterator[Chart]:
     lines = [
         Line("each step", 1, _series(steps, "loss"), faint=True),
         Line("smoothed", 1, _series(steps, "smoothed_loss")),
-        Line("of pictures left out of training", 2, measured.pop(_VALIDATION, [])),
+        Line("of pictures left out of training", 2, measured.pop(VALIDATION_LOSS, [])),
     ]
     known = [line for line in lines if line.known()]
     yield Chart("Loss", known, last, marks, is_wide=True)
