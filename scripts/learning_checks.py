@@ -396,7 +396,7 @@ def _unmeasured(names: Sequence[str], figures: Mapping[str, Sequence[float]]) ->
 @click.option("--seeds", default=3, type=click.IntRange(1), help="How many.")
 @click.option("--only", multiple=True, type=click.Choice(tuple(CHECKS)), help="These checks.")
 @click.option("--count", default=40, type=click.IntRange(4), help="Pictures of each kind.")
-@click.option("--steps", default=600, type=click.IntRange(10, 800), help="Of a training.")
+@click.option("--steps", default=800, type=click.IntRange(10, 800), help="Of a training.")
 @click.option("--world", default=WORLD, type=click.Path(path_type=Path), help="The base model.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of all figures.")
