@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -182,7 +183,7 @@ async def generate(request: Request, workshop: Workshop) -> Response:
             name=trained.name,
             idempotency_key=request.headers.get(IDEMPOTENCY_KEY),
         )
-        work = lambda: submissions.generation(wanted, trained, workshop)  # noqa: E731
+        work = partial(submissions.generation, wanted, trained, workshop)
         return standing.line(workshop.submit(new, work), workshop)
 
     return _answer(await run_in_threadpool(submitted))
