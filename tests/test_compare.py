@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from finished import finished
 from PIL import Image
 from tiny import TWO_LAYERS
+from tiny_vision import tiny_clip
 
-from trainer import inference
+from trainer import inference, lineup
 from trainer.cli import run
+from trainer.images.likeness import Looker
 
 # diffusers makes arrays of tensors the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -90,6 +93,61 @@ def test_at_strength_0_every_run_draws_what_the_base_model_draws() -> None:
     base = pixels("01-boat-base.png")
     assert (pixels("01-boat-1-me.png") == base).all()
     assert (pixels("01-boat-2-other.png") == base).all()
+
+
+def test_likeness_is_to_each_runs_own_training_pictures(
+    runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The base model's pictures are of the first run's subject, and measured with it."""
+    # In a copy of the first run, with one other picture.
+    shutil.copytree(runs / "me", tmp_path / "changed")
+    (shown, *others) = sorted((tmp_path / "changed/prepared").glob("[0-9][0-9][0-9].png"))
+    Image.new("RGB", (64, 64), "green").save(shown)
+    clip = str(tiny_clip(tmp_path / "clip"))
+    flags = ["--prompts", "two.yaml", "--likeness", clip, *QUICK]
+
+    assert run(["compare", "runs/me", "changed", *flags]) == 0
+
+    found = comparison()
+    assert found["likeness_model"] == clip
+    looker = Looker(clip)
+    shown_by = [
+        [looker.embedding(Image.open(path)) for path in sorted(folder.glob("prepared/0*[0-9].png"))]
+        for folder in (runs / "me", tmp_path / "changed")
+    ]
+    assert [len(shown) for shown in shown_by] == [5, 5]
+    for picture in found["pictures"]:
+        own = looker.embedding(Image.open(Path("out", picture["path"])))
+        expected = fmean(float(own @ one) for one in shown_by[picture["column"] == 2])
+        assert picture["likeness"] == pytest.approx(expected, abs=1e-4)
+    table = capsys.readouterr().out
+    mean = fmean(p["likeness"] for p in found["pictures"] if p["column"] == 2)
+    assert f"{mean:.3f}" in table
+    assert "changed" in table
+
+
+def test_without_a_clip_no_likeness_is_told(capsys: Any) -> None:
+    assert run(["compare", "runs/me", "--prompts", "two.yaml", *QUICK]) == 0
+
+    found = comparison()
+    assert found["likeness_model"] is None
+    assert {picture["likeness"] for picture in found["pictures"]} == {None}
+
+
+def test_the_grid_tells_prompts_of_the_one_subject_that_was_trained(monkeypatch: Any) -> None:
+    told: list[list[str]] = []
+    drawn = lineup.grid
+    monkeypatch.setattr(
+        lineup,
+        "grid",
+        lambda names, rows, **of: (
+            told.append([row.text for row in rows]) or drawn(names, rows, **of)
+        ),
+    )
+    assert run(["compare", "runs/me", "--prompts", "two.yaml", *QUICK]) == 0
+    assert run(["compare", "runs/me", "runs/other", "--prompts", "two.yaml", *QUICK]) == 0
+
+    assert told == [["a photo of TOK man", "a boat"], ["a photo of {subject}", "a boat"]]
 
 
 def test_json_is_what_the_index_says_and_scenes_that_fit_are_the_default(capsys: Any) -> None:

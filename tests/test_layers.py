@@ -114,7 +114,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
             *("generating", "lora_files", "reporting", "serving", "seal"),
-            *("picturing", "sampled_runs", "compared_runs", "lineup", "run_subjects"),
+            *(
+                "picturing",
+                "sampled_runs",
+                "compared_runs",
+                "lineup",
+                "run_subjects",
+                "run_likeness",
+            ),
         },
         {
             *("foundation", "configuration", "job", "objectives", "mathematics", "families"),

@@ -19,6 +19,7 @@ from trainer.inference import Stop, Worker
 from trainer.lineup import Column, Lineup, Look, in_a_file_name
 from trainer.picture_folder import PictureFolder
 from trainer.prompt_library import Library, library, of_one_kind, shipped
+from trainer.run_likeness import RunLikeness, likeness_captions
 from trainer.run_subjects import (
     public_name,
     refuse_idle_subject,
@@ -46,6 +47,7 @@ class Comparison:
         prompts: a library's file or name. None: the scenes that fit the runs.
         subject: what `{subject}` stands for. None: what each run's captions call its subject.
         look: how all pictures are made.
+        likeness_model: folder or hub id of a CLIP. None: likeness is not measured.
         output: folder for the pictures.
     """
 
@@ -55,6 +57,7 @@ class Comparison:
     prompts: str | None = None
     subject: str | None = None
     look: Look = Look()
+    likeness_model: str | None = None
 
     @property
     def folder(self) -> PictureFolder:
@@ -83,15 +86,23 @@ def compare(asked: Comparison, worker: Worker, stop: Stop) -> Iterator[Event]:
     subjects = [_subjects(asked, run) if has_subject else (None, None) for run in runs]
     lineup = Lineup(prompts, _columns(asked, runs, subjects), asked.look)
     yield from _notes(_base_names(runs))
-    width, height = lineup.judged()
+    size = lineup.judged()
     asked.folder.refuse_strangers(cell.path for cell in lineup.cells())
+    measure = None
+    if asked.likeness_model is not None:
+        measure = RunLikeness(asked.likeness_model, runs)
+        yield from measure.learn(stop)
     with asked.folder.making() as folder:
         yield from lineup.pictures(worker, folder, stop)
+        measured: Mapping[str, float] = {}
+        if measure is not None:
+            measured = yield from measure.of(folder, _measured_against(asked, lineup), stop)
         strength = f"strength {strength_text(asked.strength)}"
-        facts = [*_one_base(runs), strength, *lineup.seeds(), f"{width}×{height}"]
+        facts = [*_one_base(runs), strength, *lineup.seeds(), "{}×{}".format(*size)]
         title = f"{len(runs)} runs side by side" if len(runs) > 1 else _names(asked)[0]
-        lineup.draw_grid(folder, title=title, subtitle=" · ".join(facts), captions={})
-        asked.folder.publish(_index(lineup, runs, (width, height)))
+        captions = likeness_captions(measured)
+        lineup.draw_grid(folder, title=title, subtitle=" · ".join(facts), captions=captions)
+        asked.folder.publish(_index(asked, lineup, runs, size, measured))
 
 
 def _refuse_twice(runs: Sequence[FinishedRun]) -> None:
@@ -192,13 +203,26 @@ def _notes(bases: Mapping[str, str]) -> Iterator[NoteEvent]:
         yield NoteEvent("warning", "RUNS", message)
 
 
-def _index(lineup: Lineup, runs: Sequence[FinishedRun], size: tuple[int, int]) -> dict[str, Any]:
+def _measured_against(asked: Comparison, lineup: Lineup) -> dict[str, int]:
+    """The run that each picture is measured against: its own, or the one of its subject."""
+    numbers = [asked.runs.index(column.trained.run or "") for column in lineup.columns]
+    return {cell.path: numbers[cell.column] for cell in lineup.cells()}
+
+
+def _index(
+    asked: Comparison,
+    lineup: Lineup,
+    runs: Sequence[FinishedRun],
+    size: tuple[int, int],
+    measured: Mapping[str, float],
+) -> dict[str, Any]:
     """What `comparison.json` says."""
     models = {_base_of(run.config): run.config.model.model_url for run in runs}
     return {
         "prompts": [lineup.told(name, None) for name in lineup.library],
         "width": size[0],
         "height": size[1],
+        "likeness_model": asked.likeness_model,
         "columns": [
             {
                 "name": column.name,
@@ -210,7 +234,13 @@ def _index(lineup: Lineup, runs: Sequence[FinishedRun], size: tuple[int, int]) -
             for place, column in enumerate(lineup.columns)
         ],
         "pictures": [
-            {"prompt": c.row, "column": c.column, "text": c.request.prompt, "path": c.path}
-            for c in sorted(lineup.cells(), key=lambda cell: (cell.row, cell.column))
+            {
+                "prompt": cell.row,
+                "column": cell.column,
+                "text": cell.request.prompt,
+                "path": cell.path,
+                "likeness": measured.get(cell.path),
+            }
+            for cell in sorted(lineup.cells(), key=lambda cell: (cell.row, cell.column))
         ],
     }

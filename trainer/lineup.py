@@ -229,9 +229,10 @@ class Lineup:
         return {field: f"{name}.{label}" for field, label in own.items()} | sides
 
     def _text(self, name: str) -> str:
-        """A prompt as the grid tells it."""
+        """A prompt as the grid tells it: of the one subject that was trained, if it is one."""
         prompt = self.library[name]
-        subjects = {column.subject for column in self.columns}
+        trained = {column.subject for column in self.columns if column.trained.strength}
+        subjects = trained or {column.subject for column in self.columns}
         if prompt.has_subject and len(subjects) == 1:
             return prompt.about(str(*subjects)).prompt
         return prompt.prompt

@@ -51,6 +51,13 @@ height_option = click.option(
     "--height", type=click.IntRange(32), help="In pixels. [default: the base model's own]"
 )
 
+likeness_option = click.option(
+    "--likeness",
+    "likeness_model",
+    metavar="MODEL",
+    help="Measure likeness to the training pictures by this CLIP: a folder or hub id.",
+)
+
 
 def _strengths(_: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
     """Strengths as they are typed.
@@ -83,12 +90,7 @@ def _strengths(_: click.Context, option: click.Parameter, text: str) -> tuple[fl
 @steps_option
 @width_option
 @height_option
-@click.option(
-    "--likeness",
-    "likeness_model",
-    metavar="MODEL",
-    help="Measure likeness to the training pictures by this CLIP: a folder or hub id.",
-)
+@likeness_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -124,7 +126,8 @@ def sample(
         _make(sampled_runs.sample(asked, worker(), stop), asked.folder)
         if output is None:
             _tell_in_report(RunFolder(Path(run)))
-    emit(_index_in(asked.folder), as_json, lambda data: _show(data, asked.folder))
+    names = [column_text(strength) for strength in strengths]
+    emit(_index_in(asked.folder), as_json, lambda data: _show(names, data, asked.folder))
 
 
 @click.command()
@@ -141,6 +144,7 @@ def sample(
 @steps_option
 @width_option
 @height_option
+@likeness_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -153,6 +157,7 @@ def compare(
     prompts: str | None,
     strength: float,
     subject: str | None,
+    likeness_model: str | None,
     output: Path,
     as_json: bool,
     **look: Any,
@@ -169,9 +174,13 @@ def compare(
             from trainer import compared_runs  # noqa: PLC0415 - torch takes seconds to import
             from trainer.lineup import Look  # noqa: PLC0415 - likewise
 
-        asked = compared_runs.Comparison(runs, strength, output, prompts, subject, Look(**look))
+        asked = compared_runs.Comparison(
+            runs, strength, output, prompts, subject, Look(**look), likeness_model
+        )
         _make(compared_runs.compare(asked, worker(), stop), asked.folder)
-    emit(_index_in(asked.folder), as_json, lambda _: _say_grid(asked.folder))
+    found = _index_in(asked.folder)
+    names = [column["name"] for column in found["columns"]]
+    emit(found, as_json, lambda data: _show(names, data, asked.folder))
 
 
 def _tell_in_report(run: RunFolder) -> None:
@@ -201,34 +210,29 @@ def _index_in(folder: PictureFolder) -> dict[str, Any]:
     return index
 
 
-def _show(data: Mapping[str, Any], folder: PictureFolder) -> None:
+def _show(columns: Sequence[str], data: Mapping[str, Any], folder: PictureFolder) -> None:
     """The likeness of all pictures where it was measured, and where the grid is."""
     if data["likeness_model"] is not None:
-        paper().print(likeness_table(data))
-    _say_grid(folder)
-
-
-def _say_grid(folder: PictureFolder) -> None:
+        paper().print(likeness_table(columns, data))
     click.echo(f"Open this grid: {folder.root / GRID}")
 
 
-def likeness_table(data: Mapping[str, Any]) -> Table:
-    """Likeness of a sampling: a row for each prompt, a column for each strength, and their means.
+def likeness_table(columns: Sequence[str], data: Mapping[str, Any]) -> Table:
+    """Likeness of pictures: a row for each prompt, and their mean.
 
     Args:
-        data: what `pictures.json` says.
+        columns: what stands above them.
+        data: the index of the pictures, row by row.
     """
-    strengths = data["strengths"]
-    values = {(p["prompt"], p["strength"]): p["likeness"] for p in data["pictures"]}
+    values = [picture["likeness"] for picture in data["pictures"]]
     table = Table(title="likeness to the training pictures")
     table.add_column("prompt", overflow="fold")
-    for strength in strengths:
-        table.add_column(column_text(strength), justify="right")
-    rows = range(len(data["prompts"]))
-    for row in rows:
-        name = Text(data["prompts"][row]["name"])
-        table.add_row(name, *(f"{values[row, strength]:.3f}" for strength in strengths))
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    for row, prompt in enumerate(data["prompts"]):
+        of_row = values[row * len(columns) : (row + 1) * len(columns)]
+        table.add_row(Text(prompt["name"]), *(f"{value:.3f}" for value in of_row))
     table.add_section()
-    means = [fmean(values[row, strength] for row in rows) for strength in strengths]
+    means = [fmean(values[column :: len(columns)]) for column in range(len(columns))]
     table.add_row("mean", *(f"{mean:.3f}" for mean in means))
     return table

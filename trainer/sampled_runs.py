@@ -5,22 +5,19 @@ What is left is `grid.png`, the pictures, and `pictures.json`, which says what e
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import TrainingConfig
-from trainer.errors import InputError
-from trainer.events import Event, NoteEvent, StageEvent
+from trainer.events import Event, NoteEvent
 from trainer.generation import Trained, column_text, strength_text
-from trainer.images.likeness import FIELD as LIKENESS
-from trainer.images.likeness import Looker, likeness
 from trainer.inference import Stop, Worker
 from trainer.job import RunFolder
-from trainer.lineup import Column, Lineup, Look, end_if, read_picture
+from trainer.lineup import Column, Lineup, Look
 from trainer.picture_folder import PictureFolder
 from trainer.prompt_library import Library, LibraryPrompt, library, of_one_kind, shipped
+from trainer.run_likeness import RunLikeness, likeness_captions
 from trainer.run_subjects import (
     SAY_SUBJECT,
     SUBJECT,
@@ -30,14 +27,12 @@ from trainer.run_subjects import (
     refuse_idle_subject,
     run_subject,
     subjects_of_run,
-    training_pictures,
     unnamed,
 )
 from trainer.sections.subjects import put_down_to
 from trainer.strength import FinishedRun, finished_run
 
 INDEX = "pictures.json"
-_TRAINING_PICTURES, _LIKENESS = "training pictures", "likeness"
 
 
 @dataclass(frozen=True)
@@ -91,17 +86,18 @@ def sample(asked: Sampling, worker: Worker, stop: Stop) -> Iterator[Event]:
     asked.folder.refuse_strangers(paths)
     measure = None
     if asked.likeness_model is not None:
-        measure = _Measure(asked.likeness_model, run.folder, run.config)
+        measure = RunLikeness(asked.likeness_model, [run])
         yield from measure.learn(stop)
     with asked.folder.making() as folder:
         yield from lineup.pictures(worker, folder, stop)
         measured: Mapping[str, float] = {}
         if measure is not None:
-            measured = yield from measure.of([folder / path for path in paths], stop)
-        captions = {path: f"likeness {value:.2f}" for path, value in measured.items()}
+            measured = yield from measure.of(folder, dict.fromkeys(paths, 0), stop)
         subtitle = " · ".join([public_name(run.config), *lineup.seeds(), f"{width}×{height}"])
         title = run.folder.root.resolve().name
-        lineup.draw_grid(folder, title=title, subtitle=subtitle, captions=captions)
+        lineup.draw_grid(
+            folder, title=title, subtitle=subtitle, captions=likeness_captions(measured)
+        )
         asked.folder.publish(_index(asked, lineup, measured))
 
 
@@ -147,44 +143,6 @@ def _columns(asked: Sampling, subject: str | None) -> list[Column]:
         )
         for strength in asked.strengths
     ]
-
-
-Measured = Generator[Event, None, Mapping[str, float]]
-
-
-class _Measure:
-    """Measures how like a run's training pictures other pictures are.
-
-    Raises:
-        InputError: the model cannot be had, or the run has no training pictures any more.
-    """
-
-    def __init__(self, url: str, folder: RunFolder, config: TrainingConfig) -> None:
-        self._paths = training_pictures(folder, config)
-        if not self._paths:
-            message = f"run `{folder.root}` has no prepared pictures any more to compare with"
-            raise InputError.of(LIKENESS, message, f"leave {LIKENESS} out")
-        self._looker = Looker(url)
-        self._shown: list[Any] = []
-
-    def learn(self, stop: Stop) -> Iterator[Event]:
-        """Looks at the training pictures."""
-        for done, path in enumerate(self._paths, start=1):
-            end_if(stop)
-            self._shown.append(self._embedding(path))
-            yield StageEvent(_TRAINING_PICTURES, done, len(self._paths))
-
-    def of(self, paths: Sequence[Path], stop: Stop) -> Measured:
-        """The likeness of each picture by the name of its file."""
-        measured: dict[str, float] = {}
-        for done, path in enumerate(paths, start=1):
-            end_if(stop)
-            measured[path.name] = round(likeness(self._embedding(path), self._shown), 4)
-            yield StageEvent(_LIKENESS, done, len(paths))
-        return measured
-
-    def _embedding(self, path: Path) -> Any:
-        return self._looker.embedding(read_picture(path))
 
 
 def _index(asked: Sampling, lineup: Lineup, measured: Mapping[str, float]) -> dict[str, Any]:
