@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
 from trainer import base_model, engine
 from trainer.base_model import BaseModel
 from trainer.config import ModelConfig
+from trainer.events import Event, StepEvent
 from trainer.families.base import Family
 from trainer.generation import Trained
 from trainer.job import RunFolder
@@ -58,10 +59,12 @@ class World:
     Args:
         folder: of the base model.
         work: a folder for photographs and runs.
+        leaves: options of every training.
     """
 
     folder: Path
     work: Path
+    leaves: Mapping[str, Any] = field(default_factory=lambda: SDXL)
 
     @cached_property
     def base(self) -> BaseModel:
@@ -73,16 +76,39 @@ class World:
         """The base model in memory."""
         return base_model.load(self.base, inference_precision(self.base.settings))
 
-    def train(self, name: str, photos: Path, leaves: Mapping[str, Any]) -> Path:
+    def train(
+        self,
+        name: str,
+        photos: Path,
+        leaves: Mapping[str, Any],
+        *,
+        stopped_after: int | None = None,
+    ) -> Path:
         """Trains, and returns the run folder.
+
+        Args:
+            name: of the run folder.
+            photos: with their captions.
+            leaves: options beside and over those of every training.
+            stopped_after: steps after which it is stopped, and begun again. None: never.
 
         Raises:
             RuntimeError: the training did not end well.
         """
         folder = RunFolder(self.work / name)
         shutil.rmtree(folder.root, ignore_errors=True)
-        values = {**COMMON, "model_url": str(self.folder), "images_data_url": str(photos)}
+        values = {**self.leaves, "model_url": str(self.folder), "images_data_url": str(photos)}
         config = resolve([Layer("check", {**values, **leaves}, explicit=True)])
+        if stopped_after is not None:
+            clock = _Clock()
+            stopped = supervise(
+                config,
+                folder,
+                [clock],
+                engine=engine.run,
+                stop=lambda: clock.steps >= stopped_after,
+            )
+            assert stopped.status == "interrupted", stopped
         result = supervise(config, folder, [], engine=engine.run, stop=lambda: False)
         if result.status != "done":
             raise RuntimeError(f"{name}: {result.error}")
@@ -108,13 +134,26 @@ class World:
             applied.undo()
 
 
+class _Clock(nullcontext[None]):
+    """Counts the steps of a training."""
+
+    steps = 0
+
+    def hear(self, event: Event) -> None:
+        """Takes note of a step."""
+        if isinstance(event, StepEvent):
+            self.steps = event.step
+
+    def __enter__(self) -> Self:
+        return self
+
+
 COMMON: Mapping[str, Any] = {
     "instance_prompt": f"a TOK {CLASS}",
     "output_name": "learnt",
     "resolution_width": SIDE,
     "resolution_height": SIDE,
     "rank": 16,
-    "target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"],
     "learning_rate": 1e-3,
     "batch_size": 4,
     "max_train_steps": 400,
@@ -122,6 +161,17 @@ COMMON: Mapping[str, Any] = {
     "center_crop": True,
     "tensorboard": False,
     "checkpointing_steps": 10_000,
+}
+SDXL = COMMON | {
+    "target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"],
+    # Guidance leads away from what is drawn without a caption: that has to learn, too.
+    "caption_dropout": 0.1,
+}
+FLUX = COMMON | {
+    "target_unet_modules": [
+        *("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj"),
+        *("to_add_out", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"),
+    ]
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from faulty_loop import FAULTS, Course
 from learning import World
-from learning_checks import WORLD, Bench, Bound, worse_than_with_faults
+from learning_checks import WORLDS, Bench, Bound, worse_than_with_faults
 from make_world import ASKED, check, sampled
 from world_pictures import SCENES, draw, look
 from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
@@ -25,6 +25,7 @@ from trainer.cli import run
 from trainer.prompt_library import library
 
 ROOT = Path(__file__).parent.parent
+WORLD, _ = WORLDS["sdxl"]
 SEED = 3
 
 
@@ -154,7 +155,7 @@ def test_a_training_of_a_check_is_of_its_seed(
 ) -> None:
     asked: list[tuple[str, dict[str, object]]] = []
     monkeypatch.setattr(
-        World, "train", lambda _, name, photos, leaves: asked.append((name, leaves))
+        World, "train", lambda _, name, photos, leaves, **given: asked.append((name, leaves))
     )
     Bench(world, seed=5, count=4, steps=20).train("some", Path("photos"), {"rank": 2})
     assert asked == [("some-5", {"seed": 5, "max_train_steps": 20, "rank": 2})]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import make_world
 import pytest
 import torch
+import world_flux
 import world_pictures
 from click.testing import CliRunner
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
+from world_flux import make_t5_tokenizer
 from world_pictures import SCENES, Scene, draw, look
+from world_training import make_tokenizer
 
 SCENE = Scene("triangle", "red", "black", "top")
 
@@ -62,20 +66,57 @@ def test_captions_say_what_is_there_and_no_two_scenes_share_the_first() -> None:
     assert all("red triangle" in caption for caption in SCENE.captions)
 
 
-def test_each_word_of_the_world_is_one_token(tmp_path: Path) -> None:
-    tokenizer = make_world.make_tokenizer(tmp_path, "!")
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_each_word_of_the_world_is_one_token(family: str, tmp_path: Path) -> None:
+    is_flux = family == "flux"
+    tokenizer = make_t5_tokenizer() if is_flux else make_tokenizer(tmp_path, "!")
     words = {word for scene in SCENES for text in scene.captions for word in text.split()}
     for word in words:
         letters = word.strip(",")
         assert len(tokenizer(letters, add_special_tokens=False).input_ids) == 1, word
-    assert len(tokenizer("zebra", add_special_tokens=False).input_ids) > 1
+    spelt = tokenizer("zebra", add_special_tokens=False).input_ids
+    assert len(spelt) > 1
+    assert tokenizer.unk_token_id not in spelt or not is_flux
 
 
 @pytest.mark.thorough
-def test_the_script_writes_a_model_that_diffusers_loads(tmp_path: Path) -> None:
-    made = CliRunner().invoke(make_world.main, [str(tmp_path / "world"), "--small"])
+@pytest.mark.parametrize(
+    ("family", "pipeline_class"), [("sdxl", StableDiffusionXLPipeline), ("flux", FluxPipeline)]
+)
+def test_the_script_writes_a_model_that_diffusers_loads(
+    family: str, pipeline_class: Any, tmp_path: Path
+) -> None:
+    asked = [str(tmp_path / "world"), "--small", "--family", family]
+    made = CliRunner().invoke(make_world.main, asked)
     assert made.exit_code == 0, made.output
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "world")
+    pipeline = pipeline_class.from_pretrained(tmp_path / "world")
     weights = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert weights < 20 * 10**6
-    assert pipeline.vae.config.scaling_factor != 0.13025
+    # As measured, not as diffusers has it.
+    assert pipeline.vae.config.scaling_factor != AutoencoderKL().config.scaling_factor
+
+
+def test_padding_that_stands_for_more_padding_is_what_flux_reads() -> None:
+    """A few places of T5, each counted for as many as it stands for, answer as all 512 do."""
+    torch.manual_seed(0)
+    transformer = world_flux.new_transformer().eval()
+    words = torch.randn(2, world_flux.WORDS, world_flux.T5_WIDTH)
+    pads = torch.randn(2, 1, world_flux.T5_WIDTH)
+    states = torch.cat([words, pads.expand(-1, world_flux.PLACES - world_flux.WORDS, -1)], dim=1)
+    noisy, times = torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.9])
+    pooled, guidance = torch.randn(2, world_flux.CLIP_WIDTH), torch.tensor([1.0, 4.0])
+
+    some, bias = world_flux.some_places(states, drawn(0))
+    with torch.no_grad():
+        of_some, of_all, miscounted = (
+            world_flux.velocity(transformer, noisy, times, places, pooled, guidance, counted)
+            for places, counted in (
+                (some, bias),
+                (states, torch.zeros(world_flux.PLACES)),
+                (some, torch.zeros(len(bias))),
+            )
+        )
+
+    assert some.shape[1] < 32
+    torch.testing.assert_close(of_some, of_all, atol=1e-4, rtol=1e-3)
+    assert (miscounted - of_all).abs().max() > 0.01
