@@ -164,9 +164,8 @@ def test_where_new_tokens_are_only_a_default_the_identifier_stays_text_in_both_e
 
 
 def test_new_tokens_that_are_asked_for_learn_in_clip_and_t5_and_can_be_read_back(
-    flux_folder: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux_folder: Path, subject: Path, tmp_path: Path
 ) -> None:
-    snapshots.skip_reading_back(monkeypatch)
     leaves = {"train_text_encoder_ti": True, "text_encoder_lr": 1e-2, "cache_latents": False}
     composed, _ = snapshots.composition(
         configuration(flux_folder, subject, **leaves, max_train_steps=4), tmp_path

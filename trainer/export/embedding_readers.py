@@ -17,9 +17,6 @@ from torch import Tensor
 from trainer.export.readers import Reader, Reading, metadata_of
 from trainer.names import KohyaNames, tokenizer_name
 
-# The two keys at which A1111 and Forge know a file for SDXL; any other file has one key.
-_TWO_KEYS = {"clip_l", "clip_g"}
-
 
 def _read_diffusers(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
     """`load_textual_inversion` once for each text encoder, then the rows at the tokens' ids."""
@@ -43,13 +40,15 @@ def _read_diffusers(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Re
 def _read_interface(pipeline: Any, path: Path, names: KohyaNames) -> Iterator[Reading]:
     """All rows of the key that belongs to a text encoder, as ComfyUI, A1111 and Forge take them.
 
-    ComfyUI reads `clip_l` for SD1.5 and both keys for SDXL; A1111 and Forge take a file with one
-    key for SD1.5 and one with exactly these two for SDXL. Sources: comfy/sd1_clip.py
-    (load_embed), modules/textual_inversion/textual_inversion.py (create_embedding_from_data).
+    ComfyUI reads for each encoder its own key: `clip_l`, with SDXL `clip_g` and with FLUX `t5xxl`
+    beside it. A1111 and Forge take a file with one key for SD1.5 and one with exactly `clip_l` and
+    `clip_g` for SDXL. Sources: comfy/sd1_clip.py (load_embed), comfy/text_encoders/flux.py,
+    modules/textual_inversion/textual_inversion.py (create_embedding_from_data).
     """
     tensors, tokens = load_file(path), _tokens(path)
-    if len(tensors) > 1 and tensors.keys() != _TWO_KEYS:
-        raise ValueError(f"keys {sorted(tensors)} are neither one nor clip_g and clip_l")
+    both = set(names.embedding_keys.values())
+    if len(tensors) > 1 and tensors.keys() != both:
+        raise ValueError(f"keys {sorted(tensors)} are neither one nor {' and '.join(sorted(both))}")
     for key, component in _components(tensors, names).items():
         width = pipeline.components[component].get_input_embeddings().embedding_dim
         rows = tensors[key]
