@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ LEARNING = ("transformer", "text_encoder")
 # Places of T5 that the pipeline reads, those that may hold words, and those taken of the others.
 PLACES, WORDS, PADS = 512, 16, 4
 CLIP_WIDTH, T5_WIDTH = 64, 96
-# The model is not distilled: it is told some guidance and shall not care.
-GUIDANCES = (1.0, 5.0)
+# Guidance that the model can be told, the share of a plan's steps in which it learns to follow it,
+# and of the plan's learning rate.
+GUIDANCES, GUIDED, GUIDED_RATE = (1.0, 5.0), 0.2, 1 / 3
 
 
 def new_parts(folder: Path) -> dict[str, Any]:
@@ -91,6 +94,91 @@ def new_transformer() -> FluxTransformer2DModel:
     )
 
 
+@dataclass(frozen=True)
+class _Lesson:
+    """What transformer and CLIP are asked in one step.
+
+    Args:
+        noisy: latents (B, 16, H, W) with their share of noise.
+        times: of that noise, from 0 to 1.
+        words: T5's states of captions at some places.
+        bias: what to add to attention to each of these places.
+        ids: CLIP's of these captions.
+        velocity: to be predicted, as tokens.
+    """
+
+    noisy: torch.Tensor
+    times: torch.Tensor
+    words: torch.Tensor
+    bias: torch.Tensor
+    ids: torch.Tensor
+    velocity: torch.Tensor
+
+    def answer(self, parts: Mapping[str, Any], guidance: torch.Tensor) -> torch.Tensor:
+        """The velocity (B, places, 64) that a model predicts."""
+        pooled = parts["text_encoder"](self.ids).pooler_output
+        return velocity(
+            parts["transformer"], self.noisy, self.times, self.words, pooled, guidance, self.bias
+        )
+
+
+class _Lessons:
+    """Draws what is asked in each step.
+
+    Args:
+        parts: with both tokenizers and T5.
+        scenes: of each of the latents.
+        latents: (N, 16, H, W), of variance 1.
+        batch: of a step.
+        generator: of everything that is drawn.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Any],
+        scenes: Sequence[Scene],
+        latents: torch.Tensor,
+        batch: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._latents, self._batch, self._generator = latents, batch, generator
+        captions = sorted({caption for scene in SCENES for caption in scene.captions})
+        told = [*captions, ""]
+        self._untold = len(captions)
+        self._ids = parts["tokenizer"](told, padding="max_length", return_tensors="pt").input_ids
+        self._states = _t5_states(parts, told)
+        number = {caption: place for place, caption in enumerate(told)}
+        self._ways = torch.tensor([[number[text] for text in scene.captions] for scene in scenes])
+
+    def guidance(self) -> torch.Tensor:
+        """Of each example, any that prompts may be made with."""
+        return torch.empty(self._batch).uniform_(*GUIDANCES, generator=self._generator)
+
+    def next(self) -> _Lesson:
+        """The next step's, with a caption for each picture."""
+        chosen = torch.randint(len(self._latents), (self._batch,), generator=self._generator)
+        way = torch.randint(self._ways.shape[1], (self._batch,), generator=self._generator)
+        said, clean = self._ways[chosen, way], self._latents[chosen]
+        noise = torch.randn(clean.shape, generator=self._generator)
+        times = torch.randn(self._batch, generator=self._generator).sigmoid()
+        share = times.view(-1, 1, 1, 1)
+        words, bias = some_places(self._states[said], self._generator)
+        noisy = (1 - share) * clean + share * noise
+        return _Lesson(noisy, times, words, bias, self._ids[said], _packed(noise - clean))
+
+    def without(self, lesson: _Lesson, left_out: torch.Tensor) -> _Lesson:
+        """A lesson in which some captions are empty: (B,), whether each is."""
+        empty, _ = some_places(self._states[[self._untold]], self._generator)
+        words = torch.where(left_out[:, None, None], empty, lesson.words)
+        ids = torch.where(left_out[:, None], self._ids[self._untold], lesson.ids)
+        return replace(lesson, words=words, ids=ids)
+
+    def with_some_left_out(self, share: float) -> _Lesson:
+        """The next step's, with a share of captions empty."""
+        lesson = self.next()
+        return self.without(lesson, torch.rand(self._batch, generator=self._generator) < share)
+
+
 def train_denoiser(
     parts: Mapping[str, Any],
     scenes: Sequence[Scene],
@@ -98,33 +186,50 @@ def train_denoiser(
     plan: Plan,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Teaches the transformer and CLIP together what captions mean.
+    """Teaches the transformer and CLIP together what captions mean, and then guidance.
+
+    Captions come first; then some are left out; at last the model learns to answer at once what
+    it answers with and without a caption, as FLUX.1 [dev] has from its teacher.
 
     Returns:
         The same parts with their weights averaged over the last steps.
     """
+    lessons = _Lessons(parts, scenes, latents, plan.batch, generator)
     learning = torch.nn.ModuleDict({name: parts[name] for name in LEARNING})
+    learning = _taught(learning, plan.steps, plan.rate, lessons.guidance, lessons.next)
+    some_left_out = partial(lessons.with_some_left_out, plan.dropped)
+    learning = _taught(learning, plan.steps, plan.rate, lessons.guidance, some_left_out)
+    return dict(_guided(learning, lessons, plan).items())
+
+
+def _taught(
+    learning: torch.nn.ModuleDict,
+    steps: int,
+    rate: float,
+    guidances: Callable[[], torch.Tensor],
+    lesson: Callable[[], _Lesson],
+) -> torch.nn.ModuleDict:
+    """The mean of weights after steps on plain velocities, whatever guidance is told."""
     averaged = copy.deepcopy(learning)
-    captions = [caption for scene in SCENES for caption in scene.captions]
-    told = sorted(set(captions))
-    ids = parts["tokenizer"](told, padding="max_length", return_tensors="pt").input_ids
-    states = _t5_states(parts, told)
-    of_caption = {caption: number for number, caption in enumerate(told)}
-    ways = torch.tensor([[of_caption[text] for text in scene.captions] for scene in scenes])
-    for take in steps_with(learning, averaged, plan.steps, plan.rate):
-        chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
-        way = torch.randint(ways.shape[1], (plan.batch,), generator=generator)
-        said = ways[chosen, way]
-        noise = torch.randn(latents[chosen].shape, generator=generator)
-        times = torch.randn(plan.batch, generator=generator).sigmoid()
-        share = times.view(-1, 1, 1, 1)
-        noisy = (1 - share) * latents[chosen] + share * noise
-        words, bias = some_places(states[said], generator)
-        guidance = torch.empty(plan.batch).uniform_(*GUIDANCES, generator=generator)
-        pooled = learning["text_encoder"](ids[said]).pooler_output
-        predicted = velocity(learning["transformer"], noisy, times, words, pooled, guidance, bias)
-        take(mse_loss(predicted, _packed(noise - latents[chosen])))
-    return dict(averaged.items())
+    for take in steps_with(learning, averaged, steps, rate):
+        asked = lesson()
+        take(mse_loss(asked.answer(learning, guidances()), asked.velocity))
+    return averaged
+
+
+def _guided(teacher: torch.nn.ModuleDict, lessons: _Lessons, plan: Plan) -> torch.nn.ModuleDict:
+    """A model that follows captions as closely as guidance says (Meng et al. 2023)."""
+    learning, averaged = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    steps = max(1, round(plan.steps * GUIDED))
+    for take in steps_with(learning, averaged, steps, plan.rate * GUIDED_RATE):
+        asked, guidance = lessons.next(), lessons.guidance()
+        empty = lessons.without(asked, torch.ones(plan.batch, dtype=torch.bool))
+        with torch.no_grad():
+            told, untold = (each.answer(teacher, guidance) for each in (asked, empty))
+        target = untold + guidance.view(-1, 1, 1) * (told - untold)
+        take(mse_loss(asked.answer(learning, guidance), target))
+    return averaged
 
 
 @torch.no_grad()
