@@ -1,4 +1,4 @@
-"""Prints how many code blocks of each page tests execute, and how many they check: count_blocks.py"""
+"""Prints how many code blocks of the pages tests execute, and how many they check only."""
 
 from __future__ import annotations
 

@@ -14,10 +14,13 @@ import subprocess
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import click
+from accelerate.commands.launch import launch_command_parser
 from documented import ROOT
+from torch.distributed.run import get_args_parser
 
 from trainer.cli import cli
 from trainer.config_files import as_layers, read_mapping
@@ -119,8 +122,6 @@ def check_pip(words: Words) -> None:
 
 def check_torchrun(words: Words) -> None:
     """The launcher takes its options, and `trainer` the rest."""
-    from torch.distributed.run import get_args_parser
-
     parsed = get_args_parser().parse_args([*words])
     assert parsed.module and parsed.training_script == "trainer"
     check_trainer(parsed.training_script_args)
@@ -128,8 +129,6 @@ def check_torchrun(words: Words) -> None:
 
 def check_accelerate(words: Words) -> None:
     """The launcher takes its options, its file is there, and `trainer` takes the rest."""
-    from accelerate.commands.launch import launch_command_parser
-
     assert words[0] == "launch"
     parsed = launch_command_parser().parse_args([*words[1:]])
     assert parsed.module and parsed.training_script == "trainer"
@@ -142,10 +141,10 @@ def check_tensorboard(words: Words) -> None:
     with warnings.catch_warnings():
         # Of a library that it brings along.
         warnings.simplefilter("ignore", DeprecationWarning)
-        from tensorboard.plugins.core.core_plugin import CorePluginLoader
+        core = import_module("tensorboard.plugins.core.core_plugin")
 
     parser = argparse.ArgumentParser()
-    CorePluginLoader().define_flags(parser)
+    core.CorePluginLoader().define_flags(parser)
     parser.parse_args([*words])
 
 

@@ -90,8 +90,8 @@ def test_most_is_executed_and_a_listing_is_the_exception() -> None:
     found = counted(BLOCKS)
 
     assert sum(found.values()) == len(BLOCKS)
-    assert found["executed"] > 30
-    assert found["checked"] > 30
+    assert found["executed"] > 25
+    assert found["checked"] > 40
     assert found["listing"] < 10
 
 
@@ -213,9 +213,7 @@ def test_python_on_a_page_names_only_what_its_libraries_have(page: str) -> None:
                 known = check_python_text(block.text, known)
 
 
-@pytest.mark.parametrize(
-    "page", sorted({block.page for block in PYTHON_RUN_HERE}), ids=lambda page: str(page)
-)
+@pytest.mark.parametrize("page", sorted({block.page for block in PYTHON_RUN_HERE}), ids=str)
 def test_python_that_needs_nothing_runs_and_what_it_asserts_is_so(page: str) -> None:
     # Blocks of a page go on with the names of those before them.
     names: dict[str, Any] = {}
