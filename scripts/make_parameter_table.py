@@ -65,7 +65,7 @@ def _sections() -> Iterator[str]:
     for section in SECTIONS:
         annotation = TrainingConfig.model_fields[section].annotation
         assert annotation is not None
-        yield from (f"**{section}**: {str(annotation.__doc__).splitlines()[0]}", "", *HEAD)
+        yield from (f"## {section}", "", str(annotation.__doc__).splitlines()[0], "", *HEAD)
         for name, leaf in LEAVES.items():
             if leaf.section == section:
                 default = leaf_schema(name)["default"]
@@ -78,7 +78,9 @@ def _sections() -> Iterator[str]:
 def _concepts() -> Iterator[str]:
     concept = items(leaf_schema("concepts"))
     yield from (
-        "**One of `concepts`**: null is the run's own option of that name.",
+        "## One of `concepts`",
+        "",
+        "Null is the run's own option of that name.",
         "",
         *CONCEPT_HEAD,
     )
@@ -89,7 +91,9 @@ def _concepts() -> Iterator[str]:
 
 def _families() -> Iterator[str]:
     yield from (
-        "**What differs by family**: the checkpoint tells its family.",
+        "## What differs by family",
+        "",
+        "The checkpoint tells its family.",
         "",
         *FAMILY_HEAD,
     )
