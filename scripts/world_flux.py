@@ -34,9 +34,11 @@ LEARNING = ("transformer", "text_encoder")
 # Places of T5 that the pipeline reads, those that may hold words, and those taken of the others.
 PLACES, WORDS, PADS = 512, 16, 4
 CLIP_WIDTH, T5_WIDTH = 64, 96
-# Guidance that the model can be told, the share of a plan's steps in which it learns to follow it,
-# and of the plan's learning rate.
-GUIDANCES, GUIDED, GUIDED_RATE = (1.0, 5.0), 0.2, 1 / 3
+# Guidance that the model can be told.
+GUIDANCES = (1.0, 5.0)
+# Beside a plan's steps: those in which some captions are left out, and those in which guidance is
+# learnt, at a part of the plan's learning rate.
+LEFT_OUT, GUIDED, GUIDED_RATE = 2 / 3, 0.2, 1 / 3
 
 
 def new_parts(folder: Path) -> dict[str, Any]:
@@ -198,7 +200,8 @@ def train_denoiser(
     learning = torch.nn.ModuleDict({name: parts[name] for name in LEARNING})
     learning = _taught(learning, plan.steps, plan.rate, lessons.guidance, lessons.next)
     some_left_out = partial(lessons.with_some_left_out, plan.dropped)
-    learning = _taught(learning, plan.steps, plan.rate, lessons.guidance, some_left_out)
+    steps = max(1, round(plan.steps * LEFT_OUT))
+    learning = _taught(learning, steps, plan.rate, lessons.guidance, some_left_out)
     return dict(_guided(learning, lessons, plan).items())
 
 
