@@ -62,6 +62,8 @@ WHOLE: Mapping[str, Any] = {"use_lora": False, "learning_rate": 1e-4}
 GROUND = "pink"
 
 Figures = Mapping[str, float]
+# The values of figures by seed.
+Spreads = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -373,27 +375,28 @@ def _only_lora(run: Path) -> Path:
 
 def run_checks(
     names: Sequence[str], seeds: Sequence[int], *, world: World, count: int, steps: int
-) -> dict[str, list[float]]:
-    """Every figure of these checks, a value for each seed."""
-    figures: dict[str, list[float]] = {}
+) -> Spreads:
+    """Every figure of these checks by seed."""
+    figures: Spreads = {}
     for seed in seeds:
         bench = Bench(world, seed, count, steps)
         for name in names:
             started = time.perf_counter()
             for figure, value in CHECKS[name](bench).items():
-                figures.setdefault(figure, []).append(value)
+                figures.setdefault(figure, {})[seed] = value
                 click.echo(f"seed {seed}  {figure}: {value:.3f}", err=True)
             click.echo(f"  {name}: {time.perf_counter() - started:.0f} s", err=True)
     return figures
 
 
-def show(figures: Mapping[str, Sequence[float]]) -> list[str]:
+def show(figures: Spreads) -> list[str]:
     """Prints every figure with its spread and its bound; names those that miss it."""
     table = Table(title="learning in the small world")
     for heading in ("figure", "mean", "lowest to highest", "bound", ""):
         table.add_column(heading, overflow="fold")
     missed = []
-    for figure, values in figures.items():
+    for figure, by_seed in figures.items():
+        values = list(by_seed.values())
         mean, bound = statistics.mean(values), BOUNDS.get(figure)
         holds = bound is None or bound.holds(mean)
         missed += [] if holds else [figure]
@@ -405,24 +408,43 @@ def show(figures: Mapping[str, Sequence[float]]) -> list[str]:
     return missed
 
 
-def worse_than_with_faults(figures: Mapping[str, Sequence[float]]) -> list[str]:
+def worse_than_with_faults(figures: Spreads) -> list[str]:
     """Figures in which ours is worse than the loop with faults by more than two deviations."""
     worse = []
-    for figure, ours in figures.items():
+    for figure, by_seed in figures.items():
         own, _, what = figure.partition(": ")
-        if own != "ours" or len(ours) < 2:
+        if own != "ours" or len(by_seed) < 2:
             continue
-        theirs = figures[f"with faults: {what}"]
+        ours, theirs = list(by_seed.values()), list(figures[f"with faults: {what}"].values())
         spread = max(statistics.stdev(ours), statistics.stdev(theirs))
         if statistics.mean(ours) < statistics.mean(theirs) - 2 * spread:
             worse.append(f"worse than with faults: {what}")
     return worse
 
 
-def _unmeasured(names: Sequence[str], figures: Mapping[str, Sequence[float]]) -> list[str]:
+def _unmeasured(names: Sequence[str], figures: Spreads) -> list[str]:
     """Figures that have a bound, and that no check gave, where all that have bounds ran."""
     ran_all = set(names) >= CHECKS.keys() - OF_SDXL
     return sorted(BOUNDS.keys() - figures.keys()) if ran_all else []
+
+
+def kept(path: Path, asked: Mapping[str, Any], figures: Spreads) -> None:
+    """Writes figures as JSON, beside those that the file has of other checks and seeds.
+
+    Raises:
+        ClickException: the file is of another family, or of other steps or pictures.
+    """
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in asked.items():
+        if earlier and earlier[name] != value:
+            message = f"{path} has figures with {name} {earlier[name]}, not {value}"
+            raise click.ClickException(message)
+    joined = earlier.get("figures", {})
+    for figure, by_seed in figures.items():
+        values = joined.get(figure, {}) | {str(seed): value for seed, value in by_seed.items()}
+        joined[figure] = dict(sorted(values.items(), key=lambda pair: int(pair[0])))
+    machine = {"processor": platform.machine(), "torch": torch.__version__}
+    path.write_text(json.dumps({**asked, **machine, "figures": joined}, indent=2) + "\n")
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -433,7 +455,7 @@ def _unmeasured(names: Sequence[str], figures: Mapping[str, Sequence[float]]) ->
 @click.option("--steps", default=800, type=click.IntRange(10, 800), help="Of a training.")
 @click.option("--family", default="sdxl", type=click.Choice(tuple(WORLDS)), help="Base model.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that is kept.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file of all figures.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file, to write or extend.")
 def main(
     fast: bool,
     seeds: int,
@@ -461,9 +483,6 @@ def main(
         *_unmeasured(names, figures),
     ]
     if out is not None:
-        machine = {"processor": platform.machine(), "torch": torch.__version__}
-        asked = {"family": family, "steps": steps, "pictures": count}
-        data = {**asked, **machine, "figures": figures}
-        out.write_text(json.dumps(data, indent=2) + "\n")
+        kept(out, {"family": family, "steps": steps, "pictures": count}, figures)
     if missed:
         raise click.ClickException(f"missed: {'; '.join(missed)}")

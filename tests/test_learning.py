@@ -10,13 +10,15 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import faulty_loop
 import learning
+import make_learning_tables
 import pytest
 import torch
 from faulty_loop import FAULTS, Course
 from learning import World
-from learning_checks import WORLDS, Bench, Bound, worse_than_with_faults
+from learning_checks import BOUNDS, WORLDS, Bench, Bound, kept, worse_than_with_faults
 from make_world import ASKED, check, sampled
 from world_pictures import SCENES, draw, look
 from world_subjects import SHOWN, SUBJECT, draw_in_style, is_plain, styled
@@ -122,11 +124,32 @@ def test_a_bound_is_held_at_its_edge(bound: Bound, holds: float, fails: float) -
 
 def test_ours_is_worse_only_beyond_two_deviations() -> None:
     """By hand: the deviation of 0.5, 0.7 is 0.141."""
-    theirs = {"with faults: likeness": [0.5, 0.7]}
-    assert worse_than_with_faults({**theirs, "ours: likeness": [0.3, 0.4]}) == []
-    assert worse_than_with_faults({**theirs, "ours: likeness": [0.1, 0.2]}) == [
+    theirs = {"with faults: likeness": {0: 0.5, 1: 0.7}}
+    assert worse_than_with_faults({**theirs, "ours: likeness": {0: 0.3, 1: 0.4}}) == []
+    assert worse_than_with_faults({**theirs, "ours: likeness": {0: 0.1, 1: 0.2}}) == [
         "worse than with faults: likeness"
     ]
+
+
+def test_figures_of_several_calls_are_kept_in_one_file(tmp_path: Path) -> None:
+    asked, path = {"family": "sdxl", "steps": 800, "pictures": 40}, tmp_path / "figures.json"
+    kept(path, asked, {"likeness": {1: 0.5}})
+    kept(path, asked, {"likeness": {0: 0.25}, "style": {0: 1.0}})
+
+    told = json.loads(path.read_text())
+    assert told["figures"] == {"likeness": {"0": 0.25, "1": 0.5}, "style": {"0": 1.0}}
+    assert told["steps"] == 800
+    with pytest.raises(click.ClickException, match="has figures with steps 800, not 20"):
+        kept(path, {**asked, "steps": 20}, {"style": {1: 1.0}})
+
+
+def test_the_page_has_the_figures_that_were_measured() -> None:
+    page = make_learning_tables.PAGE.read_text()
+    assert page == make_learning_tables.page_with_figures(page), (
+        "run scripts/make_learning_tables.py"
+    )
+    figures = json.loads(make_learning_tables.FILES["sdxl"].read_text())["figures"]
+    assert figures.keys() >= BOUNDS.keys()
 
 
 def test_the_loop_with_faults_learns_too_and_each_fault_changes_it(tmp_path: Path) -> None:
