@@ -77,6 +77,15 @@ TINY_RUN = {
 }
 
 
+# Files of other programs that the page imports, as short as they can be.
+OTHER_PROGRAMS = {
+    "kohya.toml": 'network_module = "networks.lora"\nmax_train_epochs = 2\n',
+    "dataset.toml": '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "photos"\n',
+    "job.yaml": "config: {process: [{type: sd_trainer, datasets: [{folder_path: photos}]}]}\n",
+    "train.sh": "accelerate launch train_dreambooth_lora.py --instance_data_dir photos\n",
+}
+
+
 def leaf_command(arguments: list[str]) -> click.Context:
     """The parsed command, not run."""
     context = cli.make_context("trainer", list(arguments))
@@ -139,6 +148,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
     payload = json.loads((ROOT / "configs/payloads/fal_personalization.json").read_text())
     configuration, *_ = blocks("README.md", "yaml")
     shutil.copytree(photo_folder, tmp_path / "photos")
+    for name, text in OTHER_PROGRAMS.items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "request.json").write_text(json.dumps(payload | {"images_data_url": "photos"}))
     (tmp_path / "photos.yaml").write_text(configuration)
     overrides = ROOT / "configs/payloads/fal_personalization_tiny.yaml"

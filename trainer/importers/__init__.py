@@ -20,9 +20,6 @@ from trainer.importers.documents import Document
 from trainer.leaves import nearest, shown
 from trainer.resolve import Layer, resolve
 
-# What a configuration without pictures is checked with.
-_SOME_PICTURES = "pictures"
-
 
 @dataclass(frozen=True)
 class Program:
@@ -101,7 +98,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
         message = f"got `{name}`; allowed: one of {', '.join(PROGRAMS)}"
         raise InputError.of("--from", message, nearest(name, PROGRAMS))
     desk = PROGRAMS[name].read(documents)
-    desk.check()
+    desk.close()
     _refuse_wrong(desk)
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
@@ -130,11 +127,13 @@ def _program_of(documents: Sequence[Document]) -> str:
 
 
 def _refuse_wrong(desk: Desk) -> None:
-    """Raises what is wrong with the values, under the other program's names."""
-    pictures = {} if desk.values.keys() & {"images_data_url", "concepts"} else _PICTURES
-    values = {**pictures, **desk.values}
+    """Raises what is wrong with the values, under the other program's names.
+
+    What only the user can say, and a remark asks for, is taken as said.
+    """
+    said: dict[str, Any] = {"class_prompt": "a class"}
+    if not desk.values.keys() & {"images_data_url", "concepts"}:
+        said["images_data_url"] = "pictures"
     fields = {leaf: name for leaf, name in desk.sources.items() if name != leaf}
-    resolve([Layer("the imported configuration", values, explicit=True, fields=fields)])
-
-
-_PICTURES: Mapping[str, Any] = {"images_data_url": _SOME_PICTURES}
+    layer = Layer("the imported configuration", desk.values, explicit=True, fields=fields)
+    resolve([Layer("to be said", said, explicit=True), layer])

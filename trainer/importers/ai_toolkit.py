@@ -10,11 +10,11 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.ai_toolkit_table import TABLE, with_trigger
+from trainer.importers.ai_toolkit_table import LAYERS_KNOWN, TABLE, with_trigger
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
-from trainer.importers.shared import Pictures, take_pictures
+from trainer.importers.shared import Pictures, repeats_of, take_pictures
 from trainer.leaves import shown
 
 _TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
@@ -35,7 +35,7 @@ DEFAULTS: Mapping[str, Any] = {
     "datasets.alpha_mask": False,
 }
 # How a model says what it learns by.
-_FLOW = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1", "model.arch=flux2_klein_4b")
+_FLOW = (*LAYERS_KNOWN, "model.arch=flux2_klein_4b", "model.arch=flux2_klein_9b")
 _TABLE = ("model.is_xl=True", "model.arch=sdxl", "model.arch=sd1", "model.arch=None")
 # What a data set says of itself alone.
 _OWN = ("folder_path", "dataset_path", "num_repeats", "default_caption", "is_reg", "trigger_word")
@@ -51,8 +51,11 @@ def read(documents: Sequence[Document]) -> Desk:
     """Makes the desk of an import from the one process of a job.
 
     Raises:
-        InputError: there are several, or it is no training.
+        InputError: it is no job, there are several, or it is no training.
     """
+    if not all(map(speaks, documents)):
+        message = "is no job: a mapping `config` with a `process`"
+        raise InputError.of(documents[0].name, message, "give the YAML file of a job")
     if len(documents) != 1:
         raise InputError.of("FILE", "got several files; allowed: one job", "give them one by one")
     given, datasets = _flattened(documents[0])
@@ -71,7 +74,7 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.run(TABLE)
     _say(desk, sets, classes)
     _take_only_repeats(desk, sets)
-    take_pictures(desk, sets, classes, "datasets.folder_path")
+    take_pictures(desk, sets, classes, "datasets.folder_path", "datasets.is_reg")
     return desk
 
 
@@ -87,7 +90,7 @@ def _flattened(document: Document) -> tuple[dict[str, Any], list[dict[str, Any]]
     if process.get("type") not in _TRAINERS:
         message = f"got {shown(process.get('type'))}; allowed: {', '.join(_TRAINERS)}"
         raise InputError.of("config.process.type", message, "only trainings are read")
-    others = {n: v for n, v in document.content.items() if n not in ("config", "job", "meta")}
+    others = {n: v for n, v in document.content.items() if n != "config"}
     given = {**others, **{n: v for n, v in config.items() if n != "process"}}
     for name, value in process.items():
         if name in _SECTIONS and isinstance(value, Mapping):
@@ -125,7 +128,7 @@ def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
     caption = with_trigger(str(dataset.get("default_caption", "")), word)
     return Pictures(
         str(dataset.get("folder_path", dataset.get("dataset_path", ""))),
-        repeats=max(1, int(dataset.get("num_repeats", 1))),
+        repeats=repeats_of(dataset.get("num_repeats", 1), "datasets.num_repeats"),
         prompt=caption or None,
         token=word,
     )

@@ -29,6 +29,8 @@ from trainer.importers.shared import (
 )
 from trainer.sections.running import DIFFUSERS_NAME
 
+# How a model says that it is FLUX.1, whose layers are known.
+LAYERS_KNOWN = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1")
 _FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
 _TRIGGERS = ("[trigger]", "[name]")
 # A rank above that of any layer: then LoKr's second factor is whole.
@@ -64,10 +66,14 @@ def _take_network(desk: Desk, name: str, value: Any) -> None:
     if not any(desk.setting(rank) for rank in ranks):
         desk.take(name, "use_lora", False)
         return
-    kind = desk.kind or "flow"
-    convolved = kind == "table" and bool(desk.setting("network.conv"))
-    targets = [*WHOLE_BLOCKS[kind], *(CONVOLUTIONS if convolved else ())]
-    desk.take(name, "target_unet_modules", targets)
+    says = {f"{option}={desk.setting(option)}" for option in ("model.is_flux", "model.arch")}
+    if desk.kind == "table":
+        convolved = CONVOLUTIONS if desk.setting("network.conv") else ()
+        desk.take(name, "target_unet_modules", [*WHOLE_BLOCKS["table"], *convolved])
+    elif says & set(LAYERS_KNOWN):
+        desk.take(name, "target_unet_modules", list(WHOLE_BLOCKS["flow"]))
+    else:
+        desk.remarks.append("Adapters are on the layers that this program takes for such a model.")
 
 
 def _take_conv(desk: Desk, name: str, value: Any) -> None:
@@ -225,6 +231,8 @@ _MASKS = "put masks among the pictures: masks/NAME.png or NAME_mask.png"
 _OTHER = "the base model is trained as it is published"
 
 TABLE: Table = {
+    "job": needless("`trainer train` is the job"),
+    "meta": needless("changes only what is written about the file"),
     "name": computed(_take_name, "output_name"),
     "training_folder": needless(_OUTPUT),
     "sqlite_db_path": needless("the run folder has everything"),

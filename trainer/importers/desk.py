@@ -6,6 +6,7 @@ program, or is left with the reason. Knows no program.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ _MEANS_NOTHING: Mapping[Kind, str] = {
     "flow": "the base model learns by flow matching",
 }
 HIDDEN = "(not shown)"
+_SECRET = re.compile(r"(?:^|_)(?:api_?key|key|token|password|secret)$")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Desk:
         defaults: of the other program, for what is not given.
         kind: what the base model learns by, where it is clear.
         lengths: how its steps become ours.
+        told: options that the row of another one reads, with its name.
     """
 
     given: Mapping[str, Any]
@@ -97,6 +100,7 @@ class Desk:
     taken: list[Taken] = field(default_factory=list)
     filled: list[Taken] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    told: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -125,7 +129,7 @@ class Desk:
         Args:
             value: where it is not the option's own.
         """
-        if name in self.given or matters:
+        if name in self.given or matters or value is not None:
             own = self.setting(name) if value is None else value
             self.left.append(Left(name, own, reason, matters))
 
@@ -157,7 +161,9 @@ class Desk:
             row = table.get(name)
             if row is None:
                 hint = nearest(name, table)
-                self.leave(name, f"is not known here{'; ' + hint if hint else ''}")
+                reason = "is not known here: look whether it matters"
+                hidden = HIDDEN if _SECRET.search(name) else None
+                self.leave(name, f"{reason}; {hint}" if hint else reason, value=hidden)
         for name, row in table.items():
             if name in self.given or name in self.defaults:
                 self._act(name, row)
@@ -168,16 +174,27 @@ class Desk:
             if name in self.given:
                 self.leave(name, f"means nothing: {_MEANS_NOTHING[self.kind]}", matters=False)
         elif value is not None:
-            row.act(self, name, value)
+            try:
+                row.act(self, name, value)
+            except (TypeError, ValueError, OverflowError):
+                words = [allowed(leaf) for leaf in row.leaves]
+                self.refuse(name, words[0] if words else "another value")
 
-    def check(self) -> None:
-        """Nothing, where every option could be read.
+    def close(self) -> None:
+        """Says of every option that was given and not spoken of yet that it does nothing alone.
 
         Raises:
-            InputError: with all that could not.
+            InputError: with all that could not be read.
         """
         if self.problems:
             raise InputError(self.problems)
+        said = {entry.name for entry in self.taken} | {entry.name for entry in self.left}
+        for name in self.given.keys() - said:
+            other = self.told.get(name)
+            reason = f"see {other}" if other else "does nothing beside the other options"
+            self.leave(name, reason, matters=False)
+        order = {name: place for place, name in enumerate(self.given)}
+        self.left.sort(key=lambda entry: order.get(entry.name, len(order)))
 
 
 def fitting(leaf: str, value: Any) -> Any:
@@ -213,10 +230,7 @@ def becomes(
     """
 
     def act(desk: Desk, name: str, value: Any) -> None:
-        try:
-            desk.take(name, leaf, value if read is None else read(value))
-        except (TypeError, ValueError):
-            desk.refuse(name, allowed(leaf))
+        desk.take(name, leaf, value if read is None else read(value))
 
     return Row((leaf,), act, only)
 
@@ -287,7 +301,11 @@ def told_with(other: str, *leaves: str) -> Row:
     Args:
         leaves: that both decide over.
     """
-    return Row(leaves, lambda desk, name, value: desk.leave(name, f"see {other}", matters=False))
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        desk.told[name] = other
+
+    return Row(leaves, act)
 
 
 def computed(act: Act, *leaves: str, only: Kind | None = None) -> Row:

@@ -146,8 +146,8 @@ def _in_epoch(desk: Desk, examples: int) -> int:
     """An epoch there is as long as the longer of the pictures and the class pictures."""
     if "with_prior_preservation" not in desk.given:
         return examples
-    classes = desk.given.get("num_class_images", 100)
-    return max(examples, int(float(classes)))
+    classes = desk.whole("num_class_images") if "num_class_images" in desk.given else 100
+    return max(examples, classes)
 
 
 def _take_form(desk: Desk, name: str, script: Script) -> None:
@@ -173,5 +173,5 @@ def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
         )
     for name, value in launcher.items():
         reason = "several GPUs: see README, Several GPUs"
-        desk.leave(f"accelerate --{name}", reason, matters=False, value=value)
         desk.given = {**desk.given, f"accelerate --{name}": value}
+        desk.leave(f"accelerate --{name}", reason, matters=False)

@@ -79,7 +79,8 @@ def read(documents: Sequence[Document]) -> Desk:
     if has_training and "network_module" not in given:
         _take_all_weights(desk, script)
     desk.run(TABLE)
-    take_pictures(desk, subjects, classes, "image_dir" if sets.subjects else "train_data_dir")
+    name = "image_dir" if sets.subjects else "train_data_dir"
+    take_pictures(desk, subjects, classes, name, "is_reg" if sets.classes else "reg_data_dir")
     return desk
 
 
@@ -122,7 +123,9 @@ def _beside(document: Document, name: str, ending: str) -> Path:
 
 def _kind(given: Mapping[str, Any], script: str) -> Kind:
     module = str(given.get("network_module", ""))
-    is_flow = bool(_FLOW & given.keys()) or script.startswith("flux_") or module == "networks.lora_flux"
+    is_flow = (
+        bool(_FLOW & given.keys()) or script.startswith("flux_") or module == "networks.lora_flux"
+    )
     return "flow" if is_flow else "table"
 
 
@@ -159,10 +162,11 @@ def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengt
     counted = [n for n in found if n is not None]
     batch = max(1, desk.whole("train_batch_size")) if desk.setting("train_batch_size") else 1
     is_even = has_class and batch % 2 == 0
-    accumulated = desk.setting("gradient_accumulation_steps") or 1
+    has_steps = bool(desk.setting("gradient_accumulation_steps"))
+    accumulated = max(1, desk.whole("gradient_accumulation_steps")) if has_steps else 1
     return Lengths(
         examples=sum(counted) if len(counted) == len(found) and found else None,
-        batch=(batch // 2 if is_even else batch) * int(float(accumulated)),
+        batch=(batch // 2 if is_even else batch) * accumulated,
         repeats=subjects[0].repeats if len(subjects) == 1 else 1,
         with_class=has_class,
         halved=has_class and not is_even,

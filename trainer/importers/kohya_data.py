@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.shared import Pictures
+from trainer.importers.shared import Pictures, repeats_of
 
 # What options of a data set are called among those of the training.
 _NAMES: Mapping[str, str] = {"batch_size": "train_batch_size"}
@@ -85,7 +85,7 @@ def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> N
     prompt = row.get("class_tokens", training.get("class_tokens"))
     pictures = Pictures(
         str(place),
-        repeats=max(1, int(row.get("num_repeats", 1))),
+        repeats=repeats_of(row.get("num_repeats", 1), "num_repeats"),
         prompt=prompt,
         token=folders.identifier_in(prompt) if prompt else None,
     )

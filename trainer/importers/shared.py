@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.desk import Desk, fitting
+from trainer.importers.desk import Desk
 from trainer.leaves import shown
 
 OPTIMIZERS: Mapping[str, str] = {
@@ -134,7 +135,10 @@ def named_arguments(desk: Desk, name: str) -> dict[str, Any]:
         return {}
     if isinstance(given, Mapping):
         return dict(given)
-    texts = given.split() if isinstance(given, str) else list(given)
+    if not isinstance(given, str | list | tuple):
+        desk.refuse(name, "texts of the form name=value")
+        return {}
+    texts = given.split() if isinstance(given, str) else given
     found = {}
     for text in texts:
         key, equals, value = str(text).partition("=")
@@ -195,18 +199,23 @@ class Pictures:
 
 
 def take_pictures(
-    desk: Desk, subjects: Sequence[Pictures], classes: Sequence[Pictures], name: str
+    desk: Desk,
+    subjects: Sequence[Pictures],
+    classes: Sequence[Pictures],
+    name: str,
+    class_name: str,
 ) -> None:
     """Takes over where pictures are: one set as the run's own, several as concepts.
 
     Args:
         classes: sets of pictures of the class: one for all subjects, or one for each.
         name: of the option there that has the pictures.
+        class_name: of the one that has those of the class.
     """
     if len(subjects) == 1:
         _take_only(desk, subjects[0], name)
         for leaf, value in _of_class(classes[0] if classes else None).items():
-            assume_or_take(desk, name, leaf, value)
+            assume_or_take(desk, class_name, leaf, value)
     elif subjects:
         paired = len(classes) == len(subjects)
         concepts = [
@@ -220,10 +229,13 @@ def take_pictures(
             for place, pictures in enumerate(subjects)
         ]
         assume_or_take(desk, name, "concepts", concepts)
+        tokens = [pictures.token for pictures in subjects]
+        if desk.values.pop("token_abstraction", None) is not None and all(tokens):
+            desk.values["token_abstraction"] = list(dict.fromkeys(tokens))
     unused = [] if len(classes) == len(subjects) else classes[1:]
     for pictures in unused:
         reason = "one set of class pictures for all subjects, or one for each: this one is left out"
-        desk.leave(name, reason, value=pictures.folder)
+        desk.leave(class_name, reason, value=pictures.folder)
 
 
 def _take_only(desk: Desk, pictures: Pictures, name: str) -> None:
@@ -247,13 +259,16 @@ def _of_class(pictures: Pictures | None) -> dict[str, Any]:
     return {"with_prior_preservation": True, "class_images_url": pictures.folder, **prompt}
 
 
-def rate(desk: Desk, *names: str) -> float | None:
-    """The first learning rate of these options that is given; lists count by their first value."""
-    for name in names:
-        value = desk.setting(name)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            value = value[0] if value else None
-        if value is not None:
-            found = fitting("learning_rate", value)
-            return float(found) if isinstance(found, int | float) else None
-    return None
+def repeats_of(value: Any, name: str) -> int:
+    """How often an epoch shows pictures.
+
+    Raises:
+        InputError: it is no whole number of at least 1.
+    """
+    try:
+        repeats = int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        repeats = 0
+    if repeats < 1:
+        raise InputError.of(name, f"got {shown(value)}; allowed: a whole number, at least 1")
+    return repeats
