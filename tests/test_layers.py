@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("fields", "sections", "config", "leaves", "rules", "resolve", "config_files"),
             *("presets", "known_models", "picture_lists", "locations", "contracts"),
-            "prompt_library",
+            *("prompt_library", "folder_names"),
         },
         {"foundation"},
     ),
@@ -99,7 +99,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
-    "importers": ({"importers"}, {"foundation", "configuration", "images", "sources"}),
+    "importers": ({"importers"}, {"foundation", "configuration"}),
     "listeners": ({"listeners", "trackers", "curves"}, {"foundation", "configuration", "job"}),
     "report": ({"report"}, {"foundation", "configuration", "job", "listeners"}),
     "compat": ({"compat"}, {"foundation"}),

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from trainer.durable import write_text
 from trainer.errors import InputError
+from trainer.importers import Imported, imported
+from trainer.importers.documents import read_document
 from trainer.leaves import shown
 from trainer.printing import json_option, paper, print_json
-
-if TYPE_CHECKING:
-    from trainer.importers import Imported
 
 
 @click.command("import")
@@ -36,11 +36,6 @@ def import_(
     FILES are a kohya training file with its data set file, a job of ai-toolkit, or a shell file
     with the command line of a diffusers script; a command line can also be given as one text.
     """
-    # Captions and pictures are looked for with what --help does not need.
-    from trainer.durable import write_text  # noqa: PLC0415
-    from trainer.importers import imported  # noqa: PLC0415
-    from trainer.importers.documents import read_document  # noqa: PLC0415
-
     if output is not None and output.exists():
         raise InputError.of("--output", f"`{output}` exists already", "give another file name")
     found = imported([read_document(file) for file in files], program)

@@ -91,6 +91,18 @@ def test_what_has_no_counterpart_is_told_and_keys_are_not_shown(tmp_path: Path) 
     assert "hf_hidden" not in str(found)
 
 
+def test_variables_before_a_command_are_part_of_it(tmp_path: Path) -> None:
+    text = "CUDA_VISIBLE_DEVICES=1 python train_dreambooth_lora.py --instance_data_dir p --rank 3"
+
+    assert import_file(tmp_path, "run.sh", text).values["rank"] == 3
+
+
+def test_paths_of_windows_keep_their_folders(tmp_path: Path) -> None:
+    text = "python train_dreambooth_lora.py ^\n  --instance_data_dir=C:\\pics\\dog ^\n  --rank=3\n"
+
+    assert import_file(tmp_path, "run.bat", text).values["images_data_url"] == "C:/pics/dog"
+
+
 def test_variables_that_are_set_elsewhere_are_told() -> None:
     found = command(
         "accelerate launch train_dreambooth_lora.py --pretrained_model_name_or_path=$MODEL "

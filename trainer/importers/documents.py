@@ -15,7 +15,10 @@ from trainer.errors import InputError
 
 _FIX = "correct the file, then run the same command again"
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_ASSIGNMENT = re.compile(r"(?:export\s+|set\s+)?([A-Za-z_]\w*)=(.*)")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_BEFORE_ASSIGNMENT = ("export", "set")
+# Where paths have backslashes, which a shell would take away.
+_WINDOWS = (".bat", ".cmd", ".ps1")
 # What ends a command, and what joins its lines in a shell, in cmd and in PowerShell.
 _CONTINUED = re.compile(r"[ \t]*(?:\\|\^|`)[ \t]*\r?\n")
 _ENDS = ("&&", "||", ";", "|", "&", ">", ">>", "2>&1")
@@ -71,6 +74,8 @@ def read_document(source: str) -> Document:
         return Document(source, path.parent, "yaml", parse_yaml(text, source))
     if ending == ".json":
         return Document(source, path.parent, "yaml", parse_json(text, source))
+    if ending in _WINDOWS:
+        text = _CONTINUED.sub(" ", text).replace("\\", "/")
     return _command(text, source, path.parent)
 
 
@@ -88,14 +93,12 @@ def _command(text: str, name: str, folder: Path) -> Document:
         InputError: there is none, or quotes in it do not end.
     """
     variables: dict[str, str] = {}
-    for raw in _CONTINUED.sub(" ", text).splitlines():
-        line = raw.strip().removeprefix("!")
-        assignment = _ASSIGNMENT.fullmatch(line)
-        if assignment:
-            value = _words(assignment[2], name)
-            variables[assignment[1]] = _filled(value[0] if value else "", variables)
+    for line in _CONTINUED.sub(" ", text).splitlines():
+        words = [_filled(word, variables) for word in _words(line.strip().removeprefix("!"), name)]
+        assignments = _assignments(words)
+        if assignments:
+            variables |= assignments
             continue
-        words = [_filled(word, variables) for word in _words(line, name)]
         place = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
         if place is not None and any(word.startswith("--") for word in words[place:]):
             own = _until_end(words[place + 1 :])
@@ -109,6 +112,13 @@ def _command(text: str, name: str, folder: Path) -> Document:
             )
     message = "holds no command that runs a Python file with options"
     raise InputError.of(name, message, "give the whole command, from `accelerate launch` on")
+
+
+def _assignments(words: Sequence[str]) -> dict[str, str]:
+    """The variables that a line sets, if it does nothing else."""
+    named = [word for word in words if word not in _BEFORE_ASSIGNMENT]
+    found = [_ASSIGNMENT.fullmatch(word) for word in named]
+    return {match[1]: match[2] for match in found if match} if all(found) else {}
 
 
 def _words(line: str, name: str) -> list[str]:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.folder_names import PICTURE_SUFFIXES, KohyaFolder, kohya_folder
 from trainer.rules.ordinary import is_ordinary
-from trainer.sources.archive import PICTURE_SUFFIXES
-from trainer.sources.captions import KohyaFolder, kohya_folder
 
 _NUMBERED = re.compile(r"\d+_.*")
 
