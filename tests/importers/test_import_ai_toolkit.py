@@ -36,7 +36,7 @@ def job(**sections: Any) -> dict[str, Any]:
         "train": {
             "batch_size": 2,
             "steps": 1500,
-            "gradient_accumulation_steps": 3,
+            "gradient_accumulation": 3,
             "lr": "2e-4",
             "optimizer": "adamw8bit",
             "optimizer_params": {"weight_decay": 0.02},
@@ -154,6 +154,24 @@ def test_times_are_drawn_as_there(
 
     assert found.values["timestep_density"] == density
     assert found.values["timestep_shift"] == shift
+
+
+def test_the_older_accumulation_counts_forward_passes_as_steps(tmp_path: Path) -> None:
+    train = {"gradient_accumulation": None, "gradient_accumulation_steps": 4, "steps": 1000}
+    found = read(tmp_path, train=train)
+
+    assert found.values["gradient_accumulation_steps"] == 4
+    assert found.values["max_train_steps"] == 250
+    assert found.values["sample_steps"] == 50
+    assert any("forward pass" in remark for remark in found.remarks)
+
+
+def test_courses_of_the_rate_that_are_others_there_are_told(tmp_path: Path) -> None:
+    linear = read(tmp_path, train={"lr_scheduler": "linear", "lr_scheduler_params": None})
+    warm = read(tmp_path, train={"lr_scheduler_params": None})
+
+    assert "train.lr_scheduler" in lost(linear)
+    assert filled(warm)["lr_warmup_steps"] == 1000
 
 
 def test_the_three_sizes_of_flux_are_a_priority(tmp_path: Path) -> None:

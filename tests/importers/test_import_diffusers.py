@@ -213,6 +213,22 @@ def test_prodigy_keeps_its_one_rate() -> None:
     assert loaded(found).optim.text_encoder_lr == 1
 
 
+def test_warm_up_is_assumed_where_the_rate_has_one() -> None:
+    line = "python train_dreambooth_lora.py --instance_data_dir p"
+
+    assert "lr_warmup_steps" not in command(line).values
+    assert command(line + " --lr_scheduler cosine").values["lr_warmup_steps"] == 500
+
+
+def test_text_encoders_have_the_denoisers_decay_where_the_script_has_one() -> None:
+    line = "--instance_data_dir p --train_text_encoder --adam_weight_decay 0.03"
+    older = command(f"python train_dreambooth_lora.py {line}")
+    newer = command(f"python train_dreambooth_lora_sdxl.py {line}")
+
+    assert older.values["adam_weight_decay_text_encoder"] == 0.03
+    assert "adam_weight_decay_text_encoder" not in newer.values
+
+
 def test_a_weight_on_the_loss_by_noise_level_is_told() -> None:
     found = command("python train_dreambooth_lora_flux.py --weighting_scheme=sigma_sqrt")
 

@@ -14,7 +14,7 @@ from trainer.importers.ai_toolkit_table import LAYERS_KNOWN, TABLE, with_trigger
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
-from trainer.importers.shared import Pictures, repeats_of, take_pictures
+from trainer.importers.shared import Pictures, assume, repeats_of, take_pictures
 from trainer.leaves import shown
 
 _TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
@@ -34,6 +34,8 @@ DEFAULTS: Mapping[str, Any] = {
     "datasets.buckets": True,
     "datasets.alpha_mask": False,
 }
+# Of its constant_with_warmup, where nothing is said.
+_WARMUP = 1000
 # How a model says what it learns by.
 _FLOW = (*LAYERS_KNOWN, "model.arch=flux2_klein_4b", "model.arch=flux2_klein_9b")
 _TABLE = ("model.is_xl=True", "model.arch=sdxl", "model.arch=sd1", "model.arch=None")
@@ -72,6 +74,9 @@ def read(documents: Sequence[Document]) -> Desk:
     classes = [_pictures(dataset, None) for dataset in datasets if dataset.get("is_reg")]
     desk.lengths = Lengths(with_class=bool(classes), halved=bool(classes))
     desk.run(TABLE)
+    warms = desk.values.get("lr_scheduler") == "constant_with_warmup"
+    if warms and "lr_warmup_steps" not in desk.values:
+        assume(desk, "train.lr_scheduler: num_warmup_steps", "lr_warmup_steps", _WARMUP)
     _say(desk, sets, classes)
     _take_only_repeats(desk, sets)
     take_pictures(desk, sets, classes, "datasets.folder_path", "datasets.is_reg")

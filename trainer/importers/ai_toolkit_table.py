@@ -32,6 +32,9 @@ from trainer.sections.running import DIFFUSERS_NAME
 # How a model says that it is FLUX.1, whose layers are known.
 LAYERS_KNOWN = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1")
 _FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
+_LEGACY = "train.gradient_accumulation_steps"
+# Its `linear` rises from a third, and has no counterpart.
+_COURSES = {name: course for name, course in SCHEDULERS.items() if name != "linear"}
 _TRIGGERS = ("[trigger]", "[name]")
 # A rank above that of any layer: then LoKr's second factor is whole.
 _WHOLE = 1_000_000
@@ -142,9 +145,25 @@ def _take_trigger(desk: Desk, name: str, value: Any) -> None:
     desk.take(name, "add_trigger", True)
 
 
+def accumulated(desk: Desk) -> float:
+    """Forward passes of a step, where the program counts them as steps: its older option."""
+    return max(1.0, desk.number(_LEGACY)) if _LEGACY in desk.given else 1.0
+
+
+def _take_accumulation(desk: Desk, name: str, value: Any) -> None:
+    if desk.number(name) < 1:
+        desk.leave(name, "an epoch is no number of pictures: give --gradient-accumulation-steps")
+        return
+    desk.take(name, "gradient_accumulation_steps", value)
+    if desk.number(name) > 1:
+        desk.remarks.append(
+            f"{name} counts every forward pass as a step there: counts of steps are divided by it."
+        )
+
+
 def _take_steps(leaf: str) -> Row:
     def act(desk: Desk, name: str, value: Any) -> None:
-        steps = desk.number(name)
+        steps = desk.number(name) / accumulated(desk)
         if steps <= 0:
             desk.leave(name, "is off", matters=False)
             return
@@ -318,7 +337,9 @@ TABLE: Table = {
     "train.steps": _take_steps("max_train_steps"),
     "train.start_step": needless("the same command goes on by itself"),
     "train.gradient_accumulation": becomes("gradient_accumulation_steps"),
-    "train.gradient_accumulation_steps": becomes("gradient_accumulation_steps"),
+    "train.gradient_accumulation_steps": computed(
+        _take_accumulation, "gradient_accumulation_steps"
+    ),
     "train.train_unet": without("the denoiser always learns", as_here=(True, "true")),
     "train.train_text_encoder": becomes("train_text_encoder", is_true),
     "train.gradient_checkpointing": becomes("gradient_checkpointing", is_true),
@@ -335,7 +356,7 @@ TABLE: Table = {
     "train.unet_lr": becomes("learning_rate"),
     "train.text_encoder_lr": becomes("text_encoder_lr"),
     "train.embedding_lr": without("new tokens learn at --text-encoder-lr"),
-    "train.lr_scheduler": chosen("lr_scheduler", SCHEDULERS, NO_SCHEDULER),
+    "train.lr_scheduler": chosen("lr_scheduler", _COURSES, NO_SCHEDULER),
     "train.lr_scheduler_params": computed(_take_scheduler_params, "lr_warmup_steps"),
     "train.max_grad_norm": becomes("max_grad_norm"),
     "train.dtype": chosen("mixed_precision", PRECISIONS, NO_PRECISION),

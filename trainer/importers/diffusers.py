@@ -13,7 +13,7 @@ from trainer.errors import InputError
 from trainer.importers import folders
 from trainer.importers.adapted import ATTENTION, JOINT
 from trainer.importers.desk import Desk, Kind
-from trainer.importers.diffusers_table import TABLE
+from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
 from trainer.importers.shared import assume
@@ -28,17 +28,20 @@ class Script:
         kind: what its base models learn by.
         defaults: of its options, where they are not ours.
         targets: layers that get an adapter; none where all weights are trained.
+        one_decay: whether text encoders have the denoiser's weight decay, unless it is said.
     """
 
     kind: Kind
     defaults: Mapping[str, Any]
     targets: tuple[str, ...] = ()
+    one_decay: bool = False
 
 
 _ALL: Mapping[str, Any] = {
     "train_batch_size": 4,
     "num_train_epochs": 1,
     "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
     "snr_gamma": 0,
     "center_crop": False,
     "optimizer": "adamw",
@@ -56,12 +59,10 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
-# The advanced scripts name no rate of decay for text encoders: they take the denoiser's.
-_ADVANCED: Mapping[str, Any] = {"adam_weight_decay_text_encoder": 1e-4}
 SCRIPTS: Mapping[str, Script] = {
-    "train_dreambooth.py": Script("table", {**_OLDER, "learning_rate": 5e-6}),
+    "train_dreambooth.py": Script("table", {**_OLDER, "learning_rate": 5e-6}, one_decay=True),
     "train_dreambooth_lora.py": Script(
-        "table", {**_OLDER, "learning_rate": 5e-4, "rank": 4}, ATTENTION
+        "table", {**_OLDER, "learning_rate": 5e-4, "rank": 4}, ATTENTION, one_decay=True
     ),
     "train_dreambooth_lora_sdxl.py": Script("table", {**_LORA, "resolution": 1024}, ATTENTION),
     "train_dreambooth_flux.py": Script(
@@ -69,10 +70,10 @@ SCRIPTS: Mapping[str, Script] = {
     ),
     "train_dreambooth_lora_flux.py": Script("flow", {**_LORA, **_FLOW}, JOINT),
     "train_dreambooth_lora_sd15_advanced.py": Script(
-        "table", {**_LORA, **_ADVANCED, "resolution": 512}, ATTENTION
+        "table", {**_LORA, "resolution": 512}, ATTENTION, one_decay=True
     ),
     "train_dreambooth_lora_sdxl_advanced.py": Script(
-        "table", {**_LORA, **_ADVANCED, "resolution": 1024}, ATTENTION
+        "table", {**_LORA, "resolution": 1024}, ATTENTION, one_decay=True
     ),
     "train_dreambooth_lora_flux_advanced.py": Script("flow", {**_LORA, **_FLOW}, JOINT),
 }
@@ -109,6 +110,9 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.lengths = _lengths(desk)
     _take_form(desk, document.script, script)
     desk.run(TABLE)
+    if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
+        decay = desk.setting("adam_weight_decay")
+        assume(desk, "adam_weight_decay", "adam_weight_decay_text_encoder", decay)
     assume(desk, "masks", "use_given_masks", False)
     if script.kind == "flow":
         assume(desk, "shift of times", "timestep_shift", 1.0)

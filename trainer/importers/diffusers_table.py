@@ -81,9 +81,20 @@ def is_prodigy(desk: Desk) -> bool:
     return str(desk.setting("optimizer")).lower() == "prodigy"
 
 
+def text_learns(desk: Desk) -> bool:
+    """Whether text encoders or new tokens learn."""
+    options = ("train_text_encoder", "train_text_encoder_ti")
+    return any(is_true(desk.setting(option)) for option in options)
+
+
+def _take_warmup(desk: Desk, name: str, value: Any) -> None:
+    """Steps of warm-up; those that a constant rate does not have go without saying."""
+    if name in desk.given or str(desk.setting("lr_scheduler")).lower() != "constant":
+        desk.take(name, "lr_warmup_steps", value)
+
+
 def _take_text_rate(desk: Desk, name: str, value: Any) -> None:
-    learns = ("train_text_encoder", "train_text_encoder_ti")
-    if not any(is_true(desk.setting(option)) for option in learns):
+    if not text_learns(desk):
         desk.leave(name, "the text encoders do not learn", matters=False)
     elif is_prodigy(desk):
         desk.leave(name, "Prodigy has one rate for everything, there too", matters=False)
@@ -238,7 +249,7 @@ TABLE: Table = {
     "learning_rate": computed(_take_rate, "learning_rate"),
     "text_encoder_lr": computed(_take_text_rate, "text_encoder_lr"),
     "lr_scheduler": chosen("lr_scheduler", SCHEDULERS, NO_SCHEDULER),
-    "lr_warmup_steps": becomes("lr_warmup_steps"),
+    "lr_warmup_steps": computed(_take_warmup, "lr_warmup_steps"),
     "lr_num_cycles": becomes("lr_num_cycles"),
     "lr_power": becomes("lr_power"),
     "adam_beta1": becomes("adam_beta1"),
