@@ -38,6 +38,13 @@ TINY_RUN = {
     "resolution-height": 64,
     "target-unet-modules": ",".join(TWO_LAYERS["target_unet_modules"]),
 }
+# Files of other programs that a page imports, as short as they can be.
+OTHER_PROGRAMS = {
+    "kohya.toml": 'network_module = "networks.lora"\nmax_train_epochs = 2\n',
+    "dataset.toml": '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "photos"\n',
+    "job.yaml": "config: {process: [{type: sd_trainer, datasets: [{folder_path: photos}]}]}\n",
+    "train.sh": "accelerate launch train_dreambooth_lora.py --instance_data_dir photos\n",
+}
 # What is added to commands of pages so that they take little: a tiny base model, or few steps.
 TRAINS = ("train", "prepare", "estimate")
 DRAWS = ("generate", "sample", "compare")
@@ -137,6 +144,8 @@ def test_the_commands_of_the_pages_run_one_after_the_other(
     tiny = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     payload = json.loads((ROOT / "configs/payloads/fal_personalization.json").read_text())
     shutil.copytree(photo_folder, tmp_path / "photos")
+    for name, text in OTHER_PROGRAMS.items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "request.json").write_text(json.dumps(payload | {"images_data_url": "photos"}))
     overrides = ROOT / "configs/payloads/fal_personalization_tiny.yaml"
     shutil.copy(overrides, tmp_path / "overrides.yaml")

@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("fields", "sections", "config", "leaves", "rules", "resolve", "config_files"),
             *("presets", "known_models", "picture_lists", "locations", "contracts"),
-            "prompt_library",
+            *("prompt_library", "folder_names"),
         },
         {"foundation"},
     ),
@@ -99,6 +99,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "dialects": ({"dialects"}, {"foundation", "configuration", "job"}),
+    "importers": ({"importers"}, {"foundation", "configuration"}),
     "listeners": ({"listeners", "trackers", "curves"}, {"foundation", "configuration", "job"}),
     "report": ({"report"}, {"foundation", "configuration", "job", "listeners"}),
     "compat": ({"compat"}, {"foundation"}),
@@ -113,7 +114,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "doors": (
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
-            *("generating", "lora_files", "reporting", "serving", "seal"),
+            *("generating", "lora_files", "importing", "reporting", "serving", "seal"),
             *(
                 "picturing",
                 "sampled_runs",
@@ -135,6 +136,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
                 "engine",
                 "inference",
                 "dialects",
+                "importers",
                 "listeners",
                 "report",
                 "server",
@@ -170,6 +172,8 @@ WITHOUT_TORCH = [
     "contracts",
     "report.page",
     "reporting",
+    "importers",
+    "importing",
     "dialects.bfl",
     "dialects.fal_personalization",
     "dialects.fal_lora",

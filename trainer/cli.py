@@ -23,6 +23,7 @@ from trainer.collection import importing
 from trainer.errors import DiskError, InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
+from trainer.importing import import_
 from trainer.leaves import nearest
 from trainer.lora_files import convert, inspect
 from trainer.picturing import compare, sample
@@ -236,7 +237,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (inspect, convert, generate, sample, compare, report, serve):
+for command in (import_, inspect, convert, generate, sample, compare, report, serve):
     cli.add_command(command)
 
 

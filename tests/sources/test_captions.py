@@ -14,12 +14,11 @@ from grid import write_folder
 
 from trainer.config import DataConfig, Note
 from trainer.errors import InputError
+from trainer.folder_names import KohyaFolder, kohya_folder
 from trainer.sources.archive import open_source
 from trainer.sources.captions import (
     Caption,
-    KohyaFolder,
     find_captions,
-    kohya_folder,
 )
 
 Found = tuple[dict[str, Caption], list[Note]]

@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 from trainer.config import DataConfig, MaskConfig, Note
 from trainer.data.remarks import warning
 from trainer.errors import InputError
+from trainer.folder_names import PICTURE_SUFFIXES, KohyaFolder, kohya_folder
 from trainer.images.masks import BadMask
 from trainer.images.pictures import ACCEPTED
-from trainer.sources.archive import FIELD, PICTURE_SUFFIXES, BadEntry, Source, open_source
+from trainer.sources.archive import FIELD, BadEntry, Source, open_source
 from trainer.sources.caption_files import TEXT_SUFFIXES, listed
-from trainer.sources.captions import METADATA, Caption, KohyaFolder, find_captions, kohya_folder
+from trainer.sources.captions import METADATA, Caption, find_captions
 
 # A file without a suffix may be a picture; HEIC that cannot be read is refused by name, not
 # overlooked.

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from trainer.config import Note
 from trainer.errors import InputError
+from trainer.folder_names import PICTURE_SUFFIXES
 from trainer.images.pictures import is_picture
 from trainer.locations import content_of, is_gathered, is_web_address, shown_location
 from trainer.sources.location import local_path, open_file
@@ -45,10 +46,6 @@ MAX_ENTRIES = 5000
 # Folders, links and files that systems leave behind; they cost time, too.
 MAX_MEMBERS = 10 * MAX_ENTRIES
 MAX_TOTAL_BYTES = 4 * 2**30
-
-# How names of pictures end, in small letters.
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"))
-PICTURE_SUFFIXES |= {".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
 
 _JUNK = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 _ACCEPTED = "give a folder, .zip, .tar, .tar.gz, http(s) URL or a data: URI"

@@ -15,6 +15,7 @@ from typing import Literal
 
 from trainer.config import DataConfig, Note, TokenConfig
 from trainer.errors import InputError
+from trainer.folder_names import kohya_folder
 from trainer.locations import shown_location
 from trainer.sections.subjects import words
 from trainer.sources.archive import FIELD as PICTURES
@@ -26,10 +27,8 @@ __all__ = [
     "METADATA",
     "PLACEHOLDER",
     "Caption",
-    "KohyaFolder",
     "Origin",
     "find_captions",
-    "kohya_folder",
     "listed",
 ]
 
@@ -37,14 +36,9 @@ Origin = Literal["file", "metadata", "txt", "folder", "generated", "instance_pro
 
 # The name of Hugging Face's imagefolder for a table of captions among the pictures.
 METADATA = "metadata.jsonl"
-# Larger numbers before a folder's name are years and dates rather than repeats.
-MOST_REPEATS = 500
 # How other programs write the place of the trigger in a caption.
 PLACEHOLDER = "[trigger]"
 
-# Cameras name their folders so: 100_PANA (Design rule for Camera File system, DCF).
-_CAMERA_FOLDER = re.compile(r"[1-9]\d\d_[A-Z0-9_]{4}")
-_KOHYA_FOLDER = re.compile(r"([1-9][0-9]{0,2})_(.*[^\W\d_].*)")
 _OWN: frozenset[Origin] = frozenset(("file", "metadata", "txt", "folder"))
 
 
@@ -54,33 +48,6 @@ class Caption:
 
     text: str
     origin: Origin
-
-
-@dataclass(frozen=True)
-class KohyaFolder:
-    """What the name of a folder says in kohya's trainers: `10_sks dog`.
-
-    Args:
-        name: of the folder alone.
-        repeats: times that an epoch shows each of its pictures.
-        caption: of its pictures without one of their own.
-    """
-
-    name: str
-    repeats: int
-    caption: str
-
-
-def kohya_folder(picture: str) -> KohyaFolder | None:
-    """What the name of the folder says that a picture lies in, if it is one of kohya's.
-
-    Dates, numbered folders (`01_front`) and cameras' folders are none.
-    """
-    folder = PurePosixPath(picture).parent.name
-    match = _KOHYA_FOLDER.fullmatch(folder)
-    if match is None or _CAMERA_FOLDER.fullmatch(folder) or int(match[1]) > MOST_REPEATS:
-        return None
-    return KohyaFolder(folder, int(match[1]), match[2].strip())
 
 
 def find_captions(

@@ -1,0 +1,139 @@
+"""Configurations of other trainers, read as ours: kohya's sd-scripts, ai-toolkit, diffusers.
+
+One module has the table of each program. Whatever stands in a file becomes an option, or is
+listed with the reason why not; what the program would assume otherwise than this one is written
+out. Source of names and defaults: the programs' own argument parsers and configuration classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import LEAVES, SECTIONS
+from trainer.config_files import dump_yaml
+from trainer.errors import InputError
+from trainer.importers import ai_toolkit, diffusers, kohya
+from trainer.importers.desk import Desk, Left, Taken
+from trainer.importers.documents import Document
+from trainer.leaves import nearest, shown
+from trainer.resolve import Layer, resolve
+
+
+@dataclass(frozen=True)
+class Program:
+    """Another trainer.
+
+    Args:
+        title: what messages call it.
+        speaks: whether a document is one of its own.
+        read: makes the desk of an import from its documents.
+    """
+
+    title: str
+    speaks: Callable[[Document], bool]
+    read: Callable[[Sequence[Document]], Desk]
+
+
+PROGRAMS: Mapping[str, Program] = {
+    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read),
+    "ai-toolkit": Program("ai-toolkit", ai_toolkit.speaks, ai_toolkit.read),
+    "diffusers": Program("diffusers' training scripts", diffusers.speaks, diffusers.read),
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A configuration that was another program's.
+
+    Args:
+        program: its name.
+        files: what it was read from.
+        values: option to value, in the order of our sections.
+        taken: what was given there and became these.
+        left: what was given there, or is assumed there, and has no counterpart.
+        filled: what the program assumes otherwise than this one.
+        remarks: what is still to be said, or to be known.
+    """
+
+    program: str
+    files: tuple[str, ...]
+    values: Mapping[str, Any]
+    taken: tuple[Taken, ...]
+    left: tuple[Left, ...]
+    filled: tuple[Taken, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The configuration as YAML, with what has no counterpart as comments."""
+        title = PROGRAMS[self.program].title
+        lines = [f"From {', '.join(self.files)}, a configuration of {title}."]
+        lost = [entry for entry in self.left if entry.matters]
+        if lost:
+            lines += ["", "Without a counterpart here, so that this is another training:"]
+            lines += [f"  {e.name}: {shown(e.value)} - {e.reason}" for e in lost]
+        if self.remarks:
+            lines += ["", *self.remarks]
+        comment = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+        nested = {
+            section: {n: v for n, v in self.values.items() if LEAVES[n].section == section}
+            for section in SECTIONS
+        }
+        return comment + dump_yaml({name: part for name, part in nested.items() if part})
+
+
+def imported(documents: Sequence[Document], program: str | None = None) -> Imported:
+    """The configuration that documents of another program mean.
+
+    Args:
+        program: whose they are. None: the one whose they are by themselves.
+
+    Raises:
+        InputError: no program has such documents, or they hold what it could not take.
+    """
+    name = program or _program_of(documents)
+    if name not in PROGRAMS:
+        message = f"got `{name}`; allowed: one of {', '.join(PROGRAMS)}"
+        raise InputError.of("--from", message, nearest(name, PROGRAMS))
+    desk = PROGRAMS[name].read(documents)
+    desk.close()
+    _refuse_wrong(desk)
+    if "images_data_url" not in desk.values and "concepts" not in desk.values:
+        desk.remarks.append("No pictures are named: give images_data_url.")
+    return Imported(
+        name,
+        tuple(document.name for document in documents),
+        {leaf: desk.values[leaf] for leaf in LEAVES if leaf in desk.values},
+        tuple(desk.taken),
+        tuple(desk.left),
+        tuple(desk.filled),
+        tuple(desk.remarks),
+    )
+
+
+def _program_of(documents: Sequence[Document]) -> str:
+    found = [
+        name
+        for name, program in PROGRAMS.items()
+        if all(program.speaks(document) for document in documents)
+    ]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(document.name for document in documents)
+    message = f"is no configuration of {', '.join(p.title for p in PROGRAMS.values())}"
+    raise InputError.of(names, message, f"say whose it is: --from {'|'.join(PROGRAMS)}")
+
+
+def _refuse_wrong(desk: Desk) -> None:
+    """Raises what is wrong with the values, under the other program's names.
+
+    What only the user can say, and a remark asks for, is taken as said.
+    """
+    said: dict[str, Any] = {"class_prompt": "a class"}
+    if not desk.values.keys() & {"images_data_url", "concepts"}:
+        said["images_data_url"] = "pictures"
+    fields = {leaf: name for leaf, name in desk.sources.items() if name != leaf}
+    layer = Layer("the imported configuration", desk.values, explicit=True, fields=fields)
+    resolve([Layer("to be said", said, explicit=True), layer])

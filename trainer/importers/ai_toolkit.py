@@ -1,0 +1,162 @@
+"""ai-toolkit: the YAML file of a job, whose process has a section for each part of a training.
+
+Source: `toolkit/config_modules.py`, `toolkit/optimizer.py`, `toolkit/scheduler.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.importers import folders
+from trainer.importers.ai_toolkit_table import LAYERS_KNOWN, TABLE, with_trigger
+from trainer.importers.desk import Desk, Kind
+from trainer.importers.documents import Document
+from trainer.importers.lengths import Lengths
+from trainer.importers.shared import Pictures, assume, repeats_of, take_pictures
+from trainer.leaves import shown
+
+_TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
+# Sections of a process whose options are rows of their own.
+_SECTIONS = ("network", "save", "train", "model", "sample", "logging")
+DEFAULTS: Mapping[str, Any] = {
+    "network.type": "lora",
+    "network.linear_alpha": 1.0,
+    "save.dtype": "float16",
+    "train.lr": 1e-6,
+    "train.optimizer": "adamw",
+    "train.dtype": "fp32",
+    "train.min_snr_gamma": 0,
+    "train.timestep_type": "sigmoid",
+    "train.train_text_encoder": False,
+    "datasets.resolution": 512,
+    "datasets.buckets": True,
+    "datasets.alpha_mask": False,
+}
+# Of its constant_with_warmup, where nothing is said.
+_WARMUP = 1000
+# How a model says what it learns by.
+_FLOW = (*LAYERS_KNOWN, "model.arch=flux2_klein_4b", "model.arch=flux2_klein_9b")
+_TABLE = ("model.is_xl=True", "model.arch=sdxl", "model.arch=sd1", "model.arch=None")
+# What a data set says of itself alone.
+_OWN = ("folder_path", "dataset_path", "num_repeats", "default_caption", "is_reg", "trigger_word")
+
+
+def speaks(document: Document) -> bool:
+    """Whether a document is the file of a job."""
+    config = document.content.get("config")
+    return document.form == "yaml" and isinstance(config, Mapping) and "process" in config
+
+
+def read(documents: Sequence[Document]) -> Desk:
+    """Makes the desk of an import from the one process of a job.
+
+    Raises:
+        InputError: it is no job, there are several, or it is no training.
+    """
+    if not all(map(speaks, documents)):
+        message = "is no job: a mapping `config` with a `process`"
+        raise InputError.of(documents[0].name, message, "give the YAML file of a job")
+    if len(documents) != 1:
+        raise InputError.of("FILE", "got several files; allowed: one job", "give them one by one")
+    given, datasets = _flattened(documents[0])
+    subjects = [d for d in datasets if not d.get("is_reg")]
+    left = _join(given, subjects)
+    given = {name: value for name, value in given.items() if value not in (None, "", [])}
+    desk = Desk(given, DEFAULTS, _kind(given))
+    if desk.kind == "flow":
+        desk.defaults = {n: v for n, v in DEFAULTS.items() if n != "train.min_snr_gamma"}
+    for name, reason, value in left:
+        desk.leave(name, reason, value=value)
+    trigger = given.get("trigger_word")
+    sets = [_pictures(dataset, trigger) for dataset in subjects]
+    classes = [_pictures(dataset, None) for dataset in datasets if dataset.get("is_reg")]
+    desk.lengths = Lengths(with_class=bool(classes), halved=bool(classes))
+    desk.run(TABLE)
+    warms = desk.values.get("lr_scheduler") == "constant_with_warmup"
+    if warms and "lr_warmup_steps" not in desk.values:
+        assume(desk, "train.lr_scheduler: num_warmup_steps", "lr_warmup_steps", _WARMUP)
+    _say(desk, sets, classes)
+    _take_only_repeats(desk, sets)
+    take_pictures(desk, sets, classes, "datasets.folder_path", "datasets.is_reg")
+    return desk
+
+
+def _flattened(document: Document) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Options as `section.option`, and the data sets."""
+    config = document.content["config"]
+    processes = config["process"]
+    processes = processes if isinstance(processes, list) else [processes]
+    if len(processes) != 1 or not isinstance(processes[0], Mapping):
+        message = f"got {len(processes)} processes; allowed: one training"
+        raise InputError.of("config.process", message, "keep one in the file")
+    process = processes[0]
+    if process.get("type") not in _TRAINERS:
+        message = f"got {shown(process.get('type'))}; allowed: {', '.join(_TRAINERS)}"
+        raise InputError.of("config.process.type", message, "only trainings are read")
+    others = {n: v for n, v in document.content.items() if n != "config"}
+    given = {**others, **{n: v for n, v in config.items() if n != "process"}}
+    for name, value in process.items():
+        if name in _SECTIONS and isinstance(value, Mapping):
+            given |= {f"{name}.{option}": inner for option, inner in value.items()}
+        elif name not in ("datasets", "type"):
+            given[name] = value
+    datasets = process.get("datasets") or []
+    if not isinstance(datasets, list) or not all(isinstance(d, Mapping) for d in datasets):
+        raise InputError.of("datasets", "is no list of data sets", "write - folder_path: photos")
+    return given, [{n: v for n, v in d.items() if v not in (None, "")} for d in datasets]
+
+
+def _join(given: dict[str, Any], datasets: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Puts options that data sets share among the others; what differs is left, with a reason."""
+    left = []
+    for name in dict.fromkeys(name for dataset in datasets for name in dataset):
+        values = [dataset[name] for dataset in datasets if name in dataset]
+        given[f"datasets.{name}"] = values if name in _OWN else values[0]
+        others = [dataset.get(name) for dataset in datasets if dataset.get(name) != values[0]]
+        if others and name not in _OWN:
+            reason = f"one value for all pictures: {shown(values[0])} is taken"
+            left.append((f"datasets: {name}", reason, [d.get(name) for d in datasets]))
+    return left
+
+
+def _kind(given: Mapping[str, Any]) -> Kind | None:
+    says = {f"{name}={given.get(name)}" for name in ("model.is_flux", "model.is_xl", "model.arch")}
+    if says & set(_FLOW):
+        return "flow"
+    return "table" if says & set(_TABLE) else None
+
+
+def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
+    word = dataset.get("trigger_word", trigger)
+    caption = with_trigger(str(dataset.get("default_caption", "")), word)
+    return Pictures(
+        str(dataset.get("folder_path", dataset.get("dataset_path", ""))),
+        repeats=repeats_of(dataset.get("num_repeats", 1), "datasets.num_repeats"),
+        prompt=caption or None,
+        token=word,
+    )
+
+
+def _say(desk: Desk, sets: Sequence[Pictures], classes: Sequence[Pictures]) -> None:
+    if desk.kind is None:
+        arch = desk.given.get("model.arch", "what it says of its base model")
+        desk.remarks.append(f"{arch} is no base model that is known here: see README, Base models.")
+    bare = [p.folder for p in sets if p.prompt is None]
+    if bare:
+        desk.remarks.append(
+            "A picture without a caption has an empty one there; here it has instance_prompt."
+        )
+    if any(pictures.prompt is None for pictures in classes):
+        desk.remarks.append("No class is named for the class pictures: give class_prompt.")
+    gone = [p.folder for p in sets if p.folder and not folders.is_here(p.folder)]
+    if gone:
+        desk.remarks.append(f"Not on this machine: {', '.join(gone)}.")
+
+
+def _take_only_repeats(desk: Desk, sets: Sequence[Pictures]) -> None:
+    """Repeats of one set change nothing where steps are counted."""
+    if len(sets) == 1 and sets[0].repeats > 1:
+        reason = "steps are counted, and there is one set of pictures"
+        desk.leave("datasets.num_repeats", reason, matters=False)

@@ -1,0 +1,313 @@
+"""What becomes of another program's options: the rows of its table, and the desk they work on.
+
+A table has a row for every option of a program. What an option says becomes options of this
+program, or is left with the reason. Knows no program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.config import LEAVES
+from trainer.errors import InputError, Problem
+from trainer.importers.lengths import Lengths
+from trainer.leaves import allowed, flag_value, leaf_schema, nearest, shown
+
+# What a base model learns by: a table of noise levels, or flow matching.
+Kind = Literal["table", "flow"]
+_MEANS_NOTHING: Mapping[Kind, str] = {
+    "table": "the base model learns from a table of noise levels",
+    "flow": "the base model learns by flow matching",
+}
+HIDDEN = "(not shown)"
+_SECRET = re.compile(r"(?:^|_)(?:api_?key|key|token|password|secret)$")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An option of the other program that became one of ours.
+
+    Args:
+        name: there.
+        value: there.
+        option: here.
+        becomes: its value here.
+    """
+
+    name: str
+    value: Any
+    option: str
+    becomes: Any
+
+
+@dataclass(frozen=True)
+class Left:
+    """An option of the other program without a counterpart.
+
+    Args:
+        reason: why, and what to do.
+        matters: whether the training is another one without it; otherwise it is not needed here.
+    """
+
+    name: str
+    value: Any
+    reason: str
+    matters: bool
+
+
+Act = Callable[["Desk", str, Any], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one option.
+
+    Args:
+        leaves: the options here that it may decide over.
+        act: takes it over, or leaves it.
+        only: kind of base model for which it means something. None: any.
+    """
+
+    leaves: tuple[str, ...]
+    act: Act
+    only: Kind | None = None
+
+
+Table = Mapping[str, Row]
+
+
+@dataclass
+class Desk:
+    """An import in the making.
+
+    Args:
+        given: option to value, as the files have them; what is null or empty is not given.
+        defaults: of the other program, for what is not given.
+        kind: what the base model learns by, where it is clear.
+        lengths: how its steps become ours.
+        told: options that the row of another one reads, with its name.
+    """
+
+    given: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    kind: Kind | None = None
+    lengths: Lengths = Lengths()
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    taken: list[Taken] = field(default_factory=list)
+    filled: list[Taken] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    told: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def setting(self, name: str) -> Any:
+        """The value of an option there: as it is given, else the other program's default."""
+        return self.given.get(name, self.defaults.get(name))
+
+    def take(self, name: str, leaf: str, value: Any) -> None:
+        """Gives a leaf the value that an option there means.
+
+        A default there that is ours, too, goes without saying.
+        """
+        value = fitting(leaf, value)
+        if name in self.given:
+            self.taken.append(Taken(name, self.given[name], leaf, value))
+        elif value == LEAVES[leaf].info.default:
+            return
+        else:
+            self.filled.append(Taken(name, self.defaults.get(name), leaf, value))
+        self.values[leaf] = value
+        self.sources[leaf] = name
+
+    def leave(self, name: str, reason: str, *, matters: bool = True, value: Any = None) -> None:
+        """Says that an option has no counterpart; a default there is left only where it matters.
+
+        Args:
+            value: where it is not the option's own.
+        """
+        if name in self.given or matters or value is not None:
+            own = self.setting(name) if value is None else value
+            self.left.append(Left(name, own, reason, matters))
+
+    def refuse(self, name: str, words: str) -> None:
+        """Says that an option cannot be read."""
+        message = f"got {shown(self.setting(name))}; allowed: {words}"
+        self.problems.append(Problem(name, message))
+
+    def whole(self, name: str) -> int:
+        """An option as a whole number; 0 where it is none, which is a problem."""
+        number = self.number(name)
+        if not number.is_integer():
+            self.refuse(name, "a whole number")
+            return 0
+        return int(number)
+
+    def number(self, name: str) -> float:
+        """An option as a number; 0 where it is none, which is a problem."""
+        value = self.setting(name)
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            self.refuse(name, "a number")
+            return 0.0
+
+    def run(self, table: Table) -> None:
+        """Goes through a table: what is given, then what the other program assumes."""
+        for name in self.given:
+            row = table.get(name)
+            if row is None:
+                hint = nearest(name, table)
+                reason = "is not known here: look whether it matters"
+                hidden = HIDDEN if _SECRET.search(name) else None
+                self.leave(name, f"{reason}; {hint}" if hint else reason, value=hidden)
+        for name, row in table.items():
+            if name in self.given or name in self.defaults:
+                self._act(name, row)
+
+    def _act(self, name: str, row: Row) -> None:
+        value = self.setting(name)
+        if row.only is not None and self.kind is not None and row.only != self.kind:
+            if name in self.given:
+                self.leave(name, f"means nothing: {_MEANS_NOTHING[self.kind]}", matters=False)
+        elif value is not None:
+            try:
+                row.act(self, name, value)
+            except (TypeError, ValueError, OverflowError):
+                words = [allowed(leaf) for leaf in row.leaves]
+                self.refuse(name, words[0] if words else "another value")
+
+    def close(self) -> None:
+        """Says of every option that was given and not spoken of yet that it does nothing alone.
+
+        Raises:
+            InputError: with all that could not be read.
+        """
+        if self.problems:
+            raise InputError(self.problems)
+        said = {entry.name for entry in self.taken} | {entry.name for entry in self.left}
+        for name in self.given.keys() - said:
+            other = self.told.get(name)
+            reason = f"see {other}" if other else "does nothing beside the other options"
+            self.leave(name, reason, matters=False)
+        order = {name: place for place, name in enumerate(self.given)}
+        self.left.sort(key=lambda entry: order.get(entry.name, len(order)))
+
+
+def fitting(leaf: str, value: Any) -> Any:
+    """A value in the type that a leaf has, where the other program writes another one."""
+    if isinstance(value, str):
+        return flag_value(leaf, value)
+    kinds = [choice.get("type") for choice in _choices(leaf)]
+    if isinstance(value, float) and value.is_integer() and "number" not in kinds:
+        return int(value)
+    return value
+
+
+def _choices(leaf: str) -> Sequence[Mapping[str, Any]]:
+    schema = leaf_schema(leaf)
+    choices: Sequence[Mapping[str, Any]] = schema.get("anyOf", [schema])
+    return choices
+
+
+def is_true(value: Any) -> bool:
+    """Whether a switch is on, also as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "1", "yes", "on")
+    return bool(value)
+
+
+def becomes(
+    leaf: str, read: Callable[[Any], Any] | None = None, *, only: Kind | None = None
+) -> Row:
+    """An option whose value is that of a leaf, or is made into it.
+
+    Args:
+        read: makes the leaf's value.
+    """
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        desk.take(name, leaf, value if read is None else read(value))
+
+    return Row((leaf,), act, only)
+
+
+def switch(leaf: str, value: Any, *, only: Kind | None = None) -> Row:
+    """An option that gives a leaf a value when it is on."""
+
+    def act(desk: Desk, name: str, on: Any) -> None:
+        if is_true(on):
+            desk.take(name, leaf, value)
+        else:
+            desk.leave(name, "is off", matters=False)
+
+    return Row((leaf,), act, only)
+
+
+def chosen(
+    leaf: str, choices: Mapping[str, Any], otherwise: str, *, only: Kind | None = None
+) -> Row:
+    """An option with one of several words.
+
+    Args:
+        choices: the word there, in small letters, to the value here.
+        otherwise: what is said of any other word.
+    """
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        word = str(value).strip().lower()
+        if word in choices:
+            desk.take(name, leaf, choices[word])
+        else:
+            desk.leave(name, otherwise)
+
+    return Row((leaf,), act, only)
+
+
+def without(reason: str, *, as_here: Collection[Any] = (), only: Kind | None = None) -> Row:
+    """An option that has no counterpart, and changes the training.
+
+    Args:
+        reason: what to do instead, or why it does not exist.
+        as_here: values beside false, 0 and empty ones that mean what is done here anyway.
+    """
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        is_off = value in (False, 0) or str(value).strip().lower() in ("", "false", "0", "none")
+        if is_off or value in as_here or str(value).lower() in as_here:
+            desk.leave(name, "is as it is done here", matters=False)
+        else:
+            desk.leave(name, reason)
+
+    return Row((), act, only)
+
+
+def needless(reason: str) -> Row:
+    """An option that has no counterpart and does not change what is trained."""
+    return Row((), lambda desk, name, value: desk.leave(name, reason, matters=False))
+
+
+def secret(reason: str) -> Row:
+    """A key or password: it is not even shown."""
+    return Row((), lambda desk, name, value: desk.leave(name, reason, matters=False, value=HIDDEN))
+
+
+def told_with(other: str, *leaves: str) -> Row:
+    """An option that the row of another one reads.
+
+    Args:
+        leaves: that both decide over.
+    """
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        desk.told[name] = other
+
+    return Row(leaves, act)
+
+
+def computed(act: Act, *leaves: str, only: Kind | None = None) -> Row:
+    """An option with an arithmetic of its own."""
+    return Row(leaves, act, only)

@@ -1,0 +1,181 @@
+"""diffusers' training scripts: their command lines, in shell files or as a text.
+
+Source: the argument parsers in `examples/dreambooth` and `examples/advanced_diffusion_training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.importers import folders
+from trainer.importers.adapted import ATTENTION, JOINT
+from trainer.importers.desk import Desk, Kind
+from trainer.importers.diffusers_table import TABLE, text_learns
+from trainer.importers.documents import Document
+from trainer.importers.lengths import Lengths
+from trainer.importers.shared import assume
+from trainer.leaves import nearest
+
+
+@dataclass(frozen=True)
+class Script:
+    """One of the scripts.
+
+    Args:
+        kind: what its base models learn by.
+        defaults: of its options, where they are not ours.
+        targets: layers that get an adapter; none where all weights are trained.
+        one_decay: whether text encoders have the denoiser's weight decay, unless it is said.
+    """
+
+    kind: Kind
+    defaults: Mapping[str, Any]
+    targets: tuple[str, ...] = ()
+    one_decay: bool = False
+
+
+_ALL: Mapping[str, Any] = {
+    "train_batch_size": 4,
+    "num_train_epochs": 1,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "snr_gamma": 0,
+    "center_crop": False,
+    "optimizer": "adamw",
+}
+_LORA: Mapping[str, Any] = {
+    **_ALL,
+    "rank": 4,
+    "learning_rate": 1e-4,
+    "adam_weight_decay": 1e-4,
+    "text_encoder_lr": 5e-6,
+}
+_OLDER: Mapping[str, Any] = {**_ALL, "resolution": 512, "adam_weight_decay": 1e-2}
+_FLOW: Mapping[str, Any] = {
+    "guidance_scale": 3.5,
+    "weighting_scheme": "none",
+    "resolution": 512,
+}
+SCRIPTS: Mapping[str, Script] = {
+    "train_dreambooth.py": Script("table", {**_OLDER, "learning_rate": 5e-6}, one_decay=True),
+    "train_dreambooth_lora.py": Script(
+        "table", {**_OLDER, "learning_rate": 5e-4, "rank": 4}, ATTENTION, one_decay=True
+    ),
+    "train_dreambooth_lora_sdxl.py": Script("table", {**_LORA, "resolution": 1024}, ATTENTION),
+    "train_dreambooth_flux.py": Script(
+        "flow", {**_ALL, **_FLOW, "learning_rate": 1e-4, "adam_weight_decay": 1e-4}
+    ),
+    "train_dreambooth_lora_flux.py": Script("flow", {**_LORA, **_FLOW}, JOINT),
+    "train_dreambooth_lora_sd15_advanced.py": Script(
+        "table", {**_LORA, "resolution": 512}, ATTENTION, one_decay=True
+    ),
+    "train_dreambooth_lora_sdxl_advanced.py": Script(
+        "table", {**_LORA, "resolution": 1024}, ATTENTION, one_decay=True
+    ),
+    "train_dreambooth_lora_flux_advanced.py": Script("flow", {**_LORA, **_FLOW}, JOINT),
+}
+
+
+def speaks(document: Document) -> bool:
+    """Whether a document is the command line of one of these scripts."""
+    return document.form == "command" and document.script in SCRIPTS
+
+
+def read(documents: Sequence[Document]) -> Desk:
+    """Makes the desk of an import from one command line.
+
+    Raises:
+        InputError: there are several, or it runs another script.
+    """
+    if len(documents) != 1 or documents[0].form != "command":
+        message = "got something else than one command line"
+        raise InputError.of("FILE", message, "give a shell file, or the command in quotes")
+    document = documents[0]
+    script = SCRIPTS.get(document.script)
+    if script is None:
+        message = f"got `{document.script}`; allowed: {', '.join(SCRIPTS)}"
+        raise InputError.of("script", message, nearest(document.script, SCRIPTS))
+    given = {n: v for n, v in document.content.items() if v not in ("", [])}
+    launcher = dict(document.launcher or {})
+    if "mixed_precision" in launcher:
+        given.setdefault("mixed_precision", launcher.pop("mixed_precision"))
+    defaults = dict(script.defaults)
+    if script.kind == "flow":
+        del defaults["snr_gamma"]
+    desk = Desk(given, defaults, script.kind)
+    _say_unset(desk)
+    desk.lengths = _lengths(desk)
+    _take_form(desk, document.script, script)
+    desk.run(TABLE)
+    if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
+        decay = desk.setting("adam_weight_decay")
+        assume(desk, "adam_weight_decay", "adam_weight_decay_text_encoder", decay)
+    assume(desk, "masks", "use_given_masks", False)
+    if script.kind == "flow":
+        assume(desk, "shift of times", "timestep_shift", 1.0)
+    _say(desk, launcher)
+    return desk
+
+
+def _say_unset(desk: Desk) -> None:
+    """A remark on variables that the file does not set."""
+    unset = [n for n, v in desk.given.items() if isinstance(v, str) and v.startswith("$")]
+    if unset:
+        named = ", ".join(f"{name} {desk.given[name]}" for name in unset)
+        desk.remarks.append(f"Set elsewhere, to be filled in: {named}.")
+
+
+def _lengths(desk: Desk) -> Lengths:
+    place = desk.given.get("instance_data_dir") or desk.given.get("dataset_name")
+    found = folders.count(str(place)) if place else None
+    repeats = desk.whole("repeats") if "repeats" in desk.given else 1
+    batch = desk.whole("train_batch_size")
+    accumulated = desk.whole("gradient_accumulation_steps") if _accumulates(desk) else 1
+    return Lengths(
+        examples=None if found is None else _in_epoch(desk, found * max(1, repeats)),
+        batch=max(1, batch) * max(1, accumulated),
+        repeats=max(1, repeats),
+        with_class="with_prior_preservation" in desk.given,
+    )
+
+
+def _accumulates(desk: Desk) -> bool:
+    return "gradient_accumulation_steps" in desk.given
+
+
+def _in_epoch(desk: Desk, examples: int) -> int:
+    """An epoch there is as long as the longer of the pictures and the class pictures."""
+    if "with_prior_preservation" not in desk.given:
+        return examples
+    classes = desk.whole("num_class_images") if "num_class_images" in desk.given else 100
+    return max(examples, classes)
+
+
+def _take_form(desk: Desk, name: str, script: Script) -> None:
+    """Which layers get an adapter, or that all weights are trained."""
+    if not script.targets:
+        desk.given = {**desk.given, "script": name}
+        desk.take("script", "use_lora", False)
+    elif "lora_layers" not in desk.given:
+        assume(desk, "layers", "target_unet_modules", list(script.targets))
+    if script.targets and "lora_alpha" not in desk.given:
+        desk.remarks.append(
+            "Alpha is the rank; scripts that know --lora_alpha (2025 and later) take 4 where it is "
+            "not given: for those add alpha: 4."
+        )
+
+
+def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
+    place = desk.given.get("instance_data_dir")
+    if place is not None and folders.has_captions(str(place)):
+        desk.remarks.append(
+            f"Captions lie in {place}: the script gives every picture --instance_prompt, here they "
+            "are read."
+        )
+    for name, value in launcher.items():
+        reason = "several GPUs: see README, Several GPUs"
+        desk.given = {**desk.given, f"accelerate --{name}": value}
+        desk.leave(f"accelerate --{name}", reason, matters=False)

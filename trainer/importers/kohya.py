@@ -1,0 +1,186 @@
+"""kohya's sd-scripts: its training options, in TOML files and on command lines.
+
+Source: `library/train_util.py`, `library/flux_train_utils.py` and the scripts' own parsers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.importers import folders, kohya_data
+from trainer.importers.desk import Desk, Kind
+from trainer.importers.documents import Document, read_document
+from trainer.importers.kohya_table import TABLE
+from trainer.importers.lengths import Lengths
+from trainer.importers.shared import Pictures, take_pictures
+
+SCRIPTS = (
+    *("train_network.py", "sdxl_train_network.py", "flux_train_network.py", "train_db.py"),
+    *("fine_tune.py", "sdxl_train.py", "flux_train.py"),
+)
+# What the scripts assume and this program does not. A seed is drawn there, and is 42 here.
+DEFAULTS: Mapping[str, Any] = {
+    "network_alpha": 1.0,
+    "network_dim": 4,
+    "learning_rate": 2e-6,
+    "max_train_steps": 1600,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "optimizer_type": "AdamW",
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "min_snr_gamma": 0,
+    "mixed_precision": "no",
+    "alpha_mask": False,
+    "network_train_unet_only": False,
+    "timestep_sampling": "sigma",
+    "weighting_scheme": "none",
+    "sigmoid_scale": 1.0,
+    "discrete_flow_shift": 3.0,
+    "guidance_scale": 3.5,
+    "model_prediction_type": "sigma_scaled",
+}
+# Options that only trainings by flow matching have.
+_FLOW = frozenset(
+    {
+        *("clip_l", "t5xxl", "ae", "timestep_sampling", "model_prediction_type"),
+        *("discrete_flow_shift", "t5xxl_max_token_length", "apply_t5_attn_mask"),
+    }
+)
+
+
+def speaks(document: Document) -> bool:
+    """Whether a document is one of these scripts'."""
+    if document.form == "command":
+        return document.script in SCRIPTS
+    if document.form != "toml":
+        return False
+    names = {*document.content, *kohya_data.flattened(document.content)}
+    return bool(names & {"datasets", "general", *TABLE})
+
+
+def read(documents: Sequence[Document]) -> Desk:
+    """Makes the desk of an import: training options and data sets together."""
+    training, data, script = _gathered(documents)
+    has_training = bool(training)
+    sets = kohya_data.read(training, data)
+    given = {**training, **sets.given}
+    desk = Desk(given, DEFAULTS if has_training else {}, _kind(given, script))
+    if desk.kind == "flow":
+        desk.defaults = {n: v for n, v in desk.defaults.items() if n != "min_snr_gamma"}
+    for name, reason, value in sets.left:
+        desk.leave(name, reason, value=value)
+    desk.remarks += sets.remarks
+    subjects = sets.subjects or _in_folders(desk)
+    classes = sets.classes or _class_folder(desk)
+    desk.lengths = _lengths(desk, subjects, bool(classes))
+    if has_training and "network_module" not in given:
+        _take_all_weights(desk, script)
+    desk.run(TABLE)
+    name = "image_dir" if sets.subjects else "train_data_dir"
+    take_pictures(desk, subjects, classes, name, "is_reg" if sets.classes else "reg_data_dir")
+    return desk
+
+
+def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The options of the training, those of the data sets, and the script."""
+    training: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    script = ""
+    for document in documents:
+        own = kohya_data.flattened(document.content)
+        is_data = "datasets" in document.content
+        script = document.script or script
+        if is_data:
+            data.update(document.content)
+            continue
+        if "config_file" in own:
+            file = _beside(document, str(own["config_file"]), ".toml")
+            training.update(kohya_data.flattened(read_document(str(file)).content))
+        training.update(own)
+        training.pop("config_file", None)
+        launcher = document.launcher or {}
+        if "mixed_precision" in launcher:
+            training.setdefault("mixed_precision", launcher["mixed_precision"])
+        named = training.get("dataset_config")
+        if named and not data:
+            file = _beside(document, str(named), "")
+            if file.is_file():
+                data.update(read_document(str(file)).content)
+                training.pop("dataset_config")
+    given = {name: value for name, value in training.items() if value not in (None, "", [])}
+    return given, data, script
+
+
+def _beside(document: Document, name: str, ending: str) -> Path:
+    """A file that a document names: from here, or from its own folder."""
+    path = Path(name if name.endswith(ending) else name + ending)
+    other = document.folder / path
+    return other if not path.is_file() and other.is_file() else path
+
+
+def _kind(given: Mapping[str, Any], script: str) -> Kind:
+    module = str(given.get("network_module", ""))
+    is_flow = (
+        bool(_FLOW & given.keys()) or script.startswith("flux_") or module == "networks.lora_flux"
+    )
+    return "flow" if is_flow else "table"
+
+
+def _in_folders(desk: Desk) -> list[Pictures]:
+    """The pictures of `train_data_dir`, whose folders say repeats and captions by their names."""
+    place = desk.given.get("train_data_dir")
+    if place is None:
+        return []
+    odd = folders.misread_folders(str(place))
+    if odd:
+        named = ", ".join(odd)
+        desk.remarks.append(f"No repeats are read here from the names of these folders: {named}.")
+    captions = [folder.caption for folder in folders.kohya_folders(str(place))]
+    words = [folders.identifier_in(caption) for caption in captions]
+    known = sorted({word for word in words if word is not None})
+    return [Pictures(str(place), token=known[0] if len(known) == 1 else None)]
+
+
+def _class_folder(desk: Desk) -> list[Pictures]:
+    """The pictures of `reg_data_dir`; the name of its folder is the class."""
+    place = desk.given.get("reg_data_dir")
+    if place is None:
+        return []
+    captions = {folder.caption for folder in folders.kohya_folders(str(place))}
+    if len(captions) != 1:
+        say = "No class is named for the class pictures: give class_prompt."
+        desk.remarks.append(say)
+    return [Pictures(str(place), prompt=captions.pop() if len(captions) == 1 else None)]
+
+
+def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengths:
+    """How steps become ours: there, half of the pictures of a training are of the class."""
+    found = [pictures.examples for pictures in subjects]
+    counted = [n for n in found if n is not None]
+    batch = max(1, desk.whole("train_batch_size")) if desk.setting("train_batch_size") else 1
+    is_even = has_class and batch % 2 == 0
+    has_steps = bool(desk.setting("gradient_accumulation_steps"))
+    accumulated = max(1, desk.whole("gradient_accumulation_steps")) if has_steps else 1
+    return Lengths(
+        examples=sum(counted) if len(counted) == len(found) and found else None,
+        batch=(batch // 2 if is_even else batch) * accumulated,
+        repeats=subjects[0].repeats if len(subjects) == 1 else 1,
+        with_class=has_class,
+        halved=has_class and not is_even,
+    )
+
+
+def _take_all_weights(desk: Desk, script: str) -> None:
+    """Without a network all weights are trained."""
+    desk.defaults = {**desk.defaults, "network_module": None}
+    desk.take("network_module", "use_lora", False)
+    if script == "train_db.py":
+        desk.defaults = {**desk.defaults, "train_text_encoder": True}
+    elif not script:
+        desk.remarks.append(
+            "No network_module is given: read as a training of all weights of the denoiser. For "
+            "train_db.py, which trains the text encoder too, add train_text_encoder: true."
+        )

@@ -1,0 +1,121 @@
+"""kohya's data set configuration: general, data sets and their subsets, each over the one before.
+
+Source: `library/config_util.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.importers import folders
+from trainer.importers.shared import Pictures, repeats_of
+
+# What options of a data set are called among those of the training.
+_NAMES: Mapping[str, str] = {"batch_size": "train_batch_size"}
+# What a subset says of itself alone.
+_OWN = ("image_dir", "num_repeats", "class_tokens", "is_reg")
+
+
+@dataclass
+class Sets:
+    """What a data set configuration means.
+
+    Args:
+        subjects: the sets of pictures of the subjects.
+        classes: those of their classes.
+        given: options that are the same for all, for the table.
+        left: option, reason and value of what is not.
+        remarks: what is to be known.
+    """
+
+    subjects: list[Pictures] = field(default_factory=list)
+    classes: list[Pictures] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    left: list[tuple[str, str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def flattened(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the sections that they may stand in."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def read(training: Mapping[str, Any], content: Mapping[str, Any]) -> Sets:
+    """The sets of pictures of a configuration, over the options of the training.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    sets = Sets()
+    if not content:
+        return sets
+    general = _mapping(content.get("general", {}), "general")
+    rows = [
+        {**general, **dataset, **subset}
+        for dataset in _listed(content.get("datasets", []), "datasets")
+        for subset in _listed(dataset.get("subsets", [{}]), "datasets.subsets")
+    ]
+    rows = [
+        {n: v for n, v in row.items() if n != "subsets" and v not in ("", None)} for row in rows
+    ]
+    for name in content.keys() - {"general", "datasets"}:
+        sets.left.append((name, "is not known here", content[name]))
+    for row in rows:
+        _place(sets, row, training)
+    subjects = [row for row in rows if not row.get("is_reg")]
+    _join(sets, subjects or rows)
+    for name in _OWN:
+        if any(name in row for row in rows):
+            sets.given[name] = [row[name] for row in rows if name in row]
+    return sets
+
+
+def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    """Puts the pictures of a subset where they belong."""
+    place = row.get("image_dir")
+    if place is None:
+        sets.left.append(("subsets", "a subset names no image_dir", dict(row)))
+        return
+    prompt = row.get("class_tokens", training.get("class_tokens"))
+    pictures = Pictures(
+        str(place),
+        repeats=repeats_of(row.get("num_repeats", 1), "num_repeats"),
+        prompt=prompt,
+        token=folders.identifier_in(prompt) if prompt else None,
+    )
+    (sets.classes if row.get("is_reg") else sets.subjects).append(pictures)
+    if row.get("is_reg") and prompt is None:
+        sets.remarks.append("No class is named for the class pictures: give class_prompt.")
+
+
+def _join(sets: Sets, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Options that all subsets have alike; where they differ, that of the first."""
+    for name in dict.fromkeys(name for row in rows for name in row if name not in _OWN):
+        values = [row.get(name) for row in rows]
+        sets.given[_NAMES.get(name, name)] = next(v for v in values if v is not None)
+        others = [value for value in values[1:] if value != values[0]]
+        if others:
+            reason = f"one value for all pictures: {values[0]} is taken"
+            if values[0] is None:
+                reason = (
+                    f"one value for all pictures: {sets.given[_NAMES.get(name, name)]} is taken"
+                )
+            sets.left.append((f"subsets: {name}", reason, values))
+
+
+def _listed(value: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        return value
+    raise InputError.of(name, "is no list of tables", f"write [[{name}]]")
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    raise InputError.of(name, "is no table", f"write [{name}]")
