@@ -75,8 +75,15 @@ class ServerSettings(BaseModel):
         description="GPUs of this machine, one training at a time on each. None: all there are; "
         "the processor where there are none.",
     )
-    sbatch_options: str = Field(
-        "--gpus=1", description="Options of sbatch for every training of the slurm backend."
+    sbatch_script: Path | None = Field(
+        None,
+        description="Script of sbatch that runs every training of the slurm backend, whose command "
+        "it is given: those of configs/deploy/slurm, or one like them. None: the command alone.",
+    )
+    sbatch_options: str | None = Field(
+        None,
+        description="Options of sbatch for every training of the slurm backend. None: what the "
+        "script says; without one --gpus=1.",
     )
     submit_command: str = Field(
         "",
@@ -131,6 +138,12 @@ class ServerSettings(BaseModel):
             raise ValueError(
                 "the backend `command` needs --submit-command, --state-command and --stop-command"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _script_is_there(self) -> ServerSettings:
+        if self.sbatch_script is not None and not self.sbatch_script.is_file():
+            raise ValueError(f"`{self.sbatch_script}`, the --sbatch-script, is not a file")
         return self
 
     @model_validator(mode="after")
