@@ -7,8 +7,12 @@ Slurm is not installed all of it fails.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ import pytest
 from running import RunningServer, running_server, wait_for
 from slurm_cluster import Cluster, lacking, running_cluster
 from tiny import TWO_LAYERS, digests
+
+from trainer.server.backends.slurm import SlurmBackend
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "configs/deploy/slurm"
@@ -49,17 +55,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     }
     with pytest.MonkeyPatch.context() as patch:
         # As in an activated environment; the path of a socket has 107 characters at most.
-        path = f"{Path(sys.executable).parent}:/usr/sbin:{environment_path()}"
-        patch.setenv("PATH", path)
-        with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
-            with running_cluster(Path(folder), environment) as running:
-                yield running
-
-
-def environment_path() -> str:
-    import os
-
-    return os.environ["PATH"]
+        path = [str(Path(sys.executable).parent), "/usr/sbin", os.environ["PATH"]]
+        patch.setenv("PATH", os.pathsep.join(path))
+        with (
+            tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+            running_cluster(Path(folder), environment) as running,
+        ):
+            yield running
 
 
 class Place:
@@ -81,7 +83,12 @@ class Place:
         words = [sys.executable, "-m", "trainer", "train", "photos.yaml", "--output", run]
         log = f"--output={self.folder / run}.log"
         return self._cluster.submit(
-            self.folder, *FEW[template], *options, log, str(TEMPLATES / f"{template}.sbatch"), *words
+            self.folder,
+            *FEW[template],
+            *options,
+            log,
+            str(TEMPLATES / f"{template}.sbatch"),
+            *words,
         )
 
     def log(self, run: str) -> Path:
@@ -101,22 +108,20 @@ class Place:
 
 
 @pytest.fixture
-def place(
-    cluster: Cluster, sd15_folder: Path, photo_folder: Path, tmp_path: Path
-) -> Callable[..., Place]:
+def options(sd15_folder: Path, photo_folder: Path) -> dict[str, Any]:
+    """Of a tiny training."""
+    return {
+        **{"model_url": str(sd15_folder), "images_data_url": str(photo_folder)},
+        **{"max_train_steps": STEPS, "checkpointing_steps": 40, "rank": 4},
+        **{"resolution_width": 64, "resolution_height": 64, "tensorboard": False},
+        **TWO_LAYERS,
+    }
+
+
+@pytest.fixture
+def place(cluster: Cluster, options: dict[str, Any], tmp_path: Path) -> Callable[..., Place]:
     """Makes places."""
-
-    def make(**values: Any) -> Place:
-        given = {
-            **{"model_url": str(sd15_folder), "images_data_url": str(photo_folder)},
-            **{"max_train_steps": STEPS, "checkpointing_steps": 40, "rank": 4},
-            **{"resolution_width": 64, "resolution_height": 64, "tensorboard": False},
-            **TWO_LAYERS,
-            **values,
-        }
-        return Place(tmp_path, cluster, given)
-
-    return make
+    return lambda **values: Place(tmp_path, cluster, options | values)
 
 
 def left(run: Path) -> dict[str, Any]:
@@ -156,3 +161,117 @@ def test_a_job_that_is_queued_again_goes_on_to_the_bytes_of_one_that_nothing_hap
     assert "goes on after step" in said
     assert processes_of(here.folder / "broken") == [PROCESSES[template]] * 2
     assert left(here.folder / "broken") == left(here.folder / "whole")
+
+
+def test_a_job_whose_time_is_nearly_up_leaves_a_checkpoint_and_queues_itself_again(
+    place: Callable[..., Place], cluster: Cluster
+) -> None:
+    here = place(max_train_steps=20_000)
+
+    # Slurm knows minutes, and signals up to one earlier than it is told to.
+    job = here.submit("one_gpu", "run", "--time=2", "--signal=TERM@60")
+    said = here.log("run")
+    cluster.wait_for(lambda: cluster.told(job)["Restarts"] == "1", what="a restart", log=said)
+    result = json.loads((here.folder / "run" / "result.json").read_text())
+    cluster.wait_for(lambda: "goes on after step" in said.read_text(), what="go on", log=said)
+    cluster.run("scancel", job)
+
+    assert (result["status"], result["exit_code"]) == ("interrupted", 75)
+    assert "DUE TO TIME LIMIT" not in said.read_text()
+
+
+def test_a_job_that_loses_a_process_queues_itself_again(
+    place: Callable[..., Place], cluster: Cluster
+) -> None:
+    here = place(rank_timeout=30)
+    job = here.submit("eight_gpus", "run")
+    here.wait_for_step("run", 50)
+
+    os.kill(process_of_rank(1, here.folder / "run"), signal.SIGKILL)
+    told = here.end(job, "run")
+
+    said = here.log("run").read_text()
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), said
+    assert "goes on after step 40" in said
+
+
+@pytest.mark.parametrize("template", list(FEW))
+def test_a_job_that_is_wrong_fails_and_is_not_queued_again(
+    template: str, place: Callable[..., Place]
+) -> None:
+    here = place(model_url="nowhere/at/all")
+
+    told = here.end(here.submit(template, "run"), "run")
+
+    assert (told["JobState"], told["Restarts"]) == ("FAILED", "0")
+    assert told["ExitCode"] == ("2:0" if template == "one_gpu" else "1:0")
+    assert "nowhere/at/all" in here.log("run").read_text()
+
+
+@pytest.mark.parametrize("template", [None, "one_gpu", "eight_gpus"])
+def test_a_job_of_the_server_that_is_interrupted_goes_on_by_way_of_its_queue_to_the_same_bytes(
+    template: str | None,
+    cluster: Cluster,
+    options: dict[str, Any],
+    photo_folder: Path,
+    tmp_path: Path,
+) -> None:
+    models = tmp_path / "models.yaml"
+    models.write_text(json.dumps({"tiny": {"model_url": options["model_url"]}}))
+    environment = cluster.environment | {"TRAINER_BASE_MODELS": str(models)}
+    script = ["--sbatch-script", str(TEMPLATES / f"{template}.sbatch")] if template else []
+    few = [f"--sbatch-options={' '.join(FEW[template])}"] if template else []
+    given = [tmp_path / "data", "--backend", "slurm", *script, *few]
+    asked = options | {"model_url": "tiny", "max_train_steps": 300}
+    del asked["images_data_url"]
+
+    with running_server(*given, environment=environment, graceful=False) as server:
+        whole, broken = (trained(server, photo_folder, asked) for _ in range(2))
+        runs = {job: server.data / "jobs" / job / "run" for job in (whole, broken)}
+        wait_for(lambda: '"step": 30,' in text(runs[broken] / "events.jsonl"), seconds=180)
+        SlurmBackend([], environment=cluster.environment).stop(broken, at_once=False)
+        # Jobs of Slurm go on without it, and are found again by the next.
+        server.process.kill()
+    with running_server(*given, environment=environment) as server:
+        wait_for(lambda: {state(server, job) for job in runs} == {"done"}, seconds=240)
+
+    said = text(runs[broken].parent / "log.txt")
+    assert "goes on after step" in said, said
+    assert left(runs[broken]) == left(runs[whole])
+    assert processes_of(runs[broken]) == [PROCESSES[template or "one_gpu"]] * 2
+
+
+def process_of_rank(rank: int, run: Path) -> int:
+    """The process of a training that has this number among its processes."""
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+            own = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if run.name in words and f"RANK={rank}".encode() in own and "-m" in words:
+            return int(entry.name)
+    raise AssertionError(f"there is no process {rank} of {run}")
+
+
+def trained(server: RunningServer, photos: Path, options: dict[str, Any]) -> str:
+    """Uploads photographs and asks for a training; gives the id of its job."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = Path(shutil.make_archive(f"{folder}/photos", "zip", photos)).read_bytes()
+    headers = {"X-Fal-File-Name": "photos.zip"}
+    sent = httpx2.post(f"{server.url}/files/upload", content=content, headers=headers)
+    submission = {"archive": sent.json()["access_url"], "options": options}
+    answer = httpx2.post(f"{server.url}/trainer/trainings", json=submission)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def state(server: RunningServer, job: str) -> str:
+    """Of a job, as the server tells it; asked now and then."""
+    time.sleep(0.5)
+    return str(httpx2.get(f"{server.url}/trainer/jobs/{job}").json()["state"])
+
+
+def text(path: Path) -> str:
+    """Of a file that may not be there yet."""
+    return path.read_text() if path.exists() else ""

@@ -111,7 +111,9 @@ class Cluster:
 
     def logs(self) -> str:
         """The last lines of its own logs."""
-        last = {path.name: path.read_text().splitlines()[-15:] for path in self.folder.glob("*.log")}
+        last = {
+            path.name: path.read_text().splitlines()[-15:] for path in self.folder.glob("*.log")
+        }
         return "".join(f"\n{name}\n" + "\n".join(lines) for name, lines in last.items())
 
 
@@ -135,7 +137,11 @@ def running_cluster(folder: Path, environment: dict[str, str]) -> Iterator[Clust
         try:
             yield cluster
         finally:
-            subprocess.run(["scancel", "--full", f"--user={getpass.getuser()}"], env=cluster.environment, check=False)
+            subprocess.run(
+                ["scancel", "--full", f"--user={getpass.getuser()}"],
+                env=cluster.environment,
+                check=False,
+            )
             cluster.wait_for(lambda: not cluster.run("squeue", "--noheader"), what="an empty queue")
 
 
@@ -215,5 +221,7 @@ def _is_ready(cluster: Cluster) -> bool:
 
 def _free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        probes = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)
+        ]
         return [probe.getsockname()[1] for probe in probes]

@@ -17,6 +17,8 @@ _SECONDS = 30
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 # Ends that say nothing about the training: it goes on elsewhere.
 _PREEMPTED = ("PREEMPTED", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "REVOKED")
+# The shell alone, then all else.
+_TERMINATED = (["--signal=TERM", "--batch"], ["--signal=TERM"])
 
 
 class SlurmBackend:
@@ -77,9 +79,10 @@ class SlurmBackend:
         return Standing("waiting") if states else self._ended(id)
 
     def stop(self, id: str, *, at_once: bool) -> None:
-        """Sends SIGTERM to all its processes, or cancels it."""
-        how = [] if at_once else ["--signal=TERM", "--full"]
-        self._run("scancel", *how, f"--name={_name(id)}")
+        """Sends SIGTERM to its shell and to what srun started, or cancels it."""
+        # All at once, by `--full`, would reach srun too, which then kills what it started.
+        for how in ([],) if at_once else _TERMINATED:
+            self._run("scancel", *how, f"--name={_name(id)}")
 
     def _work(self, job: Handover) -> Sequence[str]:
         if self._script is not None:
