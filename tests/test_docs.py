@@ -27,7 +27,7 @@ from trainer.server.protocols import protocols
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md"]
-OTHER_PAGES = ["docs/server.md", "docs/clients.md"]
+OTHER_PAGES = ["docs/server.md", "docs/clients.md", "docs/clusters.md", "docs/processes.md"]
 PICTURES = Layer("test", {"images_data_url": "photos"}, explicit=True)
 
 

@@ -9,7 +9,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 # Keys of clients, and programs in the place of the trainer's own: a training and its preparation
 # with `{config}` and `{output}`, and one that makes pictures for the folders on its input.
@@ -131,6 +131,13 @@ class ServerSettings(BaseModel):
         100, ge=1, description="Fewest iterations of a finetune that are taken, for trials."
     )
 
+    @field_validator("sbatch_script")
+    @classmethod
+    def _script_is_there(cls, script: Path | None) -> Path | None:
+        if script is not None and not script.is_file():
+            raise ValueError(f"`{script}` is not a file")
+        return script
+
     @model_validator(mode="after")
     def _commands_of_backend(self) -> ServerSettings:
         commands = (self.submit_command, self.state_command, self.stop_command)
@@ -138,12 +145,6 @@ class ServerSettings(BaseModel):
             raise ValueError(
                 "the backend `command` needs --submit-command, --state-command and --stop-command"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _script_is_there(self) -> ServerSettings:
-        if self.sbatch_script is not None and not self.sbatch_script.is_file():
-            raise ValueError(f"`{self.sbatch_script}`, the --sbatch-script, is not a file")
         return self
 
     @model_validator(mode="after")
