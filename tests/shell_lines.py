@@ -105,6 +105,8 @@ def check_python(words: Words) -> None:
             check_options(words[1:], "")
         else:
             assert (ROOT / words[1].replace(".", "/")).with_suffix(".py").exists()
+    elif words[0] == "-c":
+        compile(words[1], "-c", "exec")
     elif words[0] not in THEIR_OWN:
         check_options(words, (ROOT / words[0]).read_text())
 
@@ -156,6 +158,33 @@ def check_curl(words: Words) -> None:
     assert path in {operation.path for operation in operations} | {"/healthz", "/metrics"}, path
 
 
+def check_bash(words: Words) -> None:
+    """The script is there, and its words are a line of their own."""
+    assert (ROOT / words[0]).is_file()
+    check_line(shlex.join(words[1:]))
+
+
+def check_sbatch(words: Words) -> None:
+    """The template is there, and `trainer` takes the rest."""
+    assert (ROOT / words[0]).is_file()
+    assert words[1] == "trainer"
+    check_trainer(words[2:])
+
+
+def check_kubectl(words: Words) -> None:
+    """What is created is a folder of the project's."""
+    if words[0] == "create":
+        assert words[1] == "-k"
+        assert (ROOT / "configs/deploy/kubernetes" / words[2] / "kustomization.yaml").is_file()
+
+
+def check_sky(words: Words) -> None:
+    """The task is there."""
+    assert [
+        word for word in words if word.startswith("configs/") and not (ROOT / word).is_file()
+    ] == []
+
+
 def check_nothing_more(words: Words) -> None:
     """The shell's own, or another project's: that it is shell has been seen."""
 
@@ -170,6 +199,10 @@ PROGRAMS: Mapping[str, Callable[[Words], None]] = {
     "accelerate": check_accelerate,
     "tensorboard": check_tensorboard,
     "curl": check_curl,
+    "bash": check_bash,
+    "sbatch": check_sbatch,
+    "kubectl": check_kubectl,
+    "sky": check_sky,
     "source": check_nothing_more,
     "export": check_nothing_more,
     "sed": check_nothing_more,

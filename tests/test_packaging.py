@@ -53,7 +53,7 @@ def test_the_pins_have_no_local_label_and_no_path() -> None:
 
 
 def test_every_requirement_is_pinned_inside_its_range() -> None:
-    wanted = requirements("dev", "demo", "lycoris", "page-tests", "server")
+    wanted = requirements("dev", "demo", "lycoris", "page-tests", "server", "ship-tests")
 
     assert [str(r) for r in wanted if canonicalize_name(r.name) not in pins()] == []
     assert [
@@ -235,6 +235,26 @@ def test_accelerate_launches_two_processes_of_the_installed_wheel_of_which_one_w
     presets = [str(python.with_name("trainer")), "presets", "list", "--json"]
     listed = subprocess.run(presets, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "person" in json.loads(listed.stdout)
+
+
+@pytest.mark.thorough
+def test_accelerate_launches_one_process_by_the_file_for_one_gpu(
+    sd15_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = ["--config_file", str(ROOT / "configs/accelerate/one_gpu.yaml"), "-m", "trainer"]
+    command = [sys.executable, *LAUNCH, *config]
+
+    done = subprocess.run(
+        [*command, *small_training(sd15_folder, photo_folder, Path("run"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=WITHOUT_GPU | {"PYTHONPATH": str(ROOT)},
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert processes_of(tmp_path / "run") == 1
 
 
 def _fresh_environment(folder: Path, wheel: Path) -> Path:

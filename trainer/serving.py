@@ -124,8 +124,8 @@ def _keys(file: Path | None) -> list[str]:
 
 
 def _problem(detail: Any, given: Mapping[str, Any]) -> Problem:
-    if not detail["loc"]:
-        return Problem("host", str(detail["ctx"]["error"]))
-    name = str(detail["loc"][0])
+    name = str(detail["loc"][0]) if detail["loc"] else "host"
+    if detail["type"] == "value_error":
+        return Problem(name, str(detail["ctx"]["error"]))
     schema = ServerSettings.model_json_schema()["properties"][name]
     return Problem(name, f"got {shown(given.get(name))}; allowed: {in_words(schema)}")

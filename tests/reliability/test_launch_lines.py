@@ -1,4 +1,4 @@
-"""The lines of docs/processes.md for several machines, with two local processes as two machines."""
+"""Lines and templates for several machines, with two local processes as two machines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tiny import TWO_LAYERS
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs/processes.md").read_text()
+TEMPLATE = ROOT / "configs/deploy/slurm/two_nodes.sbatch"
 LAYERS = ",".join(TWO_LAYERS["target_unet_modules"])
 
 pytestmark = pytest.mark.thorough
@@ -39,7 +40,7 @@ wait $second
 exit $code
 """
 SCONTROL = """#!/bin/bash
-[ "$1" = show ] && printf '127.0.0.1\\n127.0.0.1\\n'
+[ "$1" = show ] && echo "JobId=$3 Requeue=1"
 [ "$1" = requeue ] && echo "requeued $2"
 exit 0
 """
@@ -137,13 +138,13 @@ def test_machines_train_together_by_the_lines_of_accelerate(
 
 
 def slurm_job(environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the page's job to its end."""
-    (job,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S)
-    (folder / "job.sh").write_text(here(job))
-    of_slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]"}
+    """Runs the template for several nodes to its end, each node with one GPU."""
+    nodes = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
+    first = {"SLURM_JOB_ID": "7", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    training = [sys.executable, "-m", "trainer", "train", "photos.yaml"]
     return subprocess.run(
-        ["bash", "job.sh"],
-        env=environment | of_slurm,
+        ["bash", str(TEMPLATE), *training, "--output", "runs/portrait"],
+        env=environment | nodes | first | {"ACCELERATE_USE_CPU": "true"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -152,7 +153,7 @@ def slurm_job(environment: dict[str, str], folder: Path) -> subprocess.Completed
     )
 
 
-def test_two_machines_train_together_by_the_job_for_slurm_which_is_queued_again_when_it_is_cut_off(
+def test_two_machines_train_together_by_the_template_for_slurm_which_is_queued_again_when_cut_off(
     environment: dict[str, str], tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     values = json.loads((tmp_path / "photos.yaml").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from trainer.server.backends import BackendError, Handover, Standing
 from trainer.server.backends.command import CommandBackend, Templates
 from trainer.server.backends.slurm import SlurmBackend
+from trainer.server.slots import job_environment
 
 JOB = "1f2e"
 # Stand-ins for Slurm's commands: each notes its words; what it prints lies in a file.
@@ -32,8 +34,8 @@ class FakeSlurm:
             program.write_text(STAND_IN)
             program.chmod(program.stat().st_mode | stat.S_IXUSR)
         path = f"{folder / 'bin'}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "FAKE_SLURM": str(folder)}
-        self.backend = SlurmBackend(["--gpus=2"], environment=environment)
+        self.environment = {**os.environ, "PATH": path, "FAKE_SLURM": str(folder)}
+        self.backend = SlurmBackend(["--gpus=2"], environment=self.environment)
 
     def prints(self, name: str, text: str, exit_code: int = 0) -> None:
         (self.folder / name).write_text(text)
@@ -65,6 +67,21 @@ def test_slurm_is_given_the_training_under_the_name_of_its_job(
     assert "--gpus=2" in said
     assert "--wrap=exec trainer train 'a config.yaml'" in said
     assert "--no-requeue" in said
+
+
+def test_a_script_of_slurm_is_given_the_words_of_the_training(
+    slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    script = tmp_path / "a script"
+    backend = SlurmBackend([], script=script, environment=slurm.environment)
+
+    assert backend.start(handover(tmp_path))
+
+    assert slurm.said()[-4:] == [str(script), "trainer", "train", "a config.yaml"]
+
+
+def test_jobs_find_the_programs_beside_the_server_s_python() -> None:
+    assert job_environment()["PATH"].startswith(str(Path(sys.executable).parent) + os.pathsep)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +149,18 @@ def test_what_slurm_refuses_is_told_with_its_reason(slurm: FakeSlurm, tmp_path: 
         slurm.backend.start(handover(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("at_once", "how"), [(False, ["--signal=TERM", "--full"]), (True, [])], ids=str
-)
-def test_slurm_stops_a_job(slurm: FakeSlurm, at_once: bool, how: list[str]) -> None:
-    slurm.backend.stop(JOB, at_once=at_once)
+def test_slurm_stops_a_job_whether_it_has_steps_or_is_one_program(slurm: FakeSlurm) -> None:
+    slurm.backend.stop(JOB, at_once=False)
 
-    assert slurm.said() == ["scancel", *how, f"--name=trainer-{JOB}"]
+    name = f"--name=trainer-{JOB}"
+    shell = ["scancel", "--signal=TERM", "--batch", name]
+    assert slurm.said() == [*shell, "scancel", "--signal=TERM", name]
+
+
+def test_slurm_ends_a_job_at_once(slurm: FakeSlurm) -> None:
+    slurm.backend.stop(JOB, at_once=True)
+
+    assert slurm.said() == ["scancel", f"--name=trainer-{JOB}"]
 
 
 def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"key_file": "/nowhere"}, "key_file", "cannot be read"),
         ({"key_file": 5}, "key_file", "allowed: "),
         ({"backend": "command"}, "host", "--submit-command"),
+        ({"sbatch_script": "/nowhere"}, "sbatch_script", "`/nowhere` is not a file"),
     ],
 )
 def test_a_wrong_setting_is_told_by_name(flags: dict[str, Any], field: str, told: str) -> None:

@@ -142,7 +142,7 @@ def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
 def _say(desk: Desk, sets: Sequence[Pictures], classes: Sequence[Pictures]) -> None:
     if desk.kind is None:
         arch = desk.given.get("model.arch", "what it says of its base model")
-        desk.remarks.append(f"{arch} is no base model that is known here: see README, Base models.")
+        desk.remarks.append(f"{arch} is no base model that is known here: see docs/methods.md.")
     bare = [p.folder for p in sets if p.prompt is None]
     if bare:
         desk.remarks.append(

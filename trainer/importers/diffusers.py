@@ -176,6 +176,6 @@ def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
             "are read."
         )
     for name, value in launcher.items():
-        reason = "several GPUs: see README, Several GPUs"
+        reason = "several GPUs: see docs/processes.md"
         desk.given = {**desk.given, f"accelerate --{name}": value}
         desk.leave(f"accelerate --{name}", reason, matters=False)

@@ -62,7 +62,9 @@ TABLE: Table = {
     "num_repeats": told_with("num_train_epochs", "num_train_epochs"),
     "class_tokens": told_with("instance_prompt", "instance_prompt", "class_prompt"),
     "dataset_config": without("there is no such file: give it beside this one"),
-    "in_json": without("captions in one JSON file are not read: write metadata.jsonl, see README"),
+    "in_json": without(
+        "captions in one JSON file are not read: write metadata.jsonl, see docs/pictures.md"
+    ),
     "metadata_file": without("captions in one JSON file are not read: write metadata.jsonl"),
     "dataset_repeats": without("give repeats in concepts, or more epochs", as_here=(1,)),
     "dataset_class": without("pictures are read by this program alone"),

@@ -183,7 +183,10 @@ def _local(settings: ServerSettings, places: Sequence[Slot], jobs: Path) -> Back
 
 
 def _slurm(settings: ServerSettings, places: Sequence[Slot], jobs: Path) -> Backend:
-    return SlurmBackend(shlex.split(settings.sbatch_options))
+    script = None if settings.sbatch_script is None else settings.sbatch_script.resolve()
+    usual = "--gpus=1" if script is None else ""
+    options = usual if settings.sbatch_options is None else settings.sbatch_options
+    return SlurmBackend(shlex.split(options), script=script)
 
 
 def _by_command(settings: ServerSettings, places: Sequence[Slot], jobs: Path) -> Backend:

@@ -9,7 +9,7 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 # Keys of clients, and programs in the place of the trainer's own: a training and its preparation
 # with `{config}` and `{output}`, and one that makes pictures for the folders on its input.
@@ -75,8 +75,15 @@ class ServerSettings(BaseModel):
         description="GPUs of this machine, one training at a time on each. None: all there are; "
         "the processor where there are none.",
     )
-    sbatch_options: str = Field(
-        "--gpus=1", description="Options of sbatch for every training of the slurm backend."
+    sbatch_script: Path | None = Field(
+        None,
+        description="Script of sbatch that runs every training of the slurm backend, whose command "
+        "it is given: those of configs/deploy/slurm, or one like them. None: the command alone.",
+    )
+    sbatch_options: str | None = Field(
+        None,
+        description="Options of sbatch for every training of the slurm backend. None: what the "
+        "script says; without one --gpus=1.",
     )
     submit_command: str = Field(
         "",
@@ -123,6 +130,13 @@ class ServerSettings(BaseModel):
     min_finetune_iterations: int = Field(
         100, ge=1, description="Fewest iterations of a finetune that are taken, for trials."
     )
+
+    @field_validator("sbatch_script")
+    @classmethod
+    def _script_is_there(cls, script: Path | None) -> Path | None:
+        if script is not None and not script.is_file():
+            raise ValueError(f"`{script}` is not a file")
+        return script
 
     @model_validator(mode="after")
     def _commands_of_backend(self) -> ServerSettings:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -72,11 +73,13 @@ class Slot:
 def job_environment() -> dict[str, str]:
     """The environment of jobs and of what starts them: the server's, without its own affairs.
 
-    They run the server's own code, also where that is not installed.
+    They run the server's own code, also where that is not installed, and find its programs, such
+    as accelerate, also where its environment is not activated.
     """
     kept = {name: value for name, value in os.environ.items() if name not in _OWN_VARIABLES}
-    places = [str(_CODE), *filter(None, [kept.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(places)}
+    first = {"PYTHONPATH": str(_CODE), "PATH": str(Path(sys.executable).parent)}
+    before = {name: [place, *filter(None, [kept.get(name)])] for name, place in first.items()}
+    return kept | {name: os.pathsep.join(places) for name, places in before.items()}
 
 
 def spawn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from trainer.server.backends import PREEMPTED, BackendError, Handover, Standing
 from trainer.server.slots import job_environment
@@ -16,6 +17,8 @@ _SECONDS = 30
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 # Ends that say nothing about the training: it goes on elsewhere.
 _PREEMPTED = ("PREEMPTED", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "REVOKED")
+# The shell alone, then all else.
+_TERMINATED = (["--signal=TERM", "--batch"], ["--signal=TERM"])
 
 
 class SlurmBackend:
@@ -23,15 +26,22 @@ class SlurmBackend:
 
     Args:
         options: of sbatch, for every training.
+        script: of sbatch, which is given the training's command; without one the command is all
+            that runs.
         environment: of the commands; the one of jobs by default.
     """
 
     runs_here = False
 
     def __init__(
-        self, options: Sequence[str], *, environment: Mapping[str, str] | None = None
+        self,
+        options: Sequence[str],
+        *,
+        script: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._options = list(options)
+        self._script = script
         self._environment = environment
 
     def has_room(self) -> bool:
@@ -51,8 +61,7 @@ class SlurmBackend:
             # Who goes on after an interruption is decided in one place: the server's queue.
             "--no-requeue",
             *self._options,
-            # The shell becomes the training, so that signals reach it.
-            f"--wrap=exec {shlex.join(job.command)}",
+            *self._work(job),
         )
         if submitted.returncode != 0:
             raise BackendError(f"sbatch refuses the job: {submitted.stderr.strip()}")
@@ -70,9 +79,16 @@ class SlurmBackend:
         return Standing("waiting") if states else self._ended(id)
 
     def stop(self, id: str, *, at_once: bool) -> None:
-        """Sends SIGTERM to all its processes, or cancels it."""
-        how = [] if at_once else ["--signal=TERM", "--full"]
-        self._run("scancel", *how, f"--name={_name(id)}")
+        """Sends SIGTERM to its shell and to what srun started, or cancels it."""
+        # All at once, by `--full`, would reach srun too, which then kills what it started.
+        for how in ([],) if at_once else _TERMINATED:
+            self._run("scancel", *how, f"--name={_name(id)}")
+
+    def _work(self, job: Handover) -> Sequence[str]:
+        if self._script is not None:
+            return [str(self._script), *job.command]
+        # The shell becomes the training, so that signals reach it.
+        return [f"--wrap=exec {shlex.join(job.command)}"]
 
     def _ended(self, id: str) -> Standing:
         try:

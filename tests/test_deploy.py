@@ -1,0 +1,205 @@
+"""The files of configs/deploy, as far as no cluster and no account is needed for it.
+
+`tests/ship` has the rest: a real Slurm, and the schemas of Kubernetes and SkyPilot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer import errors
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "configs/deploy"
+PAGE = (ROOT / "docs/clusters.md").read_text()
+INTERRUPTED = errors.Interrupted.exit_code
+# What the same command meets again, by README's table of exit codes.
+HOPELESS = {
+    errors.InputError.exit_code,
+    errors.NonFiniteError.exit_code,
+    errors.OutOfMemoryError.exit_code,
+    errors.CheckpointError.exit_code,
+}
+# Stands for a training: says that it has begun, waits for SIGTERM where it is to, and ends with the
+# exit code that it is told, and with a result where there is to be one.
+TRAINING = """
+import json, os, pathlib, signal, sys
+words = dict(word.split("=") for word in os.environ["TOLD"].split())
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+def leave(*_):
+    if "result" in words:
+        new = folder / "new"
+        new.write_text(json.dumps({"exit_code": int(words["result"])}))
+        new.rename(folder / "result.json")
+    sys.exit(int(words["code"]))
+signal.signal(signal.SIGTERM, leave)
+(folder / "begun").touch()
+signal.pause() if "waits" in words else leave()
+"""
+
+
+def launched(folder: Path, told: str, *words: str) -> subprocess.Popen[str]:
+    """A training that does as it is told, behind `launched`."""
+    command = ["bash", str(DEPLOY / "launched"), sys.executable, "-c", TRAINING, *words]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PATH": path, "TOLD": told},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+
+
+def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code of a program, and what it complained of."""
+    _, said = running.communicate(timeout=20)
+    return running.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ("code=0", 0),
+        ("code=1 result=75", 75),
+        ("code=1 result=4", 4),
+        ("code=1", 1),
+        ("code=137", 137),
+    ],
+)
+def test_a_launched_training_ends_with_its_own_exit_code(
+    told: str, code: int, tmp_path: Path
+) -> None:
+    running = launched(tmp_path, told, "--output", str(tmp_path))
+
+    assert ended(running)[0] == code
+
+
+def test_the_result_of_an_earlier_run_is_not_taken_for_that_of_a_launched_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "result.json").write_text('{"exit_code": 75}')
+
+    running = launched(tmp_path, "code=1", "--output", str(tmp_path))
+
+    assert ended(running)[0] == 1
+
+
+def test_a_launched_training_is_told_to_stop_and_waited_for(tmp_path: Path) -> None:
+    running = launched(tmp_path, "code=1 result=75 waits=1", "--output", str(tmp_path))
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+    running.send_signal(signal.SIGTERM)
+
+    assert ended(running)[0] == INTERRUPTED
+
+
+def test_a_launched_training_must_say_where_its_result_will_be(tmp_path: Path) -> None:
+    code, said = ended(launched(tmp_path, "code=0"))
+
+    assert code == errors.InputError.exit_code
+    assert "--output" in said
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.sbatch")), ids=lambda path: path.stem)
+def test_a_template_of_slurm_is_a_script_that_leaves_time_for_a_checkpoint(path: Path) -> None:
+    text = path.read_text()
+    options = re.findall(r"^#SBATCH (--[\w-]+)", text, re.M)
+
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert {"--signal", "--requeue", "--open-mode", "--time"} <= set(options)
+    # Slurm reads options up to the first command.
+    assert not re.search(r"^[^#\n].*\n(.*\n)*#SBATCH", text, re.M)
+
+
+def job() -> dict[str, Any]:
+    """The Job of Kubernetes."""
+    read: dict[str, Any] = yaml.safe_load((DEPLOY / "kubernetes/job/job.yaml").read_text())
+    return read
+
+
+def test_a_job_of_kubernetes_fails_on_what_would_fail_again_and_goes_on_after_an_interruption() -> (
+    None
+):
+    rules = job()["spec"]["podFailurePolicy"]["rules"]
+    codes = {
+        rule["action"]: rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule
+    }
+
+    assert codes == {"FailJob": sorted(HOPELESS), "Ignore": [INTERRUPTED]}
+    names = {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule}
+    (container,) = job()["spec"]["template"]["spec"]["containers"]
+    assert names == {container["name"]}
+    # Without it the rules are refused.
+    assert job()["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_a_pod_has_time_for_its_checkpoint_and_is_no_root() -> None:
+    pod = job()["spec"]["template"]["spec"]
+
+    assert pod["terminationGracePeriodSeconds"] >= 300
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 10001
+
+
+def spot() -> dict[str, Any]:
+    """The task of SkyPilot."""
+    read: dict[str, Any] = yaml.safe_load((DEPLOY / "skypilot/spot.yaml").read_text())
+    return read
+
+
+def test_a_task_of_skypilot_recovers_from_interruptions_alone() -> None:
+    recovery = spot()["resources"]["job_recovery"]
+
+    assert recovery["recover_on_exit_codes"] == [INTERRUPTED]
+    assert "max_restarts_on_errors" not in recovery
+
+
+@pytest.mark.parametrize(("gpus", "launchers"), [(1, []), (8, ["accelerate"])])
+def test_a_task_of_skypilot_trains_on_as_many_gpus_as_there_are(
+    gpus: int, launchers: list[str], tmp_path: Path
+) -> None:
+    programs = tmp_path / "trainer/bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
+    for name in ("trainer", "accelerate"):
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $@"\nexit 75\n')
+        (programs / name).chmod(0o755)
+    told = {"HOME": str(tmp_path), "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus)}
+
+    done = subprocess.run(
+        ["bash", "-c", spot()["run"]],
+        env=os.environ | spot()["envs"] | told,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == INTERRUPTED
+    (line,) = done.stdout.splitlines()
+    assert line.endswith("train /data/photos.yaml --output /data/runs/portrait")
+    assert line.split()[: len(launchers)] == launchers
+    assert ("--num_processes 8" in line) == (gpus == 8)
+
+
+def test_the_page_names_every_file_for_clusters() -> None:
+    paths = [p for p in DEPLOY.rglob("*") if p.is_file() and p.name != "kustomization.yaml"]
+    names = {path.relative_to(ROOT).as_posix() for path in paths}
+
+    assert len(names) >= 6
+    assert {name for name in names if "kubernetes" in name} <= set(re.findall(r"[\w./-]+", PAGE))
+    assert {name for name in names if name not in PAGE} == set()
