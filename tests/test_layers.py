@@ -114,6 +114,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
             *("generating", "lora_files", "reporting", "serving", "seal"),
+            *("publishing", "hub_upload"),
             *(
                 "picturing",
                 "sampled_runs",
@@ -176,6 +177,7 @@ WITHOUT_TORCH = [
     "dialects.fal_guide",
     "dialects.novita",
     "compat.fal",
+    "publishing",
     "server.connect",
     "server.hosts",
     "server.tls",
