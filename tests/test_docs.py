@@ -56,6 +56,7 @@ RUN_ELSEWHERE = {
     "./scripts/demo": "makes an environment; what it runs is run by the tests of its parts",
     "./scripts/test": "runs this",
     "./scripts/check_wheel": "installs gigabytes",
+    "./scripts/check_lowest": "installs gigabytes",
     "./scripts/check_page": "needs Chromium",
     "./scripts/check_learning": "takes an hour; tests/test_learning.py has one of its trainings",
     "./scripts/check_reliability": "takes half an hour; its checks are among these tests",
