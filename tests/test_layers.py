@@ -115,6 +115,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {
             *("cli", "__main__", "flags", "runner", "doctor", "printing", "preparing"),
             *("generating", "lora_files", "importing", "reporting", "serving", "seal"),
+            *("publishing", "hub_upload"),
             *(
                 "picturing",
                 "sampled_runs",
@@ -180,6 +181,7 @@ WITHOUT_TORCH = [
     "dialects.fal_guide",
     "dialects.novita",
     "compat.fal",
+    "publishing",
     "server.connect",
     "server.hosts",
     "server.tls",

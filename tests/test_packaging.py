@@ -9,23 +9,26 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import site
 import stat
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import read_dist
+import read_types
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tiny import TWO_LAYERS
+
+from trainer import __version__
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -91,7 +94,11 @@ def _imports(node: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/demo", "scripts/test", "scripts/check_wheel", ".ci/run"]
+    "script",
+    [
+        *("scripts/demo", "scripts/test", "scripts/check_wheel", "scripts/check_lowest"),
+        *("scripts/make_sbom", ".ci/run"),
+    ],
 )
 def test_the_scripts_can_be_run_and_stop_at_the_first_failure(script: str) -> None:
     path = ROOT / script
@@ -170,33 +177,108 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_the_wheel_carries_package_configurations_and_licence(built: Path) -> None:
+def the_wheel(built: Path) -> dict[str, bytes]:
+    """Names and contents."""
     (wheel,) = built.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    return dict(read_dist.wheel_files(wheel))
 
-    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.py")]
-    configs = [
-        f"trainer/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / "configs").rglob("*")
-        if path.is_file()
-    ]
-    assert len(modules) > 20
-    assert len(configs) > 5
-    page = [f"trainer/server/page/{path.name}" for path in (ROOT / "trainer/server/page").iterdir()]
-    assert len(page) > 10
-    assert {*modules, *configs, *page, "trainer/py.typed"} <= names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any(name.startswith(("tests/", "demo/", "runs/")) for name in names)
+
+@pytest.mark.slow
+def test_the_wheel_carries_package_configurations_types_and_licences(built: Path) -> None:
+    files = the_wheel(built)
+
+    assert list(read_dist.faults_of_wheel(files)) == []
+    assert len(files) > 300
+    assert {"trainer/py.typed", "trainer/configs/presets/person.yaml"} <= files.keys()
+    assert "trainer/server/page/index.html" in files
 
 
 @pytest.mark.slow
 def test_the_sdist_carries_tests_scripts_and_pins(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
 
-    assert {"tests/test_packaging.py", "scripts/demo", "constraints.txt", "LICENSE"} <= names
+    assert list(read_dist.faults_of_sources(read_dist.source_files(sdist))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tests/test_cli.py", b"", "the wheel has more than the package"),
+        ("trainer/.env", b"", "`trainer/.env` is in it"),
+        ("trainer/__pycache__/cli.pyc", b"", "`trainer/__pycache__/cli.pyc` is in it"),
+        (
+            "trainer/cli.py",
+            b"TOKEN = 'hf_" + b"a" * 34,
+            "`trainer/cli.py` has what looks like a key",
+        ),
+        ("trainer/cli.py", b"# /home/" + b"anna/photos", "has what looks like a person's folder"),
+        ("trainer/big.bin", b"0" * 6_000_000, "bytes, more than"),
+    ],
+)
+def test_a_wheel_with_what_nobody_should_get_is_told(
+    built: Path, name: str, content: bytes, said: str
+) -> None:
+    found = list(read_dist.faults_of_wheel(the_wheel(built) | {name: content}))
+
+    assert any(said in fault for fault in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer/py.typed", "trainer/configs/base_models.yaml"])
+def test_a_wheel_that_lacks_a_file_is_told(built: Path, name: str) -> None:
+    files = the_wheel(built)
+    del files[name]
+
+    assert list(read_dist.faults_of_wheel(files)) == [f"the wheel lacks `{name}`"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("License-Expression: Apache-2.0", "the metadata have no licence expression"),
+        ("License-File: NOTICE", "the metadata do not name the licence files"),
+        ("Classifier: Typing :: Typed", "the metadata do not say that there are types"),
+    ],
+)
+def test_metadata_that_lack_a_line_are_told(built: Path, line: str, said: str) -> None:
+    files = the_wheel(built)
+    (name,) = [name for name in files if name.endswith("/METADATA")]
+    assert line.encode() in files[name]
+
+    less = files | {name: files[name].replace(line.encode() + b"\n", b"")}
+
+    assert list(read_dist.faults_of_wheel(less)) == [said]
+
+
+def test_the_version_stands_in_one_place(built: Path) -> None:
+    assert PROJECT["dynamic"] == ["version"]
+    assert "version" not in PROJECT
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    assert wheel.name == f"tok_trainer-{__version__}-py3-none-any.whl"
+    assert sdist.name == f"tok_trainer-{__version__}.tar.gz"
+    assigned = re.compile(r"^ *_*version_* *(: str)? *= *[\"']\d", re.MULTILINE | re.IGNORECASE)
+    places = [*(ROOT / "trainer").rglob("*.py"), ROOT / "pyproject.toml"]
+    told = [
+        path.relative_to(ROOT).as_posix() for path in places if assigned.search(path.read_text())
+    ]
+    assert told == ["trainer/__init__.py"]
+
+
+@pytest.mark.thorough
+def test_the_mypy_of_a_stranger_sees_the_types_of_the_installed_wheel(
+    built: Path, tmp_path: Path
+) -> None:
+    (wheel,) = built.glob("*.whl")
+    python = _fresh_environment(tmp_path / "fresh", wheel)
+
+    said = read_types.complaints(python)
+
+    assert read_types.unseen(said) == []
+    (typed,) = (tmp_path / "fresh").rglob("py.typed")
+    typed.unlink()
+    assert read_types.unseen(read_types.complaints(python)) != []
 
 
 @pytest.mark.thorough

@@ -24,7 +24,7 @@ from trainer.errors import DiskError, InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.importing import import_
-from trainer.leaves import nearest
+from trainer.leaves import SAID_ELSEWHERE, nearest
 from trainer.lora_files import convert, inspect
 from trainer.picturing import compare, sample
 from trainer.printing import (
@@ -100,6 +100,7 @@ def train(
     """
     from trainer.job import RunFolder
     from trainer.listeners import Summary, progress_for
+    from trainer.publishing import published
     from trainer.runner import is_main_process, stop_on_signals, supervise
     from trainer.seal import sealed
     from trainer.trackers import logs_for
@@ -107,6 +108,7 @@ def train(
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
         engine = sealed(_engine, config) if seal_network else _engine
+        engine = published(engine, config)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []
@@ -392,6 +394,7 @@ def _usage_problem(error: click.UsageError) -> InputError:
     if isinstance(error, click.NoSuchOption):
         near = " or ".join(f"`{name}`" for name in error.possibilities or [])
         hint = f"did you mean {near}?" if near else help_hint
+        hint = SAID_ELSEWHERE.get(error.option_name.lstrip("-").replace("-", "_"), hint)
         return InputError.of(error.option_name, "there is no such option", hint)
     if isinstance(error, click.NoSuchCommand):
         hint = nearest(error.command_name, tuple(cli.commands)) or help_hint

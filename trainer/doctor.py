@@ -168,7 +168,7 @@ def lycoris_finding() -> Finding:
 
 def opencv_finding() -> Finding:
     """Whether this OpenCV finds faces: version 5 has no cascades any more."""
-    fix = "pip install --force-reinstall 'opencv-python-headless>=4.10,<5'"
+    fix = "pip install --force-reinstall 'opencv-python-headless>=4.13,<5'"
     try:
         cv2: Any = importlib.import_module("cv2")
     except (ImportError, OSError) as error:
@@ -188,7 +188,11 @@ def torchvision_finding() -> Finding:
     """
     name = "torchvision"
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "ok", "not installed: needed for restoring faces and by Qwen-VL alone")
+        message = (
+            "not installed: faces cannot be redrawn, and `captioner: auto` takes LLaVA instead of "
+            f"Qwen-VL, until pip install '{DISTRIBUTION}[caption]' or '{DISTRIBUTION}[restore]'"
+        )
+        return Finding(name, "ok", message)
     try:
         importlib.import_module(name)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:

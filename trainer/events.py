@@ -197,3 +197,19 @@ class VerifyEvent(Event):
     reader: str
     status: str
     largest_difference: float | None
+
+
+@dataclass(frozen=True)
+class PublishedEvent(Event):
+    """The result files are on the hub.
+
+    Args:
+        repository: as `owner/name`.
+        url: address of what was sent.
+        private: whether others were kept from seeing it.
+    """
+
+    kind = "published"
+    repository: str
+    url: str
+    private: bool

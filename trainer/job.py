@@ -138,6 +138,7 @@ class Result(BaseModel):
     Args:
         explicit: the options that somebody set on purpose.
         peak_memory: see `MemoryEvent`.
+        published: address of the result on the hub, where it was sent there.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -153,6 +154,7 @@ class Result(BaseModel):
     explicit: tuple[str, ...] = ()
     peak_memory: dict[str, dict[str, int]] = {}
     files: tuple[ResultFile, ...] = ()
+    published: str | None = None
 
     @classmethod
     def of_error(cls, error: TrainerError, *, step: int = 0, total_steps: int = 0) -> Result:

@@ -28,6 +28,11 @@ PLACES = CONTENTS | {
     *("face_detector_path", "face_restorer_path"),
 }
 
+# Options of other trainers that are none here on purpose, and what to do instead.
+SAID_ELSEWHERE: Mapping[str, str] = {
+    "hub_token": "a token stands in no configuration: run `hf auth login`, or set HF_TOKEN",
+}
+
 _LONGEST_SHOWN = 80
 _TYPE_WORDS = {
     "integer": "a whole number",
@@ -43,6 +48,7 @@ _BOUND_WORDS = {
     "exclusiveMaximum": "below {}",
     "multipleOf": "a multiple of {}",
     "minLength": "not empty",
+    "maxLength": "at most {} letters",
     "pattern": "matching {}",
 }
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -84,7 +90,10 @@ def shown(value: object) -> str:
 
 def nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
     """A hint at the known name most like this one; empty when none is near."""
-    matches = get_close_matches(name.replace("-", "_"), list(known), n=1)
+    plain = name.replace("-", "_")
+    if plain in SAID_ELSEWHERE:
+        return SAID_ELSEWHERE[plain]
+    matches = get_close_matches(plain, list(known), n=1)
     return f"did you mean `{matches[0]}`?" if matches else ""
 
 

@@ -35,6 +35,7 @@ from trainer.events import (
     MeasuresEvent,
     NoteEvent,
     PhaseEvent,
+    PublishedEvent,
     RunEvent,
     SampleEvent,
     StageEvent,
@@ -173,6 +174,10 @@ class ProgressBar:
             self._progress.console.print(line, markup=False, highlight=False)
 
     @hear.register
+    def _(self, event: PublishedEvent) -> None:
+        self._progress.console.print(published_line(event), markup=False, highlight=False)
+
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._progress.console.print(note_line(event), markup=False, highlight=False)
@@ -243,6 +248,10 @@ class ProgressLines(Quiet):
         self._print(phase_line(event))
 
     @hear.register
+    def _(self, event: PublishedEvent) -> None:
+        self._print(published_line(event))
+
+    @hear.register
     def _(self, event: NoteEvent) -> None:
         if deserves_a_line(event.note, event.field, self._explicit):
             self._print(note_line(event))
@@ -276,6 +285,12 @@ def measures_line(event: MeasuresEvent) -> str:
     """The loss of held-out pictures as one line; nothing where it is not among the measures."""
     loss = event.values.get(VALIDATION_LOSS)
     return "" if loss is None else f"held-out pictures after step {event.step}: loss {loss:.4f}"
+
+
+def published_line(event: PublishedEvent) -> str:
+    """Where the result is on the hub, and who sees it."""
+    who = "private" if event.private else "public"
+    return f"on the hub, {who}: {event.url}"
 
 
 _PARTS = {"denoiser": "the denoiser", "text_encoders": "text encoders", "tokens": "new tokens"}

@@ -17,7 +17,15 @@ from typing import NoReturn, cast
 
 from trainer.config import TrainingConfig
 from trainer.errors import CheckpointError, DiskError, InputError, TrainerError
-from trainer.events import Event, FileEvent, MemoryEvent, NoteEvent, RunEvent, StepEvent
+from trainer.events import (
+    Event,
+    FileEvent,
+    MemoryEvent,
+    NoteEvent,
+    PublishedEvent,
+    RunEvent,
+    StepEvent,
+)
 from trainer.job import Result, ResultFile, Role, RunFolder
 from trainer.listeners import EarlierResult, Listener, note_line
 
@@ -210,6 +218,7 @@ class Tally:
         self._total_steps = 0
         self._files: dict[str, Role] = {}
         self._peak_memory: dict[str, dict[str, int]] = {}
+        self._published: str | None = None
 
     @property
     def began(self) -> bool:
@@ -228,6 +237,8 @@ class Tally:
                 self._files[event.path] = cast(Role, event.role)
             case MemoryEvent():
                 self._peak_memory = event.peaks
+            case PublishedEvent():
+                self._published = event.url
             case _:
                 pass
 
@@ -242,6 +253,7 @@ class Tally:
             explicit=self._explicit,
             peak_memory=self._peak_memory,
             files=tuple(self._described()),
+            published=self._published,
         )
 
     def failed(self, error: TrainerError) -> Result:

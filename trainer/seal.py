@@ -43,6 +43,12 @@ def sealed(engine: Engine, config: TrainingConfig) -> Engine:
         raise InputError.of(
             FLAG, "shuts out Weights & Biases, which is on", f"leave out --wandb or {FLAG}"
         )
+    if config.output.push_to_hub:
+        raise InputError.of(
+            FLAG,
+            "shuts out the hub, where the result is to go: push_to_hub",
+            f"leave out --push-to-hub or {FLAG}",
+        )
 
     def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
         events = engine(config, folder, stop)

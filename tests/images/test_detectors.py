@@ -377,7 +377,7 @@ def test_an_opencv_without_cascades_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="has no cascades") as caught:
         detector_of(FaceConfig(face_detector="haar"))
 
-    assert "opencv-python-headless>=4.10,<5" in caught.value.problems[0].hint
+    assert "opencv-python-headless>=4.13,<5" in caught.value.problems[0].hint
     assert detector_of(FaceConfig(face_detector_path=str(SQUARES)))[0].identity.startswith("yunet")
 
 

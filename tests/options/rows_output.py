@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,15 @@ from options.matrix import Leaves, Row, acts
 from options.probe import Delivery
 from options.rows_adapter import WHOLE
 from PIL import Image
+from stand_in_hub import Hub, stand_in_hub
+from tiny import never
 from torch.nn.functional import avg_pool2d
+
+from trainer.config import TrainingConfig
+from trainer.events import Event, FileEvent
+from trainer.job import RunFolder
+from trainer.publishing import published
+from trainer.runner import Stop
 
 Shows = Callable[[Case], None]
 KOHYA, DIFFUSERS = "lora.safetensors", "pytorch_lora_weights.safetensors"
@@ -139,6 +147,39 @@ def is_the_best_of_its_rank(case: Case) -> None:
         near(got.double(), best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
 
 
+def on_the_hub(case: Case, more: Leaves) -> tuple[Hub, Delivery]:
+    """What the hub has after a delivery, and the delivery."""
+    delivery = case.delivered(more)
+
+    def engine(_: TrainingConfig, __: RunFolder, ___: Stop) -> Iterator[Event]:
+        for name in sorted(delivery.files):
+            yield FileEvent("diffusers_lora", f"outputs/{name}")
+
+    config, folder = case.config(more), RunFolder(delivery.folder.parent)
+    with stand_in_hub(case.lab.folder()) as hub:
+        list(published(engine, config)(config, folder, never))
+    return hub, delivery
+
+
+def are_on_the_hub(case: Case) -> None:
+    untouched, _ = on_the_hub(case, {})
+    hub, delivery = on_the_hub(case, case.row.flipped)
+    assert untouched.requests == []
+    sent = hub.repositories["anna/lora"].files
+    assert sent == {name: (delivery.folder / name).read_bytes() for name in delivery.files}
+
+
+def are_in_this_repository(case: Case) -> None:
+    assert set(on_the_hub(case, {})[0].repositories) == {"anna/lora"}
+    assert set(on_the_hub(case, case.row.flipped)[0].repositories) == {"studio/anna"}
+
+
+def are_seen_by_everybody(case: Case) -> None:
+    for more, is_private in (({}, True), (case.row.flipped, False)):
+        (repository,) = on_the_hub(case, more)[0].repositories.values()
+        assert repository.private == is_private
+
+
 def unused(leaf: str, value: object, reason: str, base: Leaves) -> Row:
     """A row about an option of the files without effect: the files are the same."""
 
@@ -225,6 +266,32 @@ OUTPUT = [
         base={**ONE, **WHOLE},
         flipped={"extract_rank": 2},
     ),
+    acts(
+        "push_to_hub",
+        "files",
+        "the result files are on the hub too",
+        are_on_the_hub,
+        base=ONE,
+        flipped={"push_to_hub": True},
+    ),
+    acts(
+        "hub_model_id",
+        "files",
+        "they are in the repository of this name",
+        are_in_this_repository,
+        base={**ONE, "push_to_hub": True},
+        flipped={"hub_model_id": "studio/anna"},
+    ),
+    acts(
+        "hub_private",
+        "files",
+        "false: the repository is public",
+        are_seen_by_everybody,
+        base={**ONE, "push_to_hub": True},
+        flipped={"hub_private": False},
+    ),
+    unused("hub_model_id", "studio/anna", "push_to_hub is false", ONE),
+    unused("hub_private", False, "push_to_hub is false", ONE),
     unused("kohya_dora", "paper", "no DoRA is trained", ONE),
     unused("extract_rank", 2, "an adapter is trained already", ONE),
     unused("data_archive_format", "tar", "no folders are delivered", ONE),

@@ -26,7 +26,7 @@ from trainer.errors import InputError
 from trainer.images.detector_files import YUNET_FILE, YUNET_HUB, Missing, yunet_file
 from trainer.images.faces import Face, Point, largest_first
 
-_OTHER_OPENCV = "pip install 'opencv-python-headless>=4.10,<5'"
+_OTHER_OPENCV = "pip install 'opencv-python-headless>=4.13,<5'"
 _REMEDY = (
     f"put {YUNET_FILE} of huggingface.co/{YUNET_HUB} on this machine and give its path as "
     "face_detector_path"

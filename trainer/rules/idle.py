@@ -258,6 +258,11 @@ IDLE: _Idle = (
         lambda v: not v["debug_dataset"] and not v["debug_loss_masks"],
         "no folders are delivered",
     ),
+    (
+        ("hub_model_id", "hub_private"),
+        is_off("push_to_hub"),
+        "push_to_hub is false",
+    ),
     (("num_workers",), lambda v: bool(v["cache_latents"]), "latents are cached"),
     (
         ("upscale_vae_32bit",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,6 +16,11 @@ SchedulerName = Literal[
 
 # The file for diffusers has this name whatever the result is called: its pipelines look for it.
 DIFFUSERS_NAME = "pytorch_lora_weights"
+
+# The hub's rules: `-` and `.` stand between other letters, one at a time.
+_HUB_NAME = r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*"
+HUB_ID = rf"^({_HUB_NAME}/)?{_HUB_NAME}$"
+_LONGEST_HUB_ID = 96
 
 
 class OptimConfig(Section):
@@ -238,6 +244,27 @@ class OutputConfig(Section):
         "change by singular values. None: no LoRA (ours; BFL's lora_rank).",
         json_schema_extra=WATCHING_ONLY,
     )
+    push_to_hub: bool = Field(
+        False,
+        description="Send the result files with their model card to the Hugging Face hub once they "
+        "are verified; pictures stay here. The token is that of `hf auth login` or HF_TOKEN "
+        "(diffusers).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    hub_model_id: str | None = Field(
+        None,
+        pattern=HUB_ID,
+        max_length=_LONGEST_HUB_ID,
+        description="Repository on the hub, `name` or `owner/name`. None: output_name, of the "
+        "token's owner (diffusers).",
+        json_schema_extra=WATCHING_ONLY,
+    )
+    hub_private: bool = Field(
+        True,
+        description="Make a new repository that nobody else sees, and send nothing to one that "
+        "others see; false: everybody sees it (ours; diffusers' are public).",
+        json_schema_extra=WATCHING_ONLY,
+    )
 
     @model_validator(mode="after")
     def _name_of_its_own(self) -> OutputConfig:
@@ -245,4 +272,13 @@ class OutputConfig(Section):
         if self.output_name.lower() == DIFFUSERS_NAME:
             allowed = f"another name: `{DIFFUSERS_NAME}.safetensors` is the file for diffusers"
             raise clash("output_name", self.output_name, allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _name_on_the_hub(self) -> OutputConfig:
+        name = self.hub_model_id or self.output_name
+        is_one = re.fullmatch(HUB_ID, name) and not name.endswith(".git")
+        if self.push_to_hub and (not is_one or len(name) > _LONGEST_HUB_ID):
+            allowed = "`name` or `owner/name`: letters, digits, `_`, single `-` and `.` between"
+            raise clash("hub_model_id", f"`{name}`, which the hub does not allow", allowed)
         return self

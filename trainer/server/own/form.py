@@ -16,7 +16,13 @@ from trainer.server.own.messages import Form, Model, Option, Preset, Section
 # Presets that say what the pictures show.
 SUBJECTS = ("person", "product", "style")
 # Options that the server refuses, with the reason.
-REFUSED: Mapping[str, str] = {"wandb": "a training here sends its curves to nobody else"}
+REFUSED: Mapping[str, str] = {
+    "wandb": "a training here sends its curves to nobody else",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_private"),
+        "a training here sends its files to nobody else",
+    ),
+}
 # What the page asks for in its own way, or not at all.
 _ELSEWHERE = {*DATA, CONCEPTS, *REFUSED}
 

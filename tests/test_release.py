@@ -1,0 +1,96 @@
+"""What makes a release: version, tag and changelog agree; the workflow builds what it checks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import read_release
+import yaml
+
+from trainer import __version__
+
+ROOT = Path(__file__).parent.parent
+WORKFLOW = ROOT / ".github/workflows/release.yml"
+PACKAGE = '__version__ = "1.2.3"\n'
+CHANGELOG = "# Changelog\n\n## Unreleased\n\n## 1.2.3\n\n- A thing.\n\n## 1.2.2\n\n- Another.\n"
+
+
+def test_a_tag_that_agrees_with_version_and_changelog_is_taken() -> None:
+    assert list(read_release.faults("v1.2.3", PACKAGE, CHANGELOG)) == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "package", "changelog", "said"),
+    [
+        ("v1.2.4", PACKAGE, CHANGELOG, "the tag is `v1.2.4`, the version"),
+        ("1.2.3", PACKAGE, CHANGELOG, "the tag is `1.2.3`"),
+        ("v1.2.3", "", CHANGELOG, "the tag is `v1.2.3`, the version in trainer/__init__.py ``"),
+        ("v1.2.3", PACKAGE, CHANGELOG.replace("## 1.2.3", "## 1.2.30"), "no section `## 1.2.3`"),
+        (
+            "v1.2.3",
+            PACKAGE,
+            CHANGELOG.replace("- A thing.", ""),
+            "no section `## 1.2.3` with lines",
+        ),
+        (
+            "v1.2.3",
+            PACKAGE,
+            CHANGELOG.replace("Unreleased\n", "Unreleased\n\n- More.\n"),
+            "has lines under `## Unreleased`",
+        ),
+    ],
+)
+def test_what_does_not_agree_is_told(tag: str, package: str, changelog: str, said: str) -> None:
+    assert any(said in fault for fault in read_release.faults(tag, package, changelog))
+
+
+def test_the_projects_own_version_is_found() -> None:
+    package = (ROOT / "trainer/__init__.py").read_text()
+    changelog = f"# Changelog\n\n## Unreleased\n\n## {__version__}\n\n- All.\n"
+
+    assert list(read_release.faults(f"v{__version__}", package, changelog)) == []
+
+
+def jobs() -> dict[str, Any]:
+    return dict(yaml.safe_load(WORKFLOW.read_text())["jobs"])
+
+
+def lines(job: dict[str, Any]) -> list[str]:
+    return [line for step in job["steps"] for line in str(step.get("run", "")).splitlines()]
+
+
+def test_scripts_that_the_workflow_runs_are_there() -> None:
+    named = re.findall(r"(?:\./|python )(scripts/\w+(?:\.py)?)", WORKFLOW.read_text())
+
+    assert set(named) >= {"scripts/test", "scripts/check_lowest", "scripts/check_wheel"}
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_nothing_is_published_that_was_not_checked_and_built_before() -> None:
+    assert jobs()["build"]["needs"] == "check"
+    assert jobs()["image"]["needs"] == "build"
+    assert set(jobs()["publish"]["needs"]) == {"build", "image"}
+    assert jobs()["publish"]["if"] == "github.ref_type == 'tag'"
+    assert "sha256sum --check SHA256SUMS" in lines(jobs()["publish"])
+
+
+def test_only_jobs_that_publish_may_write_and_no_secret_is_kept_for_them() -> None:
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {name for name, job in jobs().items() if "write" in str(job.get("permissions"))} == {
+        "image",
+        "publish",
+    }
+    assert set(re.findall(r"secrets\.(\w+)", WORKFLOW.read_text())) == {"GITHUB_TOKEN"}
+
+
+def test_the_image_stands_on_a_base_that_is_named_by_its_digest() -> None:
+    (base,) = [step for step in jobs()["image"]["steps"] if step.get("id") == "base"]
+    (built,) = [step for step in jobs()["image"]["steps"] if step.get("id") == "built"]
+
+    assert "@$digest" in base["run"]
+    assert built["with"]["build-args"] == "BASE_IMAGE=${{ steps.base.outputs.image }}"

@@ -1,0 +1,184 @@
+"""A training whose result goes to the Hugging Face hub: asked before it, and sent after it.
+
+Only for those who set `push_to_hub`. Result files are sent when all of them are written and
+verified; whatever befalls the upload, the run is done and its files lie where they were. All that
+is said to the hub is said by a program of its own, `hub_upload.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from trainer import __version__
+from trainer.config import OutputConfig, TrainingConfig
+from trainer.errors import InputError, TrainerError
+from trainer.events import Event, FileEvent, NoteEvent, PublishedEvent, StageEvent
+from trainer.job import RunFolder
+from trainer.runner import Engine, Events, Stop, end_of, is_main_process
+
+if TYPE_CHECKING:
+    from trainer.hub_upload import Answer, Kind, Task
+
+FIELD = "push_to_hub"
+STAGE = "upload"
+
+# Result files that show the photographs themselves: they stay on this machine.
+STAYING = ("debug_dataset", "debug_masks")
+
+# Before a training, a hub that says nothing for so long is out of reach.
+CHECK_SECONDS = 60.0
+# Between two looks at whether an upload is done, or is to be stopped.
+_POLL_SECONDS = 0.2
+# That the program gets for its end once it is told to.
+_END_SECONDS = 5.0
+
+# What a token looks like wherever a library might print it: by its form, or in a header.
+_TOKEN = re.compile(r"(\bhf_|\bapi_org_|Bearer )[^\s'\",;]+")
+
+
+def published(engine: Engine, config: TrainingConfig) -> Engine:
+    """An engine at whose end the result goes to the hub, where that is asked for.
+
+    Raises:
+        InputError: it could not: no token, one that may not write, HF_HUB_OFFLINE.
+    """
+    output = config.output
+    if not output.push_to_hub or not is_main_process():
+        return engine
+    repository, note = _agreed(output)
+
+    def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
+        files: list[str] = []
+        if note is not None:
+            yield note
+        events = engine(config, folder, stop)
+        for event in events:
+            if isinstance(event, FileEvent) and event.role not in STAYING:
+                path = folder.root / event.path
+                files.append(path.relative_to(folder.outputs).as_posix())
+            try:
+                yield event
+            except TrainerError as error:
+                end_of(error, events)
+        yield from _sent(_task("upload", repository, output, folder, files), stop)
+
+    return run
+
+
+def _agreed(output: OutputConfig) -> tuple[str, NoteEvent | None]:
+    """The repository, and what is to be told where the hub did not say whether it takes it.
+
+    Raises:
+        InputError: it does not take it.
+    """
+    repository = output.hub_model_id or output.output_name
+    began = time.monotonic()
+    answer = _ask(
+        _task("check", repository, output), lambda: time.monotonic() - began > CHECK_SECONDS
+    )
+    if answer["status"] == "refused":
+        raise InputError.of(answer["field"], answer["message"], answer["hint"])
+    if answer["status"] == "ok":
+        return answer["repository"], None
+    message = f"the hub could not be asked before the training: {answer['message']}"
+    return repository, NoteEvent("warning", FIELD, f"{message}; it is tried again at its end")
+
+
+def _sent(task: Task, stop: Stop) -> Iterator[Event]:
+    """Sends the files; where that fails, says how they get there later."""
+    count = len(task["files"])
+    yield StageEvent(STAGE, 0, count)
+    answer = _ask(task, stop)
+    if answer["status"] == "ok":
+        yield StageEvent(STAGE, count, count)
+        yield PublishedEvent(answer["repository"], answer["url"], task["private"])
+        return
+    remedy = answer.get("hint") or f"to send it later: {_by_hand(task)}"
+    message = f"the run is done, but its result is not on the hub: {answer['message']}; {remedy}"
+    yield NoteEvent("warning", answer.get("field", FIELD), message)
+
+
+def _by_hand(task: Task) -> str:
+    """The hub's own command for the same upload."""
+    words = ["hf", "upload", task["repository"], task["folder"], "."]
+    words += ["--private"] if task["private"] else []
+    return shlex.join([*words, *(word for role in STAYING for word in ("--exclude", f"{role}*"))])
+
+
+def _task(
+    kind: Kind,
+    repository: str,
+    output: OutputConfig,
+    folder: RunFolder | None = None,
+    files: Sequence[str] = (),
+) -> Task:
+    return {
+        "kind": kind,
+        "repository": repository,
+        "private": output.hub_private,
+        "folder": "" if folder is None else str(folder.outputs.resolve()),
+        "files": list(files),
+        "message": f"{output.output_name}, trained with tok-trainer {__version__}",
+    }
+
+
+def _ask(task: Task, ended: Callable[[], bool]) -> Answer:
+    """Has a task done by the program.
+
+    Args:
+        task: what is to be done.
+        ended: asked all the while; true ends it.
+    """
+    # Not `-m`: what lies in the user's folder is not to be imported.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("hub_upload.py"))]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    with process:
+        text: str | None = json.dumps(task)
+        while True:
+            try:
+                said, complaint = process.communicate(text, timeout=_POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                # The rest of the text is still on its way.
+                text = None
+            if ended():
+                _end(process)
+                return {"status": "failed", "message": "it was stopped, or took too long"}
+    if process.returncode == 0:
+        return cast("Answer", json.loads(_without_token(said.splitlines()[-1])))
+    lines = complaint.strip().splitlines() or [f"exit code {process.returncode}"]
+    return {"status": "failed", "message": _without_token(lines[-1])}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends the program; until its commit is made, nothing of an upload is to be seen."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=_END_SECONDS)
+        return
+    process.kill()
+    process.communicate()
+
+
+def _without_token(text: str) -> str:
+    """A text in which no token stands, whatever a library wrote."""
+    given = os.environ.get("HF_TOKEN", "").strip()
+    text = text.replace(given, "…") if given else text
+    return _TOKEN.sub(r"\1…", text)
