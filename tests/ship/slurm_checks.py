@@ -228,12 +228,12 @@ def test_a_job_of_the_server_that_is_interrupted_goes_on_by_way_of_its_queue_to_
     with running_server(*given, environment=environment, graceful=False) as server:
         whole, broken = (trained(server, photo_folder, asked) for _ in range(2))
         runs = {job: server.data / "jobs" / job / "run" for job in (whole, broken)}
-        wait_for(lambda: '"step": 30,' in text(runs[broken] / "events.jsonl"), seconds=180)
+        wait_for(lambda: '"step": 30,' in text(runs[broken] / "events.jsonl"), seconds=600)
         SlurmBackend([], environment=cluster.environment).stop(broken, at_once=False)
         # Jobs of Slurm go on without it, and are found again by the next.
         server.process.kill()
     with running_server(*given, environment=environment) as server:
-        wait_for(lambda: {state(server, job) for job in runs} == {"done"}, seconds=240)
+        wait_for(lambda: {state(server, job) for job in runs} == {"done"}, seconds=600)
 
     said = text(runs[broken].parent / "log.txt")
     assert "goes on after step" in said, said

@@ -17,7 +17,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+NEEDED = (
+    "setpriv",
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "scancel",
+)
 # Where Debian puts programs that serve, also for users whose path does not have it.
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
 NODES = ("node0", "node1")
@@ -93,7 +103,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(
-        self, true: Callable[[], bool], *, what: str, log: Path | None = None, seconds: float = 180
+        self, true: Callable[[], bool], *, what: str, log: Path | None = None, seconds: float = 600
     ) -> None:
         """Waits until something is so, and tells what was printed where it never is."""
         deadline = time.monotonic() + seconds
@@ -193,7 +203,8 @@ def _programs(folder: Path, configuration: Path) -> Sequence[Sequence[str]]:
 def _running(command: Sequence[str], folder: Path) -> Iterator[None]:
     with open(folder / f"{command[0]}.log", "a") as log:
         process = subprocess.Popen(
-            command,
+            # They end with this process, also where it is killed.
+            ["setpriv", "--pdeathsig", "TERM", *command],
             env=os.environ | {"PATH": PATH},
             stdout=log,
             stderr=log,
