@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
-# What tests and scripts import beside: `read_sbom` runs where `make_sbom` installs its tool.
-OF_NO_EXTRA = {"cyclonedx"}
+# What tests and scripts import beside: tools that are installed where they run, and what pydantic,
+# scikit-image and transformers bring along.
+OF_NO_EXTRA = {"cyclonedx", "onnx"} | {"annotated_types", "scipy", "tokenizers"}
 
 
 def packages(extra: str) -> set[str]:

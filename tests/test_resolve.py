@@ -486,6 +486,8 @@ WAKING: dict[str, dict[str, object]] = {
     "text_encoder_rank": {"train_text_encoder": True},
     "text_encoder_alpha": {"train_text_encoder": True},
     "extract_rank": {"use_lora": False},
+    "hub_model_id": {"push_to_hub": True},
+    "hub_private": {"push_to_hub": True},
     "sample_inference_steps": {"validation_prompts": ["a TOK"]},
     "sample_guidance_scale": {"sample_steps": 5},
     "validation_steps": {"validation_images": 1},
