@@ -15,7 +15,6 @@ import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 
 import click
 from accelerate.commands.launch import launch_command_parser
@@ -207,10 +206,3 @@ PROGRAMS: Mapping[str, Callable[[Words], None]] = {
     "export": check_nothing_more,
     "sed": check_nothing_more,
 }
-
-
-def check_shell(text: str, folder: Path) -> None:
-    """A script of several lines is shell."""
-    path = folder / "script.sh"
-    path.write_text(text)
-    subprocess.run(["bash", "-n", str(path)], check=True)

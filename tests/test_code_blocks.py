@@ -15,7 +15,7 @@ import make_tiny_models
 import pytest
 from code_names import check_python_text
 from documented import NEEDS, PAGES, ROOT, Block, all_blocks, blocks_of, counted
-from shell_lines import check_line, check_shell
+from shell_lines import check_line
 from tiny import TWO_LAYERS
 
 from trainer import prompt_library
@@ -66,7 +66,7 @@ def of(*languages: str) -> list[Block]:
 
 
 def test_every_block_has_a_language_that_something_knows_how_to_check() -> None:
-    known = {"console", "bash", "python", "yaml", "json", "js", "diff", "text"}
+    known = {"console", "python", "yaml", "json", "js", "diff", "text"}
 
     assert {block.language for block in BLOCKS} == known
     assert [str(block) for block in BLOCKS if not block.text.strip()] == []
@@ -112,11 +112,6 @@ def test_every_command_is_one_that_its_program_takes(
     monkeypatch.chdir(ROOT)
     for line in block.lines:
         check_line(line)
-
-
-@pytest.mark.parametrize("block", of("bash"), ids=str)
-def test_every_script_is_shell(block: Block, tmp_path: Path) -> None:
-    check_shell(block.text, tmp_path)
 
 
 def write_files(folder: Path, page: str) -> None:
