@@ -29,10 +29,9 @@ def faults(text: str) -> list[str]:
     components = bill.get("components", [])
     names = {component["name"].lower() for component in components}
     found += [f"`{name}` is missing" for name in sorted(EXPECTED - names)]
-    if bill.get("metadata", {}).get("component", {}).get("name") != "tok-trainer":
-        found.append("it does not say that it is tok-trainer's")
-    if not any(c["name"] == "tok-trainer" and c.get("version") for c in components):
-        found.append("it does not say of which version")
+    whole = bill.get("metadata", {}).get("component", {})
+    if whole.get("name") != "tok-trainer" or not whole.get("version"):
+        found.append("it does not say of which tok-trainer it is")
     found += [f"names a place of a machine: {place}" for place in sorted(set(places(components)))]
     return found
 
