@@ -72,15 +72,19 @@ def test_a_figure_of_two_colours_is_not_plain() -> None:
 # The base model
 
 
-def test_the_base_model_is_small_and_in_half_precision() -> None:
-    files = [path for path in WORLD.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("family", WORLDS)
+def test_a_base_model_is_small_and_in_half_precision(family: str) -> None:
+    folder, _ = WORLDS[family]
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert sum(path.stat().st_size for path in files) < 20e6
 
 
-def test_the_base_model_draws_what_it_is_told(world: World) -> None:
+@pytest.mark.parametrize("family", WORLDS)
+def test_a_base_model_draws_what_it_is_told(family: str, tmp_path: Path) -> None:
+    folder, leaves = WORLDS[family]
     scenes = SCENES[7::50]
-    shares, _ = check(world.family.pipeline, scenes, seed=SEED)
+    shares, _ = check(World(folder, tmp_path, leaves).family.pipeline, scenes, seed=SEED)
     assert len(scenes) == 8
     assert {name: share >= ASKED[name] for name, share in shares.items() if name in ASKED} == {
         name: True for name in ASKED
