@@ -219,7 +219,7 @@ def make_flux(folder: Path, *, guidance_embeds: bool = True, seed: int = 0) -> P
         text_encoder_2=T5EncoderModel(text_config),
         tokenizer_2=t5,
         transformer=transformer,
-        scheduler=_flow_scheduler(use_dynamic_shifting=guidance_embeds),
+        scheduler=flow_scheduler(use_dynamic_shifting=guidance_embeds),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -269,7 +269,7 @@ def make_flux2(folder: Path, *, seed: int = 0) -> Path:
         text_encoder=Qwen3ForCausalLM(text_config),
         tokenizer=tokenizer,
         transformer=transformer,
-        scheduler=_flow_scheduler(use_dynamic_shifting=True),
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -435,7 +435,7 @@ def teach(
         model.lm_head.weight[following, word] = 10.0
 
 
-def _flow_scheduler(*, use_dynamic_shifting: bool) -> FlowMatchEulerDiscreteScheduler:
+def flow_scheduler(*, use_dynamic_shifting: bool) -> FlowMatchEulerDiscreteScheduler:
     """FLUX's own, with its shift by the number of tokens or with none."""
     return FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256,

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from make_tiny_models import flow_scheduler
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 from world_pictures import SCENES, Scene
@@ -291,15 +292,7 @@ def _packed(latents: torch.Tensor) -> torch.Tensor:
 
 def pipeline_of(parts: Mapping[str, Any]) -> FluxPipeline:
     """All parts together, as diffusers has them."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=256,
-        base_shift=0.5,
-        max_image_seq_len=4096,
-        max_shift=1.15,
-        shift=3.0,
-        use_dynamic_shifting=True,
-    )
-    return FluxPipeline(**parts, scheduler=scheduler)
+    return FluxPipeline(**parts, scheduler=flow_scheduler(use_dynamic_shifting=True))
 
 
 STRUCTURE = Structure(new_parts, train_denoiser, pipeline_of)
