@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-TOKEN = "hf_standInTokenOfAnna"
-READS_ONLY = "hf_standInTokenThatReads"
+TOKEN = "hf_standInTokenOfAnnaAlone"
+READS_ONLY = "hf_standInTokenThatOnlyReads"
 ACCOUNTS = {TOKEN: ("anna", "write"), READS_ONLY: ("anna", "read")}
 
 

@@ -48,9 +48,27 @@ signal.pause() if "waits" in words else leave()
 """
 
 
-def launched(folder: Path, told: str, *words: str) -> subprocess.Popen[str]:
-    """A training that does as it is told, behind `launched`."""
-    command = ["bash", str(DEPLOY / "launched"), sys.executable, "-c", TRAINING, *words]
+# Stands for a launcher: notes each SIGTERM for a second after the first, and ends.
+COUNTING = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
+(folder / "begun").touch()
+while not heard:
+    time.sleep(0.02)
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    time.sleep(0.02)
+(folder / "heard").write_text(" ".join(heard))
+"""
+
+
+def launched(
+    folder: Path, told: str, *words: str, program: str = TRAINING
+) -> subprocess.Popen[str]:
+    """A training that does as it is told, behind `launched`, in a process group of its own."""
+    command = ["bash", str(DEPLOY / "launched"), sys.executable, "-c", program, *words]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.Popen(
         command,
@@ -58,7 +76,16 @@ def launched(folder: Path, told: str, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
+        start_new_session=True,
     )
+
+
+def begun(folder: Path) -> None:
+    """Waits until a training has begun."""
+    deadline = time.monotonic() + 20
+    while not (folder / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
@@ -97,14 +124,23 @@ def test_the_result_of_an_earlier_run_is_not_taken_for_that_of_a_launched_one(
 
 def test_a_launched_training_is_told_to_stop_and_waited_for(tmp_path: Path) -> None:
     running = launched(tmp_path, "code=1 result=75 waits=1", "--output", str(tmp_path))
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    begun(tmp_path)
 
     running.send_signal(signal.SIGTERM)
 
     assert ended(running)[0] == INTERRUPTED
+
+
+def test_a_launcher_is_told_to_stop_once_where_the_whole_process_group_is(tmp_path: Path) -> None:
+    running = launched(tmp_path, "", "--output", str(tmp_path), program=COUNTING)
+    begun(tmp_path)
+
+    os.killpg(running.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    os.killpg(running.pid, signal.SIGTERM)
+
+    assert ended(running)[0] == 0
+    assert (tmp_path / "heard").read_text() == "TERM"
 
 
 def test_a_launched_training_must_say_where_its_result_will_be(tmp_path: Path) -> None:
@@ -123,6 +159,42 @@ def test_a_template_of_slurm_is_a_script_that_leaves_time_for_a_checkpoint(path:
     assert {"--signal", "--requeue", "--open-mode", "--time"} <= set(options)
     # Slurm reads options up to the first command.
     assert not re.search(r"^[^#\n].*\n(.*\n)*#SBATCH", text, re.M)
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.sbatch")), ids=lambda path: path.stem)
+def test_a_job_of_slurm_that_is_stopped_before_it_began_is_queued_again(
+    path: Path, tmp_path: Path
+) -> None:
+    for name, does in {
+        "srun": "touch started",
+        "scontrol": 'echo "$1 Requeue=1" | tee -a told',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    # The signal comes while the template's first line of work is read.
+    (tmp_path / "first").write_text(
+        """trap 'case $BASH_COMMAND in "export SRUN"*) kill -TERM $$ ;; esac' DEBUG\n"""
+    )
+    search = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {
+        "PATH": search,
+        "PYTHONPATH": str(ROOT),
+        "BASH_ENV": str(tmp_path / "first"),
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "7",
+    }
+
+    done = subprocess.run(
+        ["bash", str(path), "trainer", "train", "--output", str(tmp_path)],
+        env=os.environ | own,
+        cwd=tmp_path,
+        check=False,
+    )
+
+    assert done.returncode == INTERRUPTED
+    assert not (tmp_path / "started").exists()
+    assert "requeue" in (tmp_path / "told").read_text()
 
 
 def job() -> dict[str, Any]:

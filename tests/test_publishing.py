@@ -58,7 +58,7 @@ def finished(_: TrainingConfig, folder: RunFolder, __: Stop) -> Iterator[Event]:
 
 
 def events_of(config: TrainingConfig, root: Path, stop: Stop = never) -> list[Event]:
-    return list(published(finished, config)(config, RunFolder(root), stop))
+    return list(published(finished, config, stop)(config, RunFolder(root), stop))
 
 
 def remarks(events: list[Event]) -> list[NoteEvent]:
@@ -122,7 +122,7 @@ def refusal(config: TrainingConfig) -> str:
         raise AssertionError
 
     with pytest.raises(InputError) as error:
-        published(never_run, config)
+        published(never_run, config, never)
     return str(error.value)
 
 
@@ -178,7 +178,7 @@ def test_a_repository_that_was_made_public_during_the_training_gets_nothing(
     hub: Hub, tmp_path: Path
 ) -> None:
     config = wanting()
-    engine = published(finished, config)
+    engine = published(finished, config, never)
     hub.repositories["anna/me"] = Repository(private=False)
 
     events = list(engine(config, RunFolder(tmp_path), never))
@@ -258,7 +258,9 @@ def test_a_failed_upload_leaves_the_run_done_and_says_what_to_do(hub: Hub, tmp_p
         def __exit__(self, *_: object) -> None:
             return None
 
-    result = supervise(config, folder, [Ear()], engine=published(finished, config), stop=never)
+    result = supervise(
+        config, folder, [Ear()], engine=published(finished, config, never), stop=never
+    )
 
     assert (result.status, result.exit_code, result.published) == ("done", 0, None)
     assert len(result.files) == len(FILES) + len(PHOTOGRAPHS)
@@ -287,6 +289,105 @@ def test_no_token_is_told_whatever_a_library_writes(monkeypatch: pytest.MonkeyPa
     said = publishing._without_token(text)
 
     assert said == "Illegal header value b'Bearer …' for hf_…, …"
+
+
+def program(path: Path, does: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else in place of the program that asks the hub."""
+    path.write_text(does)
+    monkeypatch.setattr(publishing, "_PROGRAM", path)
+
+
+def test_a_repository_may_be_called_like_a_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    events = events_of(wanting(hub_model_id="anna/hf_portrait"), tmp_path)
+
+    assert list(hub.repositories) == ["anna/hf_portrait"]
+    (event,) = [event for event in events if isinstance(event, PublishedEvent)]
+    assert event.repository == "anna/hf_portrait"
+    assert publishing._without_token("no anna/hf_portrait here") == "no anna/hf_portrait here"
+
+
+def test_a_token_in_an_answer_is_left_out_and_the_answer_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.dumps({"status": "failed", "message": f'"{TOKEN}"', "hint": f"not {TOKEN}"})
+    program(tmp_path / "program.py", f"print({answer!r})", monkeypatch)
+    # A token that is part of JSON itself.
+    monkeypatch.setenv("HF_TOKEN", '": "')
+
+    events = events_of(wanting(), tmp_path / "run")
+
+    assert '"hf_…"' in remarks(events)[0].message
+    assert "not hf_…" in remarks(events)[1].message
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        "",
+        "print('no JSON')",
+        "print('[]')",
+        "print('null')",
+        "print('{}')",
+        """print('{"status": "ok"}')""",
+        """print('{"status": "well"}')""",
+        """print('{"status": ["ok"]}')""",
+        """print('{"status": "refused", "message": "no"}')""",
+        "import sys; sys.stdout.buffer.write(bytes([255, 254, 10]))",
+        "import sys; sys.stderr.buffer.write(bytes([255, 254, 10])); sys.exit(1)",
+        "import os; os.kill(os.getpid(), 9)",
+    ],
+)
+def test_whatever_comes_of_the_upload_the_run_is_done(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "program.py", does, monkeypatch)
+
+    events = events_of(wanting(), tmp_path / "run")
+
+    before, after = remarks(events)
+    assert "the hub could not be asked before the training" in before.message
+    assert "the run is done, but its result is not on the hub" in after.message
+
+
+def test_a_machine_on_which_no_program_can_be_started_any_more_keeps_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing.sys, "executable", str(tmp_path / "gone"))
+
+    events = events_of(wanting(), tmp_path / "run")
+
+    assert "nothing can be started for it" in remarks(events)[1].message
+
+
+def test_an_upload_may_take_as_long_as_its_size_asks_for_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "program.py", "import time; time.sleep(60)", monkeypatch)
+    monkeypatch.setattr(publishing, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(publishing, "UPLOAD_SECONDS", 0.0)
+    size = sum(map(len, FILES.values()))
+    monkeypatch.setattr(publishing, "UPLOAD_BYTES_PER_SECOND", float(size))
+    began = time.monotonic()
+
+    events = events_of(wanting(), tmp_path / "run")
+
+    assert 1 <= time.monotonic() - began < 20
+    assert "took too long" in remarks(events)[1].message
+
+
+def test_a_wish_to_stop_ends_the_question_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "program.py", "import time; time.sleep(60)", monkeypatch)
+    began = time.monotonic()
+
+    published(finished, wanting(), lambda: True)
+
+    assert time.monotonic() - began < 10
 
 
 def test_a_token_in_a_configuration_is_refused_and_not_repeated(

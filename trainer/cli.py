@@ -108,7 +108,7 @@ def train(
     with stop_on_signals() as stop:
         config = configuration(request, preset, dialect, overrides)
         engine = sealed(_engine, config) if seal_network else _engine
-        engine = published(engine, config)
+        engine = published(engine, config, stop)
         folder = RunFolder(output or Path("runs") / config.output.output_name)
         summary = Summary()
         logs = logs_for(config, folder) if is_main_process() else []

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -36,18 +36,32 @@ STAGE = "upload"
 STAYING = ("debug_dataset", "debug_masks")
 
 # Before a training, a hub that says nothing for so long is out of reach.
-CHECK_SECONDS = 60.0
+CHECK_SECONDS = 15.0
+# An upload may take so long, and a second more for as many bytes.
+UPLOAD_SECONDS = 600.0
+UPLOAD_BYTES_PER_SECOND = 1e6
 # Between two looks at whether an upload is done, or is to be stopped.
 _POLL_SECONDS = 0.2
 # That the program gets for its end once it is told to.
 _END_SECONDS = 5.0
 
-# What a token looks like wherever a library might print it: by its form, or in a header.
-_TOKEN = re.compile(r"(\bhf_|\bapi_org_|Bearer )[^\s'\",;]+")
+# Not run by `-m`: what lies in the user's folder is not to be imported.
+_PROGRAM = Path(__file__).with_name("hub_upload.py")
+# What an answer consists of, by its status.
+_PARTS = {"ok": {"repository"}, "refused": {"field", "message", "hint"}, "failed": {"message"}}
+
+# What a token looks like wherever a library might print it: by its form, or in a header. Names of
+# repositories begin with `hf_` too.
+_TOKEN = re.compile(r"(\bhf_|\bapi_org_)[A-Za-z0-9]{20,}|(Bearer )[^\s'\",;]+")
 
 
-def published(engine: Engine, config: TrainingConfig) -> Engine:
+def published(engine: Engine, config: TrainingConfig, stop: Stop) -> Engine:
     """An engine at whose end the result goes to the hub, where that is asked for.
+
+    Args:
+        engine: of the training.
+        config: of the training.
+        stop: asked while the hub is asked, before the training; true ends that.
 
     Raises:
         InputError: it could not: no token, one that may not write, HF_HUB_OFFLINE.
@@ -55,7 +69,7 @@ def published(engine: Engine, config: TrainingConfig) -> Engine:
     output = config.output
     if not output.push_to_hub or not is_main_process():
         return engine
-    repository, note = _agreed(output)
+    repository, note = _agreed(output, stop)
 
     def run(config: TrainingConfig, folder: RunFolder, stop: Stop) -> Events:
         files: list[str] = []
@@ -75,17 +89,14 @@ def published(engine: Engine, config: TrainingConfig) -> Engine:
     return run
 
 
-def _agreed(output: OutputConfig) -> tuple[str, NoteEvent | None]:
+def _agreed(output: OutputConfig, stop: Stop) -> tuple[str, NoteEvent | None]:
     """The repository, and what is to be told where the hub did not say whether it takes it.
 
     Raises:
         InputError: it does not take it.
     """
     repository = output.hub_model_id or output.output_name
-    began = time.monotonic()
-    answer = _ask(
-        _task("check", repository, output), lambda: time.monotonic() - began > CHECK_SECONDS
-    )
+    answer = _ask(_task("check", repository, output), stop, CHECK_SECONDS)
     if answer["status"] == "refused":
         raise InputError.of(answer["field"], answer["message"], answer["hint"])
     if answer["status"] == "ok":
@@ -98,7 +109,7 @@ def _sent(task: Task, stop: Stop) -> Iterator[Event]:
     """Sends the files; where that fails, says how they get there later."""
     count = len(task["files"])
     yield StageEvent(STAGE, 0, count)
-    answer = _ask(task, stop)
+    answer = _ask(task, stop, _upload_seconds(task))
     if answer["status"] == "ok":
         yield StageEvent(STAGE, count, count)
         yield PublishedEvent(answer["repository"], answer["url"], task["private"])
@@ -106,6 +117,16 @@ def _sent(task: Task, stop: Stop) -> Iterator[Event]:
     remedy = answer.get("hint") or f"to send it later: {_by_hand(task)}"
     message = f"the run is done, but its result is not on the hub: {answer['message']}; {remedy}"
     yield NoteEvent("warning", answer.get("field", FIELD), message)
+
+
+def _upload_seconds(task: Task) -> float:
+    """How long an upload may take, by the size of its files."""
+    size = 0
+    for name in task["files"]:
+        # A file that cannot be read is the program's to complain of.
+        with suppress(OSError):
+            size += Path(task["folder"], name).stat().st_size
+    return UPLOAD_SECONDS + size / UPLOAD_BYTES_PER_SECOND
 
 
 def _by_hand(task: Task) -> str:
@@ -132,23 +153,27 @@ def _task(
     }
 
 
-def _ask(task: Task, ended: Callable[[], bool]) -> Answer:
-    """Has a task done by the program.
+def _ask(task: Task, stop: Stop, seconds: float) -> Answer:
+    """Has a task done by the program; whatever befalls that, there is an answer.
 
     Args:
         task: what is to be done.
-        ended: asked all the while; true ends it.
+        stop: asked all the while; true ends it.
+        seconds: that it may take.
     """
-    # Not `-m`: what lies in the user's folder is not to be imported.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("hub_upload.py"))]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-    )
+    deadline = time.monotonic() + seconds
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        )
+    except OSError as error:
+        return {"status": "failed", "message": f"nothing can be started for it: {error}"}
     with process:
         text: str | None = json.dumps(task)
         while True:
@@ -158,13 +183,29 @@ def _ask(task: Task, ended: Callable[[], bool]) -> Answer:
             except subprocess.TimeoutExpired:
                 # The rest of the text is still on its way.
                 text = None
-            if ended():
+            if stop() or time.monotonic() > deadline:
                 _end(process)
                 return {"status": "failed", "message": "it was stopped, or took too long"}
     if process.returncode == 0:
-        return cast("Answer", json.loads(_without_token(said.splitlines()[-1])))
+        return _answer_in(said, task["kind"])
     lines = complaint.strip().splitlines() or [f"exit code {process.returncode}"]
     return {"status": "failed", "message": _without_token(lines[-1])}
+
+
+def _answer_in(said: str, kind: Kind) -> Answer:
+    """The answer in what the program wrote; a failure where there is none."""
+    try:
+        answer = json.loads(said.splitlines()[-1])
+        needed = _PARTS[answer["status"]]
+        if kind == "upload" and answer["status"] == "ok":
+            needed = needed | {"url"}
+        whole = all(isinstance(answer[name], str) for name in needed)
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        return {"status": "failed", "message": "no answer came from the program that asks the hub"}
+    told = {n: _without_token(answer[n]) for n in ("message", "hint") if n in answer}
+    return cast("Answer", answer | told)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -181,4 +222,4 @@ def _without_token(text: str) -> str:
     """A text in which no token stands, whatever a library wrote."""
     given = os.environ.get("HF_TOKEN", "").strip()
     text = text.replace(given, "…") if given else text
-    return _TOKEN.sub(r"\1…", text)
+    return _TOKEN.sub(r"\1\2…", text)

@@ -149,6 +149,9 @@ def test_a_base_model_is_known_by_its_name(server: TestClient) -> None:
         ({"options": {"rank": 0}}, "rank"),
         ({"options": {"rnk": 4}}, "rnk"),
         ({"options": {"wandb": True}}, "wandb"),
+        ({"options": {"push_to_hub": True}}, "push_to_hub"),
+        ({"options": {"hub_model_id": "anna/me"}}, "hub_model_id"),
+        ({"options": {"hub_private": False}}, "hub_private"),
         ({"options": {"model_url": "/etc"}}, "model_url"),
         ({"options": {"face_detector_path": "/etc/passwd"}}, "face_detector_path"),
         ({"options": {"captions_file_url": "/etc/passwd"}}, "captions_file_url"),
@@ -165,6 +168,16 @@ def test_what_is_refused_is_told_by_field(
 
     assert answer.status_code == 422
     assert [problem["field"] for problem in answer.json()["problems"]] == [field]
+
+
+def test_options_that_are_refused_may_stand_in_a_configuration_with_their_defaults(
+    server: TestClient,
+) -> None:
+    options = {"push_to_hub": False, "hub_model_id": None, "hub_private": True, "wandb": False}
+
+    answer = server.post("/trainer/trainings", json=submission(server, options=options))
+
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_subject_among_several_names_no_file_of_the_machine(server: TestClient) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from trainer.config import LEAVES
 from trainer.contracts import faults_in
 from trainer.dialects import with_known_model
 from trainer.errors import Problem
@@ -109,7 +110,8 @@ def _layers(sent: Submission) -> list[Layer]:
     """
     values, problems = dict(sent.options), list[Problem]()
     for name in REFUSED.keys() & values.keys():
-        if values.pop(name):
+        # A whole configuration names them with their defaults, which ask for nothing.
+        if values.pop(name) not in (None, LEAVES[name].info.default):
             problems.append(Problem(name, REFUSED[name], "leave it out"))
     places = [bool(sent.pictures), sent.archive is not None, PICTURES in values]
     if sum(places) > 1:
