@@ -195,8 +195,10 @@ def test_a_sample_without_a_prompt_is_left_out(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_text_are_told(tmp_path: Path) -> None:
-    found = job(tmp_path, **{"datasets": [{"folder_path": "p", 7: 1}], "train": {8: 2}})
-    assert {"datasets.7", "train.8"} <= lost(found).keys()
+    text = "config: {process: [{type: sd_trainer, 9: 1, train: {8: 2}}], 5: 3}"
+    found = import_file(tmp_path, "job.yaml", text)
+
+    assert {"9", "train.8", "5"} <= lost(found).keys()
 
 
 def test_publishing_is_an_option_here() -> None:
