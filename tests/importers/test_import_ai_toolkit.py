@@ -86,7 +86,7 @@ def test_a_job_is_taken_over(tmp_path: Path) -> None:
     assert config.data.caption_dropout == 0.1
     assert (config.data.resolution_width, config.data.resolution_height) == (768, 768)
     assert config.data.enable_bucket
-    assert (config.adapter.rank, config.adapter.alpha) == (24, 12)
+    assert (config.adapter.rank, config.adapter.scale) == (24, 1)
     assert config.adapter.target_unet_modules == WHOLE_BLOCKS["flow"]
     assert (config.run.batch_size, config.run.gradient_accumulation_steps) == (2, 3)
     assert config.run.max_train_steps == 1500

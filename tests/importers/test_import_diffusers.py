@@ -109,7 +109,7 @@ def test_variables_that_are_set_elsewhere_are_told() -> None:
         "--instance_data_dir p --instance_prompt 'a zkx dog' --max_train_steps 5"
     )
 
-    assert any("pretrained_model_name_or_path $MODEL" in remark for remark in found.remarks)
+    assert any("filled in: pretrained_model_name_or_path" in remark for remark in found.remarks)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ out. Source of names and defaults: the programs' own argument parsers and config
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import LEAVES, SECTIONS
-from trainer.config_files import dump_yaml
+from trainer.config_files import dump_yaml, parse_yaml
 from trainer.errors import InputError
 from trainer.importers import ai_toolkit, diffusers, kohya
 from trainer.importers.desk import Desk, Left, Taken
@@ -76,7 +77,8 @@ class Imported:
             lines += [f"  {e.name}: {shown(e.value)} - {e.reason}" for e in lost]
         if self.remarks:
             lines += ["", *self.remarks]
-        comment = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+        parts = [part for line in lines for part in line.splitlines() or [""]]
+        comment = "".join(f"# {part}".rstrip() + "\n" for part in parts)
         nested = {
             section: {n: v for n, v in self.values.items() if LEAVES[n].section == section}
             for section in SECTIONS
@@ -102,7 +104,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     _refuse_wrong(desk)
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
-    return Imported(
+    found = Imported(
         name,
         tuple(document.name for document in documents),
         {leaf: desk.values[leaf] for leaf in LEAVES if leaf in desk.values},
@@ -111,6 +113,23 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
         tuple(desk.filled),
         tuple(desk.remarks),
     )
+    _read_back(found)
+    return found
+
+
+def _read_back(found: Imported) -> None:
+    """Raises where the written text would not mean what was read.
+
+    Raises:
+        InputError: a value cannot be written.
+    """
+    sections = parse_yaml(found.text, "the imported configuration") if found.values else {}
+    written = {leaf: value for part in sections.values() for leaf, value in part.items()}
+    for leaf, value in found.values.items():
+        if json.dumps(written.pop(leaf, None)) != json.dumps(value):
+            raise InputError.of(leaf, f"got {shown(value)}, which cannot be written as YAML")
+    if written:
+        raise InputError.of(next(iter(written)), "is in the text and was not read")
 
 
 def _program_of(documents: Sequence[Document]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.ai_toolkit_table import LAYERS_KNOWN, TABLE, with_trigger
+from trainer.importers.ai_toolkit_network import LAYERS_KNOWN
+from trainer.importers.ai_toolkit_table import TABLE, with_trigger
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
@@ -22,6 +23,7 @@ _TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
 _SECTIONS = ("network", "save", "train", "model", "sample", "logging")
 DEFAULTS: Mapping[str, Any] = {
     "network.type": "lora",
+    "network.linear": 4,
     "network.linear_alpha": 1.0,
     "save.dtype": "float16",
     "train.lr": 1e-6,
@@ -34,6 +36,8 @@ DEFAULTS: Mapping[str, Any] = {
     "datasets.buckets": True,
     "datasets.alpha_mask": False,
 }
+# What a job without a network does not have.
+_OF_NETWORKS = ("network.linear", "network.linear_alpha")
 # Of its constant_with_warmup, where nothing is said.
 _WARMUP = 1000
 # How a model says what it learns by.
@@ -65,8 +69,10 @@ def read(documents: Sequence[Document]) -> Desk:
     left = _join(given, subjects)
     given = {name: value for name, value in given.items() if value not in (None, "", [])}
     desk = Desk(given, DEFAULTS, _kind(given))
-    if desk.kind == "flow":
-        desk.defaults = {n: v for n, v in DEFAULTS.items() if n != "train.min_snr_gamma"}
+    gone = ["train.min_snr_gamma"] if desk.kind == "flow" else []
+    if not any(name.startswith("network.") for name in given):
+        gone += _OF_NETWORKS
+    desk.defaults = {n: v for n, v in DEFAULTS.items() if n not in gone}
     for name, reason, value in left:
         desk.leave(name, reason, value=value)
     trigger = given.get("trigger_word")
@@ -95,17 +101,19 @@ def _flattened(document: Document) -> tuple[dict[str, Any], list[dict[str, Any]]
     if process.get("type") not in _TRAINERS:
         message = f"got {shown(process.get('type'))}; allowed: {', '.join(_TRAINERS)}"
         raise InputError.of("config.process.type", message, "only trainings are read")
-    others = {n: v for n, v in document.content.items() if n != "config"}
-    given = {**others, **{n: v for n, v in config.items() if n != "process"}}
+    others = {**document.content, **config}
+    given = {str(n): v for n, v in others.items() if n not in ("config", "process")}
     for name, value in process.items():
         if name in _SECTIONS and isinstance(value, Mapping):
             given |= {f"{name}.{option}": inner for option, inner in value.items()}
         elif name not in ("datasets", "type"):
-            given[name] = value
+            given[str(name)] = value
+    if isinstance(process.get("network"), Mapping):
+        given["network.type"] = given.get("network.type") or DEFAULTS["network.type"]
     datasets = process.get("datasets") or []
     if not isinstance(datasets, list) or not all(isinstance(d, Mapping) for d in datasets):
         raise InputError.of("datasets", "is no list of data sets", "write - folder_path: photos")
-    return given, [{n: v for n, v in d.items() if v not in (None, "")} for d in datasets]
+    return given, [{str(n): v for n, v in d.items() if v not in (None, "")} for d in datasets]
 
 
 def _join(given: dict[str, Any], datasets: Sequence[Mapping[str, Any]]) -> list[Any]:

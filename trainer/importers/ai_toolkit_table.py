@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.importers.adapted import CONVOLUTIONS, WHOLE_BLOCKS
+from trainer.importers.ai_toolkit_network import (
+    take_alpha,
+    take_conv,
+    take_network,
+    take_rank,
+    take_whole_rank,
+)
 from trainer.importers.desk import (
     Desk,
     Row,
@@ -29,15 +35,10 @@ from trainer.importers.shared import (
 )
 from trainer.sections.running import DIFFUSERS_NAME
 
-# How a model says that it is FLUX.1, whose layers are known.
-LAYERS_KNOWN = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1")
-_FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
 _LEGACY = "train.gradient_accumulation_steps"
 # Its `linear` rises from a third, and has no counterpart.
 _COURSES = {name: course for name, course in SCHEDULERS.items() if name != "linear"}
 _TRIGGERS = ("[trigger]", "[name]")
-# A rank above that of any layer: then LoKr's second factor is whole.
-_WHOLE = 1_000_000
 # Resolutions of a data set that are all of those of a priority, for a base model of 1024 pixels.
 _PRIORITIES: Mapping[tuple[int, ...], str] = {(512, 768, 1024): "quality"}
 _WAYS: Mapping[str, tuple[str, Any]] = {
@@ -55,66 +56,6 @@ def with_trigger(text: str, trigger: Any) -> str:
     for place in _TRIGGERS:
         text = text.replace(place, word)
     return text if not word or word in text else f"{word} {text}".strip()
-
-
-def _take_network(desk: Desk, name: str, value: Any) -> None:
-    form = str(value).lower()
-    if form in _FORMS:
-        desk.take(name, "lora_type", _FORMS[form])
-    else:
-        desk.leave(name, "is no form of adapter here: a LoRA of the same rank is trained")
-    if form == "dora":
-        desk.take(name, "use_dora", True)
-    ranks = ("network.linear", "network.rank", "network.lokr_full_rank")
-    if not any(desk.setting(rank) for rank in ranks):
-        desk.take(name, "use_lora", False)
-        return
-    says = {f"{option}={desk.setting(option)}" for option in ("model.is_flux", "model.arch")}
-    if desk.kind == "table":
-        convolved = CONVOLUTIONS if desk.setting("network.conv") else ()
-        desk.take(name, "target_unet_modules", [*WHOLE_BLOCKS["table"], *convolved])
-    elif says & set(LAYERS_KNOWN):
-        desk.take(name, "target_unet_modules", list(WHOLE_BLOCKS["flow"]))
-    else:
-        desk.remarks.append("Adapters are on the layers that this program takes for such a model.")
-
-
-def _take_conv(desk: Desk, name: str, value: Any) -> None:
-    rank = desk.setting("network.linear") or desk.setting("network.rank")
-    if desk.kind == "flow":
-        desk.leave(name, "the base model has no convolutions", matters=False)
-    elif float(value) != float(rank or 0):
-        desk.leave(name, f"convolutions get the rank of all other layers, {rank}")
-    else:
-        desk.leave(name, "convolutions get an adapter, too: see target_unet_modules", matters=False)
-
-
-def _take_alpha(desk: Desk, name: str, value: Any) -> None:
-    """The alpha of linear layers; `alpha` stands for it where it is not given."""
-    if is_true(desk.setting("network.lokr_full_rank")):
-        desk.leave(name, "factors that are whole have a strength of 1", matters=False)
-    elif (
-        name == "network.linear_alpha" and name not in desk.given and "network.alpha" in desk.given
-    ):
-        return
-    elif name == "network.alpha" and "network.linear_alpha" in desk.given:
-        desk.leave(name, "linear_alpha goes before it", matters=False)
-    else:
-        desk.take(name, "alpha", value)
-
-
-def _take_whole_rank(desk: Desk, name: str, value: Any) -> None:
-    if is_true(value):
-        desk.take(name, "rank", _WHOLE)
-    else:
-        desk.leave(name, "is off", matters=False)
-
-
-def _take_rank(desk: Desk, name: str, value: Any) -> None:
-    if is_true(desk.setting("network.lokr_full_rank")):
-        desk.leave(name, "lokr_full_rank goes before it", matters=False)
-    else:
-        desk.take(name, "rank", value)
 
 
 def _take_resolution(desk: Desk, name: str, value: Any) -> None:
@@ -163,12 +104,16 @@ def _take_accumulation(desk: Desk, name: str, value: Any) -> None:
 
 def _take_steps(leaf: str) -> Row:
     def act(desk: Desk, name: str, value: Any) -> None:
-        steps = desk.number(name) / accumulated(desk)
+        is_length = leaf == "max_train_steps"
+        number = desk.count(name) if is_length else desk.number(name)
+        steps = number / accumulated(desk)
+        if steps <= 0 and is_length:
+            return
         if steps <= 0:
             desk.leave(name, "is off", matters=False)
             return
         desk.take(name, leaf, desk.lengths.steps(steps))
-        if leaf == "max_train_steps" and desk.lengths.halved:
+        if is_length and desk.lengths.halved:
             desk.remarks.append(
                 "Every second step there is of class pictures; here they come beside each step, "
                 "so all counts of steps are halved and the subject's are seen as often."
@@ -203,11 +148,12 @@ def _take_prompts(desk: Desk, name: str, value: Any) -> None:
     trigger = desk.setting("trigger_word")
     prompts = []
     for row in rows:
-        text = row.get("prompt", "") if isinstance(row, Mapping) else str(row)
+        said = row.get("prompt") if isinstance(row, Mapping) else row
+        text = "" if said is None else str(said)
         for place in _TRIGGERS:
             text = text.replace(place, str(trigger or ""))
         prompts.append(text.strip())
-    others = {key for row in rows if isinstance(row, Mapping) for key in row} - {"prompt"}
+    others = {key for row in rows if isinstance(row, Mapping) for key in map(str, row)} - {"prompt"}
     for key in sorted(others):
         desk.leave(f"{name}: {key}", "one value for all prompts", matters=False)
     if is_true(desk.setting("train.disable_sampling")):
@@ -231,9 +177,13 @@ def _take_rate(desk: Desk, name: str, value: Any) -> None:
 
 
 def _take_scheduler_params(desk: Desk, name: str, value: Any) -> None:
-    for key, inner in (value if isinstance(value, Mapping) else {}).items():
+    if not isinstance(value, Mapping):
+        desk.refuse(name, "options by name")
+        return
+    for key, inner in value.items():
         if key in ("num_warmup_steps", "warmup_steps"):
-            desk.take(name, "lr_warmup_steps", desk.lengths.steps(float(inner)))
+            warmup = float(inner)
+            desk.take(name, "lr_warmup_steps", desk.lengths.steps(warmup) if warmup > 0 else inner)
         else:
             desk.leave(f"{name}: {key}", "the course has no such option", value=inner)
 
@@ -242,7 +192,7 @@ _SAMPLING = "validation pictures are made as the base model's pipeline makes the
 _KEPT = "what encoders make is kept on disk by itself, where pictures are not moved each time"
 _MEMORY = "what fits is found by a forecast; see --offload-blocks"
 _OUTPUT = "is `--output` on the command line of `trainer train`"
-_HUB = "is done with the finished file, by `hf upload`"
+_HUB = "see --push-to-hub, which sends the finished files"
 _CAPTIONS = "captions are taken as they are written"
 _PLAIN = "pictures and noise are taken as they are"
 _LOSS = "the loss is the mean of squares"
@@ -259,18 +209,20 @@ TABLE: Table = {
     "device": needless("the GPU of this machine; CUDA_VISIBLE_DEVICES chooses"),
     "trigger_word": computed(_take_trigger, "token_abstraction", "add_trigger"),
     "network.type": computed(
-        _take_network, "lora_type", "use_dora", "use_lora", "target_unet_modules"
+        take_network, "lora_type", "use_dora", "use_lora", "target_unet_modules"
     ),
-    "network.linear": computed(_take_rank, "rank"),
-    "network.rank": computed(_take_rank, "rank"),
-    "network.linear_alpha": computed(_take_alpha, "alpha"),
-    "network.alpha": computed(_take_alpha, "alpha"),
-    "network.conv": computed(_take_conv),
+    "network.linear": computed(take_rank, "rank"),
+    "network.rank": computed(take_rank, "rank"),
+    "network.linear_alpha": computed(take_alpha, "alpha"),
+    "network.alpha": computed(take_alpha, "alpha"),
+    "network.conv": computed(take_conv),
     "network.conv_alpha": needless("an adapter has one alpha"),
-    "network.lokr_full_rank": computed(_take_whole_rank, "rank"),
+    "network.lokr_full_rank": computed(take_whole_rank, "rank"),
     "network.lokr_factor": becomes("lokr_factor"),
     "network.dropout": without("adapters are trained whole"),
-    "network.network_kwargs": without("see --target-unet-modules", as_here=({},)),
+    "network.network_kwargs": without(
+        "see --target-unet-modules", as_here=({}, {"ignore_if_contains": []})
+    ),
     "network.transformer_only": without("adapters are on the blocks alone", as_here=(True, "true")),
     "save.dtype": chosen("save_dtype", SAVED, NO_PRECISION),
     "save.save_every": _take_steps("checkpointing_steps"),

@@ -23,7 +23,9 @@ _MEANS_NOTHING: Mapping[Kind, str] = {
     "flow": "the base model learns by flow matching",
 }
 HIDDEN = "(not shown)"
-_SECRET = re.compile(r"(?:^|_)(?:api_?key|key|token|password|secret)$")
+_SECRET = re.compile(
+    r"(?:^|[\s_.-])(?:api[_-]?key|key|token|passw(?:or)?d|secret|auth|credentials?)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Desk:
         """
         if name in self.given or matters or value is not None:
             own = self.setting(name) if value is None else value
-            self.left.append(Left(name, own, reason, matters))
+            self.left.append(Left(name, _without_secrets(name, own), reason, matters))
 
     def refuse(self, name: str, words: str) -> None:
         """Says that an option cannot be read."""
@@ -155,6 +157,15 @@ class Desk:
             self.refuse(name, "a number")
             return 0.0
 
+    def count(self, name: str) -> float:
+        """An option as a number above 0; 0 where it is none, which is a problem."""
+        before = len(self.problems)
+        number = self.number(name)
+        if number > 0 or len(self.problems) > before:
+            return number
+        self.refuse(name, "a number above 0")
+        return 0.0
+
     def run(self, table: Table) -> None:
         """Goes through a table: what is given, then what the other program assumes."""
         for name in self.given:
@@ -162,8 +173,7 @@ class Desk:
             if row is None:
                 hint = nearest(name, table)
                 reason = "is not known here: look whether it matters"
-                hidden = HIDDEN if _SECRET.search(name) else None
-                self.leave(name, f"{reason}; {hint}" if hint else reason, value=hidden)
+                self.leave(name, f"{reason}; {hint}" if hint else reason)
         for name, row in table.items():
             if name in self.given or name in self.defaults:
                 self._act(name, row)
@@ -195,6 +205,22 @@ class Desk:
             self.leave(name, reason, matters=False)
         order = {name: place for place, name in enumerate(self.given)}
         self.left.sort(key=lambda entry: order.get(entry.name, len(order)))
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option is a key or password by its name."""
+    return _SECRET.search(name) is not None
+
+
+def _without_secrets(name: str, value: Any) -> Any:
+    """A value as it may be shown: keys and passwords in it are hidden."""
+    if value is not None and not isinstance(value, bool) and is_secret(name):
+        return HIDDEN
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets("", inner) for inner in value]
+    return value
 
 
 def fitting(leaf: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.importers import folders
 from trainer.importers.adapted import ATTENTION, JOINT
-from trainer.importers.desk import Desk, Kind
+from trainer.importers.desk import Desk, Kind, is_secret
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
@@ -122,10 +122,10 @@ def read(documents: Sequence[Document]) -> Desk:
 
 def _say_unset(desk: Desk) -> None:
     """A remark on variables that the file does not set."""
-    unset = [n for n, v in desk.given.items() if isinstance(v, str) and v.startswith("$")]
+    given = {n: v for n, v in desk.given.items() if not is_secret(n)}
+    unset = [n for n, v in given.items() if isinstance(v, str) and v.startswith("$")]
     if unset:
-        named = ", ".join(f"{name} {desk.given[name]}" for name in unset)
-        desk.remarks.append(f"Set elsewhere, to be filled in: {named}.")
+        desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 
 
 def _lengths(desk: Desk) -> Lengths:

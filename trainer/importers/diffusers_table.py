@@ -118,6 +118,8 @@ def _take_eight_bits(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, "the optimizer is prodigy", matters=False)
     elif is_true(value):
         desk.take(name, "optimizer", "adamw8bit")
+    else:
+        desk.leave(name, "is off", matters=False)
 
 
 def _take_size(desk: Desk, name: str, value: Any) -> None:
@@ -184,9 +186,14 @@ def _take_schedule(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, "the loss has no weight by noise level; see --timestep-density")
 
 
+def _with_less_noise(mean: Any) -> float:
+    """A larger mean is less noise there, where times are counted from the noisiest one."""
+    return 0.0 - float(mean)
+
+
 _ATTENTION = "attention is computed as is quickest here; see --attention"
 _MADE = "class and validation pictures are made as memory allows"
-_HUB = "is done with the finished file, by `hf upload`"
+_HUB = "see --push-to-hub, which sends the finished files"
 _KEPT = "what encoders make is kept on disk by itself, where pictures are not moved each time"
 _LAUNCH = "the launcher says it"
 
@@ -269,7 +276,7 @@ TABLE: Table = {
     "do_edm_style_training": without("the base model is trained as its schedule says"),
     "guidance_scale": becomes("guidance_scale", only="flow"),
     "weighting_scheme": computed(_take_schedule, "timestep_density", only="flow"),
-    "logit_mean": becomes("logit_mean", only="flow"),
+    "logit_mean": becomes("logit_mean", _with_less_noise, only="flow"),
     "logit_std": becomes("logit_std", only="flow"),
     "mode_scale": becomes("mode_scale", only="flow"),
     "seed": becomes("seed"),

@@ -21,6 +21,9 @@ _BEFORE_ASSIGNMENT = ("export", "set")
 _WINDOWS = (".bat", ".cmd", ".ps1")
 # What ends a command, and what joins its lines in a shell, in cmd and in PowerShell.
 _CONTINUED = re.compile(r"[ \t]*(?:\\|\^|`)[ \t]*\r?\n")
+# What stands for several words, or for none.
+_SEVERAL = re.compile(r"\$(?:[@*]|\{[@*]\}|\{\w+\[[@*]\]\})")
+_SETS = re.compile(r"(?:(?:export|set)\s+)?[\"']?[A-Za-z_]\w*=")
 _ENDS = ("&&", "||", ";", "|", "&", ">", ">>", "2>&1")
 
 
@@ -93,8 +96,10 @@ def _command(text: str, name: str, folder: Path) -> Document:
         InputError: there is none, or quotes in it do not end.
     """
     variables: dict[str, str] = {}
-    for line in _CONTINUED.sub(" ", text).splitlines():
-        words = [_filled(word, variables) for word in _words(line.strip().removeprefix("!"), name)]
+    for number, line in _lines(text):
+        if ".py" not in line and not _SETS.match(line):
+            continue
+        words = [_filled(word, variables) for word in _words(line, name, number)]
         assignments = _assignments(words)
         if assignments:
             variables |= assignments
@@ -102,6 +107,7 @@ def _command(text: str, name: str, folder: Path) -> Document:
         place = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
         if place is not None and any(word.startswith("--") for word in words[place:]):
             own = _until_end(words[place + 1 :])
+            _refuse_nameless(own, name)
             return Document(
                 name,
                 folder,
@@ -121,11 +127,35 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match} if all(found) else {}
 
 
-def _words(line: str, name: str) -> list[str]:
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines with what goes on from them, and the number of the first in the file."""
+    number = 1
+    for line in _CONTINUED.sub("\0", text).split("\n"):
+        yield number, line.replace("\0", " ").strip().removeprefix("!")
+        number += 1 + line.count("\0")
+
+
+def _refuse_nameless(words: Sequence[str], name: str) -> None:
+    """Raises where a word belongs to no option, or a variable may stand for options.
+
+    Raises:
+        InputError: with the word.
+    """
+    before = ["", *words]
+    for previous, word in zip(before, words, strict=False):
+        is_value = previous.startswith("--") and "=" not in previous
+        stands_alone = word.startswith("$") and not is_value
+        is_first = word == words[0] and not word.startswith("--")
+        if is_first or stands_alone or _SEVERAL.fullmatch(word):
+            message = f"`{word}` stands for no option by name"
+            raise InputError.of(name, message, "write the options themselves in its place")
+
+
+def _words(line: str, name: str, number: int) -> list[str]:
     try:
         return shlex.split(line, comments=True)
-    except ValueError as error:
-        raise InputError.of(name, f"a quotation does not end: {line[:60]}", _FIX) from error
+    except ValueError:
+        raise InputError.of(name, f"line {number}: a quotation does not end", _FIX) from None
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:

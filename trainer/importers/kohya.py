@@ -90,12 +90,10 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
     data: dict[str, Any] = {}
     script = ""
     for document in documents:
-        own = kohya_data.flattened(document.content)
-        is_data = "datasets" in document.content
         script = document.script or script
-        if is_data:
-            data.update(document.content)
-            continue
+        of_data, options = _split(document.content)
+        data.update(of_data)
+        own = kohya_data.flattened(options)
         if "config_file" in own:
             file = _beside(document, str(own["config_file"]), ".toml")
             training.update(kohya_data.flattened(read_document(str(file)).content))
@@ -112,6 +110,16 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
                 training.pop("dataset_config")
     given = {name: value for name, value in training.items() if value not in (None, "", [])}
     return given, data, script
+
+
+def _split(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a file says of data sets, and of the training: one file may have both."""
+    if "datasets" not in content:
+        return {}, content
+    others = {n: v for n, v in content.items() if n not in ("general", "datasets")}
+    if not kohya_data.flattened(others).keys() & TABLE.keys():
+        return content, {}
+    return {n: v for n, v in content.items() if n not in others}, others
 
 
 def _beside(document: Document, name: str, ending: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.importers import folders
 from trainer.importers.shared import Pictures, repeats_of
+from trainer.leaves import shown
 
 # What options of a data set are called among those of the training.
 _NAMES: Mapping[str, str] = {"batch_size": "train_batch_size"}
@@ -78,13 +79,13 @@ def read(training: Mapping[str, Any], content: Mapping[str, Any]) -> Sets:
 
 def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> None:
     """Puts the pictures of a subset where they belong."""
-    place = row.get("image_dir")
+    place = _text(row.get("image_dir"), "image_dir")
     if place is None:
         sets.left.append(("subsets", "a subset names no image_dir", dict(row)))
         return
-    prompt = row.get("class_tokens", training.get("class_tokens"))
+    prompt = _text(row.get("class_tokens", training.get("class_tokens")), "class_tokens")
     pictures = Pictures(
-        str(place),
+        place,
         repeats=repeats_of(row.get("num_repeats", 1), "num_repeats"),
         prompt=prompt,
         token=folders.identifier_in(prompt) if prompt else None,
@@ -107,6 +108,12 @@ def _join(sets: Sets, rows: Sequence[Mapping[str, Any]]) -> None:
                     f"one value for all pictures: {sets.given[_NAMES.get(name, name)]} is taken"
                 )
             sets.left.append((f"subsets: {name}", reason, values))
+
+
+def _text(value: Any, name: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise InputError.of(name, f"got {shown(value)}; allowed: text", f'write {name} = "..."')
 
 
 def _listed(value: Any, name: str) -> Sequence[Mapping[str, Any]]:

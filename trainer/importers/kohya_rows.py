@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.importers.desk import Desk, Row, computed
+from trainer.importers.desk import Desk, Row, computed, is_true
 from trainer.importers.kohya_network import text_learns
 
 _DEV, _SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
@@ -56,7 +56,10 @@ def take_steps(desk: Desk, name: str, value: Any) -> None:
     if "max_train_epochs" in desk.given:
         desk.leave(name, "max_train_epochs decides there", matters=False)
         return
-    desk.take(name, "max_train_steps", desk.lengths.steps(desk.number(name)))
+    steps = desk.count(name)
+    if steps <= 0:
+        return
+    desk.take(name, "max_train_steps", desk.lengths.steps(steps))
     if desk.lengths.halved:
         desk.remarks.append(
             "Every second step there is of class pictures; here they come beside each step, so all "
@@ -77,7 +80,7 @@ def total_steps(desk: Desk) -> int | None:
 def take_warmup(desk: Desk, name: str, value: Any) -> None:
     warmup = desk.number(name)
     if not 0 < warmup < 1:
-        desk.take(name, "lr_warmup_steps", desk.lengths.steps(warmup) if warmup else 0)
+        desk.take(name, "lr_warmup_steps", desk.lengths.steps(warmup) if warmup > 0 else warmup)
         return
     total = total_steps(desk)
     if total is None:
@@ -113,6 +116,8 @@ def take_text_encoders(desk: Desk, name: str, value: Any) -> None:
     del value
     if "network_module" in desk.given:
         desk.take(name, "train_text_encoder", text_learns(desk))
+    else:
+        desk.leave(name, "counts for networks alone", matters=False)
 
 
 def take_rate(desk: Desk, name: str, value: Any) -> None:
@@ -161,3 +166,41 @@ def take_times(desk: Desk, name: str, value: Any) -> None:
     desk.take(name, "timestep_shift", moved)
     if density == "logit_normal" and way != "sigma":
         desk.take(name, "logit_std", scale)
+
+
+def take_scheme(desk: Desk, name: str, value: Any) -> None:
+    """A density of times, which `timestep_sampling` reads, or a weight on the loss."""
+    if str(value).lower() in ("sigma_sqrt", "cosmap"):
+        desk.leave(name, "the loss has no weight by noise level; see --timestep-density")
+    else:
+        desk.told[name] = "timestep_sampling"
+
+
+def of_scheme(leaf: str, scheme: str, sign: float = 1.0) -> Row:
+    """A row of what belongs to one density of times, which only `sigma` draws by.
+
+    Args:
+        scheme: name of the density.
+        sign: -1 where a larger value is less noise there, and more here.
+    """
+
+    def act(desk: Desk, name: str, value: Any) -> None:
+        del value
+        way = str(desk.setting("timestep_sampling")).lower()
+        if way == "sigma" and str(desk.setting("weighting_scheme")).lower() == scheme:
+            desk.take(name, leaf, 0.0 + sign * desk.number(name))
+        else:
+            reason = f"counts only where timestep_sampling is sigma and weighting_scheme {scheme}"
+            desk.leave(name, reason, matters=False)
+
+    return computed(act, leaf, only="flow")
+
+
+def take_eight_bits(desk: Desk, name: str, value: Any) -> None:
+    """An older option for the optimizer; the newer one goes before it."""
+    if not is_true(value):
+        desk.leave(name, "is off", matters=False)
+    elif "optimizer_type" in desk.given:
+        desk.leave(name, "optimizer_type goes before it", matters=False)
+    else:
+        desk.take(name, "optimizer", "adamw8bit")

@@ -17,10 +17,13 @@ from trainer.importers.desk import (
 from trainer.importers.kohya_network import NETWORK
 from trainer.importers.kohya_rows import (
     every,
+    of_scheme,
     take_batch,
+    take_eight_bits,
     take_epochs,
     take_model,
     take_rate,
+    take_scheme,
     take_size,
     take_steps,
     take_text_encoders,
@@ -45,7 +48,7 @@ _CACHED = "what encoders make is kept on disk by itself, where pictures are not 
 _CAPTIONS = "captions are taken as they are written"
 _NAMES = "changes only what is written about the file"
 _OUTPUT = "is `--output` on the command line of `trainer train`"
-_HUB = "is done with the finished file, by `hf upload`"
+_HUB = "see --push-to-hub, which sends the finished files"
 
 TABLE: Table = {
     "pretrained_model_name_or_path": computed(take_model, "model_url"),
@@ -125,7 +128,7 @@ TABLE: Table = {
         lambda desk, name, value: take_optimizer(desk, name, "optimizer_args"), *OPTIMIZER_LEAVES
     ),
     "optimizer_args": told_with("optimizer_type", *OPTIMIZER_LEAVES),
-    "use_8bit_adam": switch("optimizer", "adamw8bit"),
+    "use_8bit_adam": computed(take_eight_bits, "optimizer"),
     "use_lion_optimizer": without("is not among the optimizers here"),
     "fused_backward_pass": switch("fused_backward", True),
     "lr_scheduler": chosen("lr_scheduler", SCHEDULERS, NO_SCHEDULER),
@@ -166,10 +169,10 @@ TABLE: Table = {
     ),
     "sigmoid_scale": told_with("timestep_sampling", "logit_std"),
     "discrete_flow_shift": told_with("timestep_sampling", "timestep_shift"),
-    "weighting_scheme": told_with("timestep_sampling", "timestep_density"),
-    "logit_mean": becomes("logit_mean", only="flow"),
-    "logit_std": becomes("logit_std", only="flow"),
-    "mode_scale": becomes("mode_scale", only="flow"),
+    "weighting_scheme": computed(take_scheme, "timestep_density", only="flow"),
+    "logit_mean": of_scheme("logit_mean", "logit_normal", sign=-1),
+    "logit_std": of_scheme("logit_std", "logit_normal"),
+    "mode_scale": of_scheme("mode_scale", "mode"),
     "guidance_scale": becomes("guidance_scale", only="flow"),
     "model_prediction_type": without(
         "the loss is that of the velocity, without a weight by noise level: raw there",

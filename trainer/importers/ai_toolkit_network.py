@@ -1,0 +1,90 @@
+"""The network of an ai-toolkit job: which adapter it is, on which layers, and how strong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.importers.adapted import CONVOLUTIONS, WHOLE_BLOCKS
+from trainer.importers.desk import Desk, is_true
+
+# How a model says that it is FLUX.1, whose layers are known.
+LAYERS_KNOWN = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1")
+_FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
+# A rank above that of any layer: then LoKr's second factor is whole.
+_WHOLE = 1_000_000
+
+
+def is_lokr(desk: Desk) -> bool:
+    """Whether the adapter is LoKr."""
+    return str(desk.setting("network.type")).lower() == "lokr"
+
+
+def is_whole(desk: Desk) -> bool:
+    """Whether LoKr's second factor is whole; the switch counts for no other adapter."""
+    return is_lokr(desk) and is_true(desk.setting("network.lokr_full_rank"))
+
+
+def take_network(desk: Desk, name: str, value: Any) -> None:
+    form = str(value).lower()
+    if form in _FORMS:
+        desk.take(name, "lora_type", _FORMS[form])
+    else:
+        desk.leave(name, "is no form of adapter here: a LoRA of the same rank is trained")
+    if form == "dora":
+        desk.take(name, "use_dora", True)
+    if not any(option.startswith("network.") for option in desk.given):
+        desk.take(name, "use_lora", False)
+        return
+    says = {f"{option}={desk.setting(option)}" for option in ("model.is_flux", "model.arch")}
+    if desk.kind == "table":
+        convolved = CONVOLUTIONS if desk.setting("network.conv") else ()
+        desk.take(name, "target_unet_modules", [*WHOLE_BLOCKS["table"], *convolved])
+    elif says & set(LAYERS_KNOWN):
+        desk.take(name, "target_unet_modules", list(WHOLE_BLOCKS["flow"]))
+    else:
+        desk.remarks.append("Adapters are on the layers that this program takes for such a model.")
+
+
+def take_conv(desk: Desk, name: str, value: Any) -> None:
+    rank = desk.setting("network.linear") or desk.setting("network.rank")
+    if desk.kind == "flow":
+        desk.leave(name, "the base model has no convolutions", matters=False)
+    elif float(value) != float(rank or 0):
+        desk.leave(name, f"convolutions get the rank of all other layers, {rank}")
+    else:
+        desk.leave(name, "convolutions get an adapter, too: see target_unet_modules", matters=False)
+
+
+def take_alpha(desk: Desk, name: str, value: Any) -> None:
+    """The alpha of linear layers; `alpha` stands for it where it is not given."""
+    if is_whole(desk):
+        desk.leave(name, "factors that are whole have a strength of 1", matters=False)
+    elif desk.kind == "flow" and not is_lokr(desk):
+        desk.leave(name, "a transformer's LoRA has a strength of 1 there", matters=False)
+    elif (
+        name == "network.linear_alpha" and name not in desk.given and "network.alpha" in desk.given
+    ):
+        return
+    elif name == "network.alpha" and "network.linear_alpha" in desk.given:
+        desk.leave(name, "linear_alpha goes before it", matters=False)
+    else:
+        desk.take(name, "alpha", value)
+
+
+def take_whole_rank(desk: Desk, name: str, value: Any) -> None:
+    if is_whole(desk):
+        desk.take(name, "rank", _WHOLE)
+    elif is_true(value):
+        desk.leave(name, "counts for LoKr alone", matters=False)
+    else:
+        desk.leave(name, "is off", matters=False)
+
+
+def take_rank(desk: Desk, name: str, value: Any) -> None:
+    if is_whole(desk):
+        desk.leave(name, "lokr_full_rank goes before it", matters=False)
+    elif name == "network.linear" and "network.rank" in desk.given:
+        desk.leave(name, "rank goes before it", matters=False)
+    else:
+        desk.take(name, "rank", value)
