@@ -39,7 +39,7 @@ CLIP_WIDTH, T5_WIDTH = 64, 96
 GUIDANCES = (1.0, 5.0)
 # Beside a plan's steps: those in which some captions are left out, and those in which guidance is
 # learnt, at a part of the plan's learning rate.
-LEFT_OUT, GUIDED, GUIDED_RATE = 2 / 3, 0.2, 1 / 3
+LEFT_OUT, GUIDED, GUIDED_RATE = 1.0, 0.2, 1 / 3
 
 
 def new_parts(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 SIDE = 64
 
@@ -238,7 +239,7 @@ def look(picture: torch.Tensor) -> Seen:
     """Says what is on a picture (3, 64, 64), by its pixels."""
     ground = ground_of(picture)
     seen = replace(NOTHING, background=_nearest(ground, BACKGROUNDS))
-    figure = (picture - ground[:, None, None]).norm(dim=0) > APART
+    figure = _without_specks((picture - ground[:, None, None]).norm(dim=0) > APART)
     if figure.float().mean() < LEAST_COVERED:
         return seen
     x, y = grid()
@@ -247,6 +248,15 @@ def look(picture: torch.Tensor) -> Seen:
     position = list(POSITIONS)[int((places - middle).norm(dim=1).argmin())]
     ink = picture[:, figure].median(dim=1).values
     return replace(seen, colour=_nearest(ink, COLOURS), position=position, shape=_shape_of(figure))
+
+
+def _without_specks(figure: torch.Tensor) -> torch.Tensor:
+    """Pixels (64, 64) that are of a figure as most of those around them are.
+
+    A VAE may leave a single bright pixel in a corner, and a figure's height is measured by its
+    outermost pixels.
+    """
+    return avg_pool2d(figure[None].float(), 3, stride=1, padding=1)[0] > 0.5
 
 
 def _nearest(colour: torch.Tensor, named: dict[str, Colour]) -> str:

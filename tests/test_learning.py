@@ -29,8 +29,6 @@ from trainer.prompt_library import library
 ROOT = Path(__file__).parent.parent
 WORLD, _ = WORLDS["sdxl"]
 SEED = 3
-# What a base model does not reach so far, as docs/learning.md says.
-UNMET: dict[str, dict[str, bool]] = {"sdxl": {}, "flux": {"shape": False}}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +86,7 @@ def test_a_base_model_draws_what_it_is_told(family: str, tmp_path: Path) -> None
     scenes = SCENES[7::50]
     shares, _ = check(World(folder, tmp_path, leaves).family.pipeline, scenes, seed=SEED)
     assert len(scenes) == 8
-    assert {name: share >= ASKED[name] for name, share in shares.items() if name in ASKED} == {
-        name: True for name in ASKED
-    } | UNMET[family]
+    assert all(shares[name] >= least for name, least in ASKED.items()), shares
 
 
 def test_pictures_of_one_seed_are_the_same(world: World) -> None:

@@ -42,6 +42,13 @@ def test_what_is_seen_bears_noise_and_a_blur() -> None:
     assert sum(right) >= 0.97 * len(SCENES)
 
 
+def test_a_speck_in_a_corner_does_not_hide_a_shape() -> None:
+    picture = draw([SCENE], drawn(3))[0]
+    picture[:, 63, 63] = 0.6
+    assert look(picture) == look(draw([SCENE], drawn(3))[0])
+    assert look(picture).shape == "triangle"
+
+
 def test_of_an_empty_picture_only_the_background_is_told() -> None:
     seen = look(torch.full((3, 64, 64), 0.95))
     assert (seen.background, seen.shape, seen.colour, seen.position) == ("white", "", "", "")
