@@ -30,7 +30,7 @@ PAGES = (
 NEEDS = {
     *("a GPU", "several GPUs", "several machines", "Slurm", "a running server", "Chromium"),
     *("installation", "minutes", "an hour", "network", "an account", "a browser"),
-    "a cluster",
+    *("a cluster", "a container engine", "a rented pod"),
     *("a program of yours", "a queue of your own"),
 }
 # Not code: trees of files, plans, what a program prints.

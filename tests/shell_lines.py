@@ -159,8 +159,13 @@ def check_curl(words: Words) -> None:
 
 def check_bash(words: Words) -> None:
     """The script is there, and its words are a line of their own."""
-    assert (ROOT / words[0]).is_file()
-    check_line(shlex.join(words[1:]))
+    script = words[0].removeprefix("/opt/trainer-source/")
+    assert (ROOT / script).is_file()
+    if script.endswith("pods/start"):
+        if words[1:]:
+            check_trainer(words[1:])
+    else:
+        check_line(shlex.join(words[1:]))
 
 
 def check_sbatch(words: Words) -> None:
@@ -184,6 +189,36 @@ def check_sky(words: Words) -> None:
     ] == []
 
 
+def check_docker(words: Words) -> None:
+    """Files that are named are there, and the image runs a command of its own or `trainer`'s."""
+    if words[0] == "build":
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[0] == "compose":
+        assert words[1] in ("up", "logs", "down")
+        assert (ROOT / "compose.yaml").is_file()
+    else:
+        assert words[0] == "run"
+        inside = words[words.index("trainer") + 1 :]
+        if inside[0] == "launched":
+            check_line(shlex.join(inside[1:]))
+        else:
+            check_trainer(inside)
+
+
+def check_git(words: Words) -> None:
+    """Something is cloned."""
+    assert words[0] == "clone"
+
+
+def check_modal(words: Words) -> None:
+    """A program that is run is there, and its options are those of its `main`."""
+    if words[0] == "run":
+        program = next(word for word in words if word.endswith(".py"))
+        main = (ROOT / program).read_text().partition("def main(")[2].partition(")")[0]
+        given = {word.removeprefix("--") for word in words if word.startswith("--")}
+        assert given - {"detach"} <= set(re.findall(r"(\w+):", main))
+
+
 def check_nothing_more(words: Words) -> None:
     """The shell's own, or another project's: that it is shell has been seen."""
 
@@ -202,6 +237,9 @@ PROGRAMS: Mapping[str, Callable[[Words], None]] = {
     "sbatch": check_sbatch,
     "kubectl": check_kubectl,
     "sky": check_sky,
+    "docker": check_docker,
+    "git": check_git,
+    "modal": check_modal,
     "source": check_nothing_more,
     "export": check_nothing_more,
     "sed": check_nothing_more,

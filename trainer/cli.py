@@ -41,7 +41,7 @@ from trainer.printing import (
     talk,
 )
 from trainer.reporting import report
-from trainer.serving import serve
+from trainer.serving import health, serve
 
 if TYPE_CHECKING:
     from trainer.config import TrainingConfig
@@ -239,7 +239,7 @@ def request(
     print_json(request_of(dialect, configuration(request, preset, None, overrides)))
 
 
-for command in (import_, inspect, convert, generate, sample, compare, report, serve):
+for command in (import_, inspect, convert, generate, sample, compare, report, serve, health):
     cli.add_command(command)
 
 

@@ -1,19 +1,26 @@
-"""The command `trainer serve`: the settings of the server, from flags, a file, the environment."""
+"""The commands `trainer serve` and `trainer health`.
+
+The settings of the server come from flags, a file and the environment.
+"""
 
 from __future__ import annotations
 
+import http.client
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 from pydantic import SecretStr, ValidationError
 
 from trainer.config_files import read_mapping
-from trainer.errors import InputError, Problem
+from trainer.errors import InputError, Problem, TrainerError
 from trainer.leaves import in_words, nearest, shown
 from trainer.server.settings import KEYS, ServerSettings
+
+_ANSWER_SECONDS = 5.0
 
 
 def _flag(name: str) -> str:
@@ -78,6 +85,71 @@ def serve(file: Path | None, **flags: Any) -> None:
         message = f"the server needs the package `{error.name}`"
         raise InputError.of("serve", message, "pip install 'tok-trainer[server]'") from error
     listening.run(settings)
+
+
+@click.command()
+@click.option(
+    "--url",
+    default="http://127.0.0.1:8700",
+    show_default=True,
+    help="The server's own address; nothing but http is spoken.",
+)
+@click.option(
+    "--optional",
+    is_flag=True,
+    help="Well, too, where nothing listens, as in a container that trains.",
+)
+def health(url: str, *, optional: bool) -> None:
+    """Tell whether the server on this machine works; ends with 1 if not.
+
+    For what watches over it: a container's health check, a supervisor.
+    """
+    host, port = _place(url)
+    try:
+        status = _asked(host, port)
+    except ConnectionRefusedError:
+        if not optional:
+            raise _unwell(url, "nothing listens there", "start it: trainer serve") from None
+        click.echo("no server listens")
+    except (OSError, http.client.HTTPException) as error:
+        raise _unwell(url, str(error) or type(error).__name__) from error
+    else:
+        if status != http.client.OK:
+            raise _unwell(url, f"it answers {status}")
+        click.echo("ok")
+
+
+def _place(url: str) -> tuple[str, int]:
+    """Host and port of a server's address.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        address = urlsplit(url)
+        host, port = address.hostname, address.port
+    except ValueError:
+        host, port = None, None
+    if not host or address.scheme != "http":
+        message = f"got `{url}`, which is no address of a server on this machine"
+        raise InputError.of("--url", message, "give one such as http://127.0.0.1:8700")
+    return host, port or http.client.HTTP_PORT
+
+
+def _asked(host: str, port: int) -> int:
+    """The status with which a server tells how it is."""
+    connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_SECONDS)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _unwell(
+    url: str, reason: str, hint: str = "its log tells more; start it again"
+) -> TrainerError:
+    return TrainerError(f"the server at {url} does not work: {reason}", hint)
 
 
 def settings_from(file: Path | None, flags: Mapping[str, Any]) -> ServerSettings:

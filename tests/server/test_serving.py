@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import free_port
+from running import free_port, running_server
 
 from trainer.cli import run
 from trainer.errors import InputError
@@ -155,3 +159,75 @@ def test_a_data_folder_that_cannot_be_made_is_told_with_its_own_flag(
     said = capsys.readouterr().err
     assert code != 0
     assert "give another --data" in " ".join(said.split())
+
+
+def health(capsys: pytest.CaptureFixture[str], port: int, *flags: str) -> tuple[int, str]:
+    """The exit code of a question after a server's health, and what is printed."""
+    code = run(["health", "--url", f"http://127.0.0.1:{port}", *flags])
+    told = capsys.readouterr()
+    return code, told.out + told.err
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """The port of a server that answers this to everything."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_that_works_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running_server(tmp_path) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        assert health(capsys, port) == (0, "ok\n")
+        assert health(capsys, port, "--optional") == (0, "ok\n")
+
+
+@pytest.mark.parametrize("flags", [(), ("--optional",)])
+def test_a_server_that_is_broken_is_not_well(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(500) as port:
+        code, told = health(capsys, port, *flags)
+    assert code == 1
+    assert f"the server at http://127.0.0.1:{port} does not work: it answers 500" in told
+
+
+def test_where_nothing_listens_nothing_is_well_unless_it_need_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    port = free_port()
+    code, told = health(capsys, port)
+    assert (code, "nothing listens there" in told) == (1, True)
+    assert health(capsys, port, "--optional") == (0, "no server listens\n")
+
+
+def test_a_server_that_says_nothing_is_not_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.serving._ANSWER_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        code, told = health(capsys, mute.getsockname()[1], "--optional")
+    assert (code, "timed out" in told) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8700", "https://here", "http://here:no", "http://", "a"]
+)
+def test_what_is_no_address_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["health", "--url", url]) == 2
+    assert "--url" in capsys.readouterr().err
