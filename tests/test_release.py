@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -100,11 +101,42 @@ def test_nothing_is_published_that_was_not_checked_and_built_before() -> None:
     assert "sha256sum --check SHA256SUMS" in lines(jobs()["publish"])
 
 
+def test_the_image_is_built_on_the_base_of_the_dockerfile_by_its_digest(tmp_path: Path) -> None:
+    image = jobs()["image"]
+    named = {step.get("name"): step["run"] for step in image["steps"] if "run" in step}
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/bash\necho sha256:abc of $4\n")
+    docker.chmod(0o755)
+    told = tmp_path / "told"
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "GITHUB_ENV": str(told),
+        "GITHUB_REPOSITORY": "Owner/Trainer",
+        "GITHUB_REF_NAME": "v1.2.3",
+    }
+    base_step = ["bash", "-ec", named["The base, by its digest"]]
+    subprocess.run(base_step, cwd=ROOT, env=environment, check=True)
+    dockerfile = (ROOT / "Dockerfile.cuda").read_text()
+    base = re.search(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
+
+    assert base is not None
+    assert told.read_text().splitlines() == [
+        f"BASE_IMAGE={base[1]}@sha256:abc of {base[1]}",
+        "IMAGE=ghcr.io/owner/trainer:1.2.3",
+    ]
+    assert image["needs"] == "build"
+    assert image["if"] == "github.ref_type == 'tag'"
+    assert '--build-arg BASE_IMAGE="$BASE_IMAGE"' in named["Build"]
+    steps = list(named)
+    assert steps.index("Build") < steps.index("It is this version") < steps.index("Publish")
+
+
 def test_only_jobs_that_publish_may_write_and_no_secret_is_kept_for_them() -> None:
     workflow = yaml.safe_load(WORKFLOW.read_text())
 
     assert workflow["permissions"] == {"contents": "read"}
     assert {name for name, job in jobs().items() if "write" in str(job.get("permissions"))} == {
-        "publish"
+        "publish",
+        "image",
     }
     assert "secrets." not in WORKFLOW.read_text()
