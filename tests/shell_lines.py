@@ -163,7 +163,7 @@ def check_bash(words: Words) -> None:
     assert (ROOT / script).is_file()
     if script.endswith("pods/start"):
         if words[1:]:
-            check_trainer(words[1:])
+            check_docker(["run", "trainer", *words[1:]])
     else:
         check_line(shlex.join(words[1:]))
 
@@ -189,15 +189,28 @@ def check_sky(words: Words) -> None:
     ] == []
 
 
+# Those of docker's options that the pages use.
+DOCKER = {
+    "build": {"-f", "-t"},
+    "run": {
+        *("--rm", "--detach", "--name", "--gpus", "--shm-size", "--user", "--env"),
+        *("--stop-timeout", "-p", "-v"),
+    },
+    "stop": {"-t"},
+    "compose": {"--build", "--detach", "--follow"},
+}
+
+
 def check_docker(words: Words) -> None:
     """Files that are named are there, and the image runs a command of its own or `trainer`'s."""
+    own = words[: words.index("trainer")] if words[0] == "run" else words
+    assert {word for word in own if word.startswith("-")} <= DOCKER[words[0]], own
     if words[0] == "build":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
     elif words[0] == "compose":
         assert words[1] in ("up", "logs", "down")
         assert (ROOT / "compose.yaml").is_file()
-    else:
-        assert words[0] == "run"
+    elif words[0] == "run":
         inside = words[words.index("trainer") + 1 :]
         if inside[0] == "launched":
             check_line(shlex.join(inside[1:]))
@@ -240,6 +253,8 @@ PROGRAMS: Mapping[str, Callable[[Words], None]] = {
     "docker": check_docker,
     "git": check_git,
     "modal": check_modal,
+    "mkdir": check_nothing_more,
+    "echo": check_nothing_more,
     "source": check_nothing_more,
     "export": check_nothing_more,
     "sed": check_nothing_more,

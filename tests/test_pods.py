@@ -18,8 +18,9 @@ echo "trainer $*; in $PWD, $HF_HOME, $XDG_CACHE_HOME"
 if [ "$1" = doctor ]; then exit 1; fi
 exit "${CODE:-0}"
 """
-# Makes environments whose pip notes what it installs, and gives it `trainer`.
+# Says whether it is new enough, and makes environments whose pip notes what it installs.
 PYTHON = """#!/bin/bash
+if [ "$1" = -c ]; then exit "${OLD:-0}"; fi
 bin=$3/bin
 mkdir -p "$bin"
 printf '#!/bin/bash\\necho "pip $*"\\ncp %q/trainer %q/trainer\\n' "$STANDS_IN" "$bin" > "$bin/pip"
@@ -77,21 +78,45 @@ def test_an_image_that_has_the_trainer_needs_no_installing(pod: Path) -> None:
 def test_a_checkout_is_installed_with_its_own_versions_and_once(pod: Path) -> None:
     first, second = (started(pod, "version") for _ in range(2))
     assert first.stdout.splitlines() == [
-        f"pip install --quiet --constraint {ROOT}/constraints.txt {ROOT}[server]",
+        f"pip install --quiet --constraint {ROOT}/constraints.txt --editable {ROOT}[server]",
         said(pod, "doctor"),
         said(pod, "version"),
     ]
     assert second.stdout.splitlines() == first.stdout.splitlines()[1:]
 
 
-@pytest.mark.parametrize("package", ["tok-trainer[server]", "https://example.com/one.whl"])
-def test_elsewhere_the_package_is_installed(pod: Path, package: str) -> None:
+def away(pod: Path) -> Path:
+    """The script in no checkout."""
     script = pod / "away/from/any/checkout/start"
     script.parent.mkdir(parents=True)
     shutil.copy(START, script)
-    named = {} if package == "tok-trainer[server]" else {"TRAINER_PACKAGE": package}
-    done = started(pod, "version", script=script, **named)
-    assert done.stdout.splitlines()[0] == f"pip install --quiet {package}"
+    return script
+
+
+def test_elsewhere_the_package_that_is_named_is_installed(pod: Path) -> None:
+    wheel = "https://example.com/one.whl"
+    done = started(pod, "version", script=away(pod), TRAINER_PACKAGE=wheel)
+    assert done.stdout.splitlines()[0] == f"pip install --quiet {wheel}"
+
+
+def test_elsewhere_nothing_is_installed_that_is_not_named(pod: Path) -> None:
+    done = started(pod, "version", script=away(pod))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "TRAINER_PACKAGE" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_told_before_anything_is_installed(pod: Path) -> None:
+    done = started(pod, OLD="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Python 3.11 or newer is needed" in done.stderr
+    assert not (pod / "environment").exists()
+
+
+def test_another_program_runs_as_it_is_and_the_launcher_is_one(pod: Path) -> None:
+    output = pod / "workspace"
+    words = ("launched", "bash", "-c", "echo launched; exit 3", "--output", str(output))
+    done = started(pod, *words, PATH=with_trainer(pod))
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "launched")
 
 
 def test_without_a_command_the_server_listens_to_the_pod_alone(pod: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_image_is_built_on_the_base_of_the_dockerfile_by_its_digest(tmp_path
         f"BASE_IMAGE={base[1]}@sha256:abc of {base[1]}",
         "IMAGE=ghcr.io/owner/trainer:1.2.3",
     ]
-    assert image["needs"] == "build"
+    assert image["needs"] == "publish"
     assert image["if"] == "github.ref_type == 'tag'"
     assert '--build-arg BASE_IMAGE="$BASE_IMAGE"' in named["Build"]
     steps = list(named)

@@ -128,6 +128,7 @@ def _place(url: str) -> tuple[str, int]:
     try:
         address = urlsplit(url)
         host, port = address.hostname, address.port
+        (host or "").encode("idna")
     except ValueError:
         host, port = None, None
     if not host or address.scheme != "http":

@@ -226,7 +226,7 @@ def test_a_server_that_says_nothing_is_not_well(
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8700", "https://here", "http://here:no", "http://", "a"]
+    "url", ["127.0.0.1:8700", "https://here", "http://here:no", "http://", "a", "http://a..b"]
 )
 def test_what_is_no_address_is_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["health", "--url", url]) == 2

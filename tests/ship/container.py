@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -145,15 +146,19 @@ class Container:
         try:
             yield process
         finally:
+            # Killing buildah leaves what it started.
             if process.poll() is None:
-                process.kill()
-                process.wait()
+                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    one.kill()
+            process.communicate()
 
 
 @contextmanager
 def container_of(image: Image, data: Path) -> Iterator[Container]:
     """A container with two folders of the machine, until the block ends."""
     name = buildah("from", BUILT)
+    # Without an engine the image's own volumes may hide those of the machine.
+    buildah("config", *[f"--volume={path}-" for path in image.config["Volumes"]], name)
     try:
         yield Container(name, image.command, data)
     finally:

@@ -8,6 +8,7 @@ for the variables it listens to.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -37,6 +38,7 @@ from trainer.cli import cli
 
 USER = 10001
 MEGABYTE = 10**6
+# Beside the base and the layer of third parties' wheels.
 OWN_LAYERS = 60 * MEGABYTE
 STEPS = 30
 # In a run's event log.
@@ -110,7 +112,11 @@ def test_compose_reads_its_file_as_it_is_meant() -> None:
     server = read["services"]["server"]
     assert server["environment"]["TRAINER_KEYS"] == "one,two"
     assert server["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    assert {volume.split(":")[1] for volume in server["volumes"]} == {"/data", "/models"}
+    # Older ones leave volumes as they stand, newer ones take them apart.
+    assert [
+        str(volume).count(path)
+        for volume, path in zip(server["volumes"], ("/data", "/models"), strict=True)
+    ] == [1, 1]
     assert set(read["volumes"]) == {"data", "models"}
     # Not to the network, but to this machine alone.
     assert str(server["ports"]).count("127.0.0.1") == 1
@@ -223,9 +229,17 @@ def test_another_user_with_folders_of_its_own_trains_too(
     assert (data / "runs/own/outputs/lora.safetensors").stat().st_uid == 1234
 
 
-def test_bad_input_ends_by_its_own_code_behind_a_launcher_too(container: Container) -> None:
+def test_bad_input_ends_by_its_own_code(container: Container) -> None:
     words = ("train", "--rank", "0", "--images-data-url", "photos", "--output", "runs/bad")
     assert container.run(*words).returncode == 2
+
+
+def test_several_processes_train_behind_the_launcher(container: Container) -> None:
+    launcher = ("launched", "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "trainer")
+    done = container.run(*launcher, *TRAINING, "--output", "runs/launched")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((container.data / "runs/launched/result.json").read_text())
+    assert told["exit_code"] == 0
 
 
 def test_the_server_wants_keys_and_serves_who_has_one(container: Container) -> None:

@@ -37,13 +37,19 @@ print(json.dumps(told | {"committed": len(committed)}))
 """
 # Stands for the training: notes its words, and ends by its code at once or when it is told to.
 TRAINER = """#!{python}
-import os, pathlib, signal, sys
+import json, os, pathlib, signal, sys
 pathlib.Path("words").write_text(" ".join(sys.argv[1:]))
 def leave(*_):
-    sys.exit(75)
+    end(75)
+def end(code):
+    new = pathlib.Path("runs/portrait/new")
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(json.dumps({{"exit_code": code}}))
+    new.rename(new.with_name("result.json"))
+    sys.exit(code)
 signal.signal(signal.SIGTERM, leave)
 pathlib.Path("begun").touch()
-signal.pause() if os.environ["CODE"] == "waits" else sys.exit(int(os.environ["CODE"]))
+signal.pause() if os.environ["CODE"] == "waits" else end(int(os.environ["CODE"]))
 """
 
 
@@ -65,9 +71,9 @@ def called(folder: Path, code: str, gpus: int = 1) -> subprocess.Popen[str]:
     trainer = programs / "trainer"
     trainer.write_text(TRAINER.format(python=sys.executable))
     trainer.chmod(0o755)
-    # Stands for the launcher: takes its own words away.
+    # Stands for the launcher: takes its own words away, and makes 1 of every failure.
     torchrun = programs / "torchrun"
-    torchrun.write_text('#!/bin/bash\nwhile [ "$1" != trainer ]; do shift; done\nexec "$@"\n')
+    torchrun.write_text('#!/bin/bash\nwhile [ "$1" != trainer ]; do shift; done\n"$@" || exit 1\n')
     torchrun.chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
@@ -106,10 +112,44 @@ def test_a_gpu_that_is_taken_away_leaves_time_for_the_checkpoint(tmp_path: Path)
 
 
 def test_several_gpus_are_launched_and_the_code_is_the_trainings(tmp_path: Path) -> None:
-    (tmp_path / "runs/portrait").mkdir(parents=True)
-    told = told_by(called(tmp_path, "0", gpus=8))
-    assert told == {"returned": 0, "committed": 1}
+    told = told_by(called(tmp_path, "3", gpus=8))
+    assert told == {"returned": 3, "committed": 1}
     assert (tmp_path / "words").read_text().startswith("train ")
+
+
+# Calls the program's command as Modal's own does, and says what it would have run.
+STARTER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import train
+class Asked:
+    def with_options(self, **options):
+        print(options)
+        return self
+    def remote(self, *words):
+        print(words)
+        return 6
+train.train = Asked()
+train.main.info.raw_f("photos.yaml", "runs/portrait", *sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "gpus"), [((), "L40S", 1), (("H100",), "H100", 1), (("H100:8",), "H100:8", 8)]
+)
+def test_a_call_names_its_gpus_and_ends_by_the_trainings_code(
+    given: tuple[str, ...], gpu: str, gpus: int
+) -> None:
+    done = subprocess.run(
+        [modal_python(), "-c", STARTER, str(PROGRAM.parent), *given],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 6, done.stderr
+    options, words = done.stdout.splitlines()
+    assert options == str({"gpu": gpu})
+    assert words == str(("photos.yaml", "runs/portrait", gpus))
 
 
 def test_what_goes_into_the_image_is_enough_for_the_package(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Where Modal takes the GPU away, the training leaves a checkpoint and goes on els
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ for part in ("configs", "trainer"):
     )
 image = image.run_commands("pip install --constraint /src/constraints.txt /src")
 
+# For base models that want a login.
+token = modal.Secret.from_dict({"HF_TOKEN": os.environ.get("HF_TOKEN", "")})
 app = modal.App("trainer", image=image)
 data = modal.Volume.from_name("trainer-data", create_if_missing=True)
 models = modal.Volume.from_name("trainer-models", create_if_missing=True)
@@ -44,6 +47,7 @@ models = modal.Volume.from_name("trainer-models", create_if_missing=True)
 @app.function(
     volumes={str(DATA): data, "/models": models},
     env={"HF_HOME": "/models", "XDG_CACHE_HOME": str(DATA / "cache")},
+    secrets=[token],
     memory=48 * 1024,
     timeout=SECONDS_OF_A_DAY,
     retries=modal.Retries(max_retries=10, backoff_coefficient=1.0),
@@ -66,12 +70,11 @@ def train(config: str, output: str, gpus: int) -> int:
     training = subprocess.Popen(command(config, output, gpus), cwd=DATA)
     try:
         code = training.wait()
-    except KeyboardInterrupt:
-        # The GPU is taken away within half a minute.
-        training.terminate()
-        training.wait()
-        raise
     finally:
+        # Where the GPU is taken away or the call is cancelled, there is half a minute.
+        if training.poll() is None:
+            training.terminate()
+            training.wait()
         data.commit()
     if code and code not in FINAL:
         raise RuntimeError(f"the training ended with exit code {code}")
