@@ -6,13 +6,13 @@ program, or is left with the reason. Knows no program.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config import LEAVES
 from trainer.errors import InputError, Problem
+from trainer.importers.credentials import HIDDEN, without_secrets
 from trainer.importers.lengths import Lengths
 from trainer.leaves import allowed, flag_value, leaf_schema, nearest, shown
 
@@ -22,10 +22,6 @@ _MEANS_NOTHING: Mapping[Kind, str] = {
     "table": "the base model learns from a table of noise levels",
     "flow": "the base model learns by flow matching",
 }
-HIDDEN = "(not shown)"
-_SECRET = re.compile(
-    r"(?:^|[\s_.-])(?:api[_-]?key|key|token|passw(?:or)?d|secret|auth|credentials?)$", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class Desk:
         """
         if name in self.given or matters or value is not None:
             own = self.setting(name) if value is None else value
-            self.left.append(Left(name, _without_secrets(name, own), reason, matters))
+            self.left.append(Left(name, without_secrets(name, own), reason, matters))
 
     def refuse(self, name: str, words: str) -> None:
         """Says that an option cannot be read."""
@@ -205,22 +201,6 @@ class Desk:
             self.leave(name, reason, matters=False)
         order = {name: place for place, name in enumerate(self.given)}
         self.left.sort(key=lambda entry: order.get(entry.name, len(order)))
-
-
-def is_secret(name: str) -> bool:
-    """Whether an option is a key or password by its name."""
-    return _SECRET.search(name) is not None
-
-
-def _without_secrets(name: str, value: Any) -> Any:
-    """A value as it may be shown: keys and passwords in it are hidden."""
-    if value is not None and not isinstance(value, bool) and is_secret(name):
-        return HIDDEN
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets("", inner) for inner in value]
-    return value
 
 
 def fitting(leaf: str, value: Any) -> Any:
