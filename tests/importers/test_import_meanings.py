@@ -205,7 +205,37 @@ def test_a_weight_on_the_loss_is_told(scheme: str, tmp_path: Path) -> None:
     assert "no weight by noise level" in lost(found)["weighting_scheme"]
 
 
+def test_a_weight_counts_only_where_the_prediction_has_one(tmp_path: Path) -> None:
+    raw = kohya(tmp_path, TIMES + 'weighting_scheme = "cosmap"\nmodel_prediction_type = "raw"\n')
+    moved = kohya(tmp_path, TIMES + 'weighting_scheme = "mode"\ntimestep_sampling = "shift"\n')
+
+    assert "only where model_prediction_type" in unneeded(raw)["weighting_scheme"]
+    assert "only where timestep_sampling" in unneeded(moved)["weighting_scheme"]
+
+
 # Single options.
+
+
+def test_numbers_of_command_lines_are_numbers() -> None:
+    found = command(
+        "python train_network.py --network_module networks.lora --clip_skip=1 "
+        "--max_token_length 75 --network_args rs_lora=True --network_dim 16 --network_alpha 2"
+    )
+
+    assert {"clip_skip", "max_token_length"} <= unneeded(found).keys()
+    # 2 over the root of 16 is 8 over 16.
+    assert "alpha 8 is as strong" in lost(found)["network_args: rs_lora"]
+
+
+@pytest.mark.parametrize(("end", "share"), [(-1, None), (100, 0.25), (900, 1.0)])
+def test_text_encoders_stop_at_a_share_of_the_steps(end: int, share: float | None) -> None:
+    found = command(
+        "python train_db.py --train_data_dir p --max_train_steps 400 "
+        f"--stop_text_encoder_training {end}"
+    )
+
+    assert found.values["train_text_encoder"] is (end > 0)
+    assert found.values.get("train_text_encoder_frac") == share
 
 
 def test_the_newer_option_of_the_optimizer_goes_before_the_older(tmp_path: Path) -> None:
