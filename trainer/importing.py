@@ -75,7 +75,7 @@ def _print(found: Imported, console: Console) -> None:
     )
     _table(
         console,
-        ("not needed here", "value", "why"),
+        ("without effect on what is trained", "value", "why"),
         [(e.name, shown(e.value), e.reason) for e in found.left if not e.matters],
     )
     _table(

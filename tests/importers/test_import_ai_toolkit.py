@@ -245,8 +245,10 @@ def test_convolutions_are_adapted_where_they_are_there(tmp_path: Path) -> None:
 def test_a_model_of_another_make_is_told(tmp_path: Path) -> None:
     found = read(tmp_path, model={"name_or_path": "x", "is_flux": None, "arch": "lumina2"})
 
-    assert any("lumina2" in remark for remark in found.remarks)
+    assert "not among the base models" in lost(found)["model.arch"]
     assert "target_unet_modules" not in found.values
+    pixart = read(tmp_path, model={"name_or_path": "x", "is_flux": None, "is_pixart": True})
+    assert "model.is_pixart" in lost(pixart)
 
 
 @pytest.mark.parametrize(

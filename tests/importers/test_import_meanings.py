@@ -9,9 +9,11 @@ import pytest
 import yaml
 from reading import import_file, lost, unneeded
 
+from trainer.cli import run
 from trainer.config_files import parse_yaml
 from trainer.errors import InputError
 from trainer.importers import Imported, imported
+from trainer.importers.credentials import HIDDEN
 from trainer.importers.desk import Desk
 from trainer.importers.documents import read_document
 
@@ -81,7 +83,21 @@ def test_one_file_may_have_data_sets_and_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "my.api-key", "db_passwd", "basic-auth", "credential", "apikey", "Secret"]
+    "name",
+    [
+        *(
+            "HF_TOKEN",
+            "hfToken",
+            "HFToken",
+            "hf-token",
+            "huggingfacetoken",
+            "token_hf",
+            "tokenOfHub",
+        ),
+        *("my.api-key", "apiKey", "apikey", "wandbAPIKey", "wandb_api_key_2", "api_keys"),
+        *("db_passwd", "dbPassword", "basic-auth", "credential", "credentials", "Secret"),
+        *("client_secret_value", "awsSecretAccessKey", "AWS_SECRET_ACCESS_KEY_ID"),
+    ],
 )
 def test_secrets_are_hidden_wherever_they_stand(name: str) -> None:
     desk = Desk({name: "hidden-x", "some": [{"inner": {name: ["hidden-x"]}}]}, {})
@@ -89,6 +105,49 @@ def test_secrets_are_hidden_wherever_they_stand(name: str) -> None:
 
     assert len(desk.left) == 2
     assert "hidden-x" not in repr(desk.left)
+
+
+@pytest.mark.parametrize(
+    "value", ["hf_AbCdEfGhIjKl", ["--x", "sk-proj-0123456789"], "https://me:pass-word@host/p.zip"]
+)
+def test_what_looks_like_a_secret_is_hidden_whatever_it_is_called(value: Any) -> None:
+    desk = Desk({"extra": value}, {})
+    desk.run({})
+
+    shown = repr(desk.left)
+    assert HIDDEN in shown
+    assert not any(part in shown for part in ("AbCdEf", "012345", "pass-word"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("keep_tokens", "2"), ("class_tokens", ["zkx dog"]), ("max_token_length", "225")),
+        *(("token_warmup_min", 3), ("metadata_author", "me"), ("my_token_length", "75")),
+    ],
+)
+def test_tokens_of_captions_are_no_secrets(name: str, value: Any) -> None:
+    desk = Desk({name: value}, {})
+    desk.run({})
+
+    assert desk.left[0].value == value
+
+
+@pytest.mark.parametrize("name", ["hfToken", "apiKey", "wandb_api_key", "HF_TOKEN", "hub_token"])
+def test_no_report_shows_a_key(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").write_text(f'{name} = "hidden-x"\nnetwork_module = "networks.lora"\n')
+    process = {"type": "sd_trainer", "model": {**XL, name: "hidden-x"}, name: "hidden-x"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"config": {"process": [process]}}))
+    line = f"python train_dreambooth_lora.py --rank 4 --{name} hidden-x"
+
+    for source in (str(tmp_path / "a.toml"), str(tmp_path / "job.yaml"), line):
+        for form in ([], ["--json"]):
+            assert run(["import", source, *form]) == 0
+            talk = "".join(capsys.readouterr())
+            assert name in talk
+            assert "hidden-x" not in talk
 
 
 def test_the_default_of_an_unset_variable_is_not_shown() -> None:
@@ -146,7 +205,37 @@ def test_a_weight_on_the_loss_is_told(scheme: str, tmp_path: Path) -> None:
     assert "no weight by noise level" in lost(found)["weighting_scheme"]
 
 
+def test_a_weight_counts_only_where_the_prediction_has_one(tmp_path: Path) -> None:
+    raw = kohya(tmp_path, TIMES + 'weighting_scheme = "cosmap"\nmodel_prediction_type = "raw"\n')
+    moved = kohya(tmp_path, TIMES + 'weighting_scheme = "mode"\ntimestep_sampling = "shift"\n')
+
+    assert "only where model_prediction_type" in unneeded(raw)["weighting_scheme"]
+    assert "only where timestep_sampling" in unneeded(moved)["weighting_scheme"]
+
+
 # Single options.
+
+
+def test_numbers_of_command_lines_are_numbers() -> None:
+    found = command(
+        "python train_network.py --network_module networks.lora --clip_skip=1 "
+        "--max_token_length 75 --network_args rs_lora=True --network_dim 16 --network_alpha 2"
+    )
+
+    assert {"clip_skip", "max_token_length"} <= unneeded(found).keys()
+    # 2 over the root of 16 is 8 over 16.
+    assert "alpha 8 is as strong" in lost(found)["network_args: rs_lora"]
+
+
+@pytest.mark.parametrize(("end", "share"), [(-1, None), (100, 0.25), (900, 1.0)])
+def test_text_encoders_stop_at_a_share_of_the_steps(end: int, share: float | None) -> None:
+    found = command(
+        "python train_db.py --train_data_dir p --max_train_steps 400 "
+        f"--stop_text_encoder_training {end}"
+    )
+
+    assert found.values["train_text_encoder"] is (end > 0)
+    assert found.values.get("train_text_encoder_frac") == share
 
 
 def test_the_newer_option_of_the_optimizer_goes_before_the_older(tmp_path: Path) -> None:

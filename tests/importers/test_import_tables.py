@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -88,6 +89,25 @@ def test_what_a_row_takes_over_is_what_it_says(program: str) -> None:
         desk, _ = tried(program, name, value, kind)
         own = {entry.option for entry in desk.taken if entry.name == name}
         assert own <= set(table[name].leaves), (name, value, kind)
+
+
+# Flags of commands that are no options of a training, and of the hub's own program.
+OF_COMMANDS = {"--output", "--preset", "--repo-type", "--local-dir"}
+
+
+@pytest.mark.parametrize("program", TABLES)
+def test_every_option_that_a_reason_names_exists(program: str) -> None:
+    """What is said of an option sends nobody to one that is not there."""
+    flags = {f"--{leaf.replace('_', '-')}" for leaf in LEAVES} | OF_COMMANDS
+    said: dict[str, set[str]] = {}
+    for name, value, kind in product(TABLES[program][0], VALUES, get_args(Kind)):
+        desk, _ = tried(program, name, value, kind)
+        for entry in desk.left:
+            named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", entry.reason)
+            said.setdefault(name, set()).update(named)
+
+    assert len(set().union(*said.values())) > 10
+    assert {name: wrong for name, named in said.items() if (wrong := named - flags)} == {}
 
 
 # Layers and options of an imported configuration are those of the base model it is for.

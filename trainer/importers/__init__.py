@@ -30,17 +30,21 @@ class Program:
         title: what messages call it.
         speaks: whether a document is one of its own.
         read: makes the desk of an import from its documents.
+        scripts: the scripts of its that are read from command lines.
     """
 
     title: str
     speaks: Callable[[Document], bool]
     read: Callable[[Sequence[Document]], Desk]
+    scripts: Sequence[str] = ()
 
 
 PROGRAMS: Mapping[str, Program] = {
-    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read),
+    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read, kohya.SCRIPTS),
     "ai-toolkit": Program("ai-toolkit", ai_toolkit.speaks, ai_toolkit.read),
-    "diffusers": Program("diffusers' training scripts", diffusers.speaks, diffusers.read),
+    "diffusers": Program(
+        "diffusers' training scripts", diffusers.speaks, diffusers.read, tuple(diffusers.SCRIPTS)
+    ),
 }
 
 
@@ -140,9 +144,19 @@ def _program_of(documents: Sequence[Document]) -> str:
     ]
     if len(found) == 1:
         return found[0]
+    for document in documents:
+        if document.script and not found:
+            raise _unread(document)
     names = ", ".join(document.name for document in documents)
     message = f"is no configuration of {', '.join(p.title for p in PROGRAMS.values())}"
     raise InputError.of(names, message, f"say whose it is: --from {'|'.join(PROGRAMS)}")
+
+
+def _unread(document: Document) -> InputError:
+    """What is said of a command line that runs a script whose options are not read."""
+    known = tuple(script for program in PROGRAMS.values() for script in program.scripts)
+    message = f"runs `{document.script}`, whose options are not read; read are {', '.join(known)}"
+    return InputError.of(document.name, message, nearest(document.script, known))
 
 
 def _refuse_wrong(desk: Desk) -> None:

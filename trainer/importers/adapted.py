@@ -25,6 +25,11 @@ _BLOCKS = (
     *_FORWARD,
     *("norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out"),
 )
+# What is said of them: names end alike there.
+LAST_LAYER = (
+    "The transformer's last layer, proj_out, gets an adapter, too: layers of its single blocks are "
+    "called so as well."
+)
 # What kohya's networks and those made after them adapt.
 WHOLE_BLOCKS: Mapping[Kind, tuple[str, ...]] = {"table": _TRANSFORMERS, "flow": _BLOCKS}
 # The same of CLIP: attention and the layers after it.

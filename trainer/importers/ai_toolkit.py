@@ -10,12 +10,20 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.ai_toolkit_network import LAYERS_KNOWN
-from trainer.importers.ai_toolkit_table import TABLE, with_trigger
+from trainer.importers.ai_toolkit_network import LAYERS_KNOWN, OTHER_MODELS, model_says
+from trainer.importers.ai_toolkit_rows import with_trigger
+from trainer.importers.ai_toolkit_table import TABLE
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
-from trainer.importers.shared import Pictures, assume, repeats_of, take_pictures
+from trainer.importers.pictures import (
+    Pictures,
+    joined,
+    repeats_of,
+    take_pictures,
+    tell_others,
+)
+from trainer.importers.rows import is_true
 from trainer.leaves import shown
 
 _TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
@@ -41,16 +49,20 @@ _OF_NETWORKS = ("network.linear", "network.linear_alpha")
 # Of its constant_with_warmup, where nothing is said.
 _WARMUP = 1000
 # How a model says what it learns by.
+# Side of the pictures of those that are not Stable Diffusion 1.5.
+_NATIVE = 1024
 _FLOW = (*LAYERS_KNOWN, "model.arch=flux2_klein_4b", "model.arch=flux2_klein_9b")
-_TABLE = ("model.is_xl=True", "model.arch=sdxl", "model.arch=sd1", "model.arch=None")
+_XL = ("model.is_xl=True", "model.arch=sdxl")
+_TABLE = (*_XL, "model.arch=sd1", "model.arch=None")
 # What a data set says of itself alone.
+_SIZE = "resolution"
 _OWN = ("folder_path", "dataset_path", "num_repeats", "default_caption", "is_reg", "trigger_word")
 
 
 def speaks(document: Document) -> bool:
     """Whether a document is the file of a job."""
     config = document.content.get("config")
-    return document.form == "yaml" and isinstance(config, Mapping) and "process" in config
+    return document.form in ("yaml", "json") and isinstance(config, Mapping) and "process" in config
 
 
 def read(documents: Sequence[Document]) -> Desk:
@@ -66,23 +78,24 @@ def read(documents: Sequence[Document]) -> Desk:
         raise InputError.of("FILE", "got several files; allowed: one job", "give them one by one")
     given, datasets = _flattened(documents[0])
     subjects = [d for d in datasets if not d.get("is_reg")]
-    left = _join(given, subjects)
+    differ = _join(given, subjects)
     given = {name: value for name, value in given.items() if value not in (None, "", [])}
     desk = Desk(given, DEFAULTS, _kind(given))
+    desk.native = _NATIVE if desk.kind == "flow" or model_says(given) & set(_XL) else None
     gone = ["train.min_snr_gamma"] if desk.kind == "flow" else []
     if not any(name.startswith("network.") for name in given):
         gone += _OF_NETWORKS
     desk.defaults = {n: v for n, v in DEFAULTS.items() if n not in gone}
-    for name, reason, value in left:
-        desk.leave(name, reason, value=value)
     trigger = given.get("trigger_word")
-    sets = [_pictures(dataset, trigger) for dataset in subjects]
-    classes = [_pictures(dataset, None) for dataset in datasets if dataset.get("is_reg")]
+    sets = joined([_pictures(dataset, trigger) for dataset in subjects])
+    classes = joined([_pictures(dataset, None) for dataset in datasets if dataset.get("is_reg")])
     desk.lengths = Lengths(with_class=bool(classes), halved=bool(classes))
     desk.run(TABLE)
+    for name, values in differ:
+        tell_others(desk, TABLE, f"datasets.{name}", f"datasets: {name}", values)
     warms = desk.values.get("lr_scheduler") == "constant_with_warmup"
     if warms and "lr_warmup_steps" not in desk.values:
-        assume(desk, "train.lr_scheduler: num_warmup_steps", "lr_warmup_steps", _WARMUP)
+        desk.assume("train.lr_scheduler: num_warmup_steps", "lr_warmup_steps", _WARMUP)
     _say(desk, sets, classes)
     _take_only_repeats(desk, sets)
     take_pictures(desk, sets, classes, "datasets.folder_path", "datasets.is_reg")
@@ -116,21 +129,31 @@ def _flattened(document: Document) -> tuple[dict[str, Any], list[dict[str, Any]]
     return given, [{str(n): v for n, v in d.items() if v not in (None, "")} for d in datasets]
 
 
-def _join(given: dict[str, Any], datasets: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Puts options that data sets share among the others; what differs is left, with a reason."""
-    left = []
+def _join(
+    given: dict[str, Any], datasets: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[Any]]]:
+    """Puts options of data sets among the others: the first one's, and all sizes.
+
+    Returns:
+        The options that differ, each with its values.
+    """
+    differ = []
     for name in dict.fromkeys(name for dataset in datasets for name in dataset):
         values = [dataset[name] for dataset in datasets if name in dataset]
         given[f"datasets.{name}"] = values if name in _OWN else values[0]
-        others = [dataset.get(name) for dataset in datasets if dataset.get(name) != values[0]]
-        if others and name not in _OWN:
-            reason = f"one value for all pictures: {shown(values[0])} is taken"
-            left.append((f"datasets: {name}", reason, [d.get(name) for d in datasets]))
-    return left
+        if name == _SIZE:
+            lists = [value if isinstance(value, list) else [value] for value in values]
+            sizes = [size for several in lists for size in several]
+            given[f"datasets.{name}"] = sizes if len(values) > 1 else values[0]
+        elif name not in _OWN and any(dataset.get(name) != values[0] for dataset in datasets):
+            differ.append((name, [dataset.get(name) for dataset in datasets]))
+    return differ
 
 
 def _kind(given: Mapping[str, Any]) -> Kind | None:
-    says = {f"{name}={given.get(name)}" for name in ("model.is_flux", "model.is_xl", "model.arch")}
+    says = model_says(given)
+    if any(is_true(given.get(f"model.{name}")) for name in OTHER_MODELS):
+        return None
     if says & set(_FLOW):
         return "flow"
     return "table" if says & set(_TABLE) else None
@@ -138,19 +161,19 @@ def _kind(given: Mapping[str, Any]) -> Kind | None:
 
 def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
     word = dataset.get("trigger_word", trigger)
+    trigger_name = "datasets.trigger_word" if "trigger_word" in dataset else "trigger_word"
     caption = with_trigger(str(dataset.get("default_caption", "")), word)
     return Pictures(
         str(dataset.get("folder_path", dataset.get("dataset_path", ""))),
         repeats=repeats_of(dataset.get("num_repeats", 1), "datasets.num_repeats"),
         prompt=caption or None,
         token=word,
+        prompt_name="datasets.default_caption" if dataset.get("default_caption") else trigger_name,
+        token_name=trigger_name,
     )
 
 
 def _say(desk: Desk, sets: Sequence[Pictures], classes: Sequence[Pictures]) -> None:
-    if desk.kind is None:
-        arch = desk.given.get("model.arch", "what it says of its base model")
-        desk.remarks.append(f"{arch} is no base model that is known here: see docs/methods.md.")
     bare = [p.folder for p in sets if p.prompt is None]
     if bare:
         desk.remarks.append(

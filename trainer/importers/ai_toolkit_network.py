@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.importers.adapted import CONVOLUTIONS, WHOLE_BLOCKS
-from trainer.importers.desk import Desk, is_true
+from trainer.importers import reasons
+from trainer.importers.adapted import CONVOLUTIONS, LAST_LAYER, WHOLE_BLOCKS
+from trainer.importers.desk import Desk
+from trainer.importers.rows import is_true
 
 # How a model says that it is FLUX.1, whose layers are known.
-LAYERS_KNOWN = ("model.is_flux=True", "model.arch=flux", "model.arch=flex1")
+LAYERS_KNOWN = (
+    *("model.is_flux=True", "model.arch=flux", "model.arch=flex1", "model.arch=flux_kontext"),
+)
+# How it says that it is one that does not exist here.
+OTHER_MODELS = (
+    *("is_v2", "is_v3", "is_pixart", "is_pixart_sigma", "is_auraflow", "is_lumina2", "is_ssd"),
+    "is_vega",
+)
 _FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
 # A rank above that of any layer: then LoKr's second factor is whole.
 _WHOLE = 1_000_000
+
+
+def model_says(given: Mapping[str, Any]) -> set[str]:
+    """What a model says of itself; a tag behind a colon is only for its page."""
+    arch = given.get("model.arch")
+    said = {name: given.get(name) for name in ("model.is_flux", "model.is_xl")}
+    said["model.arch"] = None if arch is None else str(arch).partition(":")[0]
+    return {f"{name}={value}" for name, value in said.items()}
 
 
 def is_lokr(desk: Desk) -> bool:
@@ -30,19 +47,19 @@ def take_network(desk: Desk, name: str, value: Any) -> None:
     if form in _FORMS:
         desk.take(name, "lora_type", _FORMS[form])
     else:
-        desk.leave(name, "is no form of adapter here: a LoRA of the same rank is trained")
+        desk.leave(name, reasons.NO_FORM)
     if form == "dora":
         desk.take(name, "use_dora", True)
     if not any(option.startswith("network.") for option in desk.given):
         desk.take(name, "use_lora", False)
         return
-    says = {f"{option}={desk.setting(option)}" for option in ("model.is_flux", "model.arch")}
     if desk.kind == "table":
         convolved = CONVOLUTIONS if desk.setting("network.conv") else ()
         desk.take(name, "target_unet_modules", [*WHOLE_BLOCKS["table"], *convolved])
-    elif says & set(LAYERS_KNOWN):
+    elif model_says(desk.given) & set(LAYERS_KNOWN):
         desk.take(name, "target_unet_modules", list(WHOLE_BLOCKS["flow"]))
-    else:
+        desk.remarks.append(LAST_LAYER)
+    elif desk.kind is not None:
         desk.remarks.append("Adapters are on the layers that this program takes for such a model.")
 
 
@@ -54,6 +71,18 @@ def take_conv(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, f"convolutions get the rank of all other layers, {rank}")
     else:
         desk.leave(name, "convolutions get an adapter, too: see target_unet_modules", matters=False)
+
+
+def take_conv_alpha(desk: Desk, name: str, value: Any) -> None:
+    """A strength of convolutions that is not that of all other layers is told."""
+    rank = desk.setting("network.linear") or desk.setting("network.rank")
+    alpha = desk.setting("network.linear_alpha")
+    if desk.kind == "flow" or not desk.setting("network.conv"):
+        desk.leave(name, "no convolutions get an adapter", matters=False)
+    elif float(value) * float(rank) == float(alpha) * float(desk.setting("network.conv")):
+        desk.leave(name, "convolutions are as strong as all other layers", matters=False)
+    else:
+        desk.leave(name, f"convolutions get the alpha of all other layers, {alpha}")
 
 
 def take_alpha(desk: Desk, name: str, value: Any) -> None:

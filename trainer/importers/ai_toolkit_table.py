@@ -2,212 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
+from trainer.importers import reasons
 from trainer.importers.ai_toolkit_network import (
+    OTHER_MODELS,
     take_alpha,
     take_conv,
+    take_conv_alpha,
     take_network,
     take_rank,
     take_whole_rank,
 )
-from trainer.importers.desk import (
-    Desk,
-    Row,
-    Table,
+from trainer.importers.ai_toolkit_rows import (
+    steps_of,
+    take_accumulation,
+    take_course_options,
+    take_file_name,
+    take_kind_of_model,
+    take_mean,
+    take_prompts,
+    take_quantized,
+    take_rate,
+    take_resolution,
+    take_text_rate,
+    take_times,
+    take_trigger,
+    take_weighted_times,
+)
+from trainer.importers.desk import Table
+from trainer.importers.optimizers import OPTIMIZER_LEAVES, SCHEDULERS, take_optimizer
+from trainer.importers.rows import (
     becomes,
+    belonging,
     chosen,
     computed,
     is_true,
     needless,
+    placed,
     told_with,
     without,
 )
-from trainer.importers.shared import (
-    NO_PRECISION,
-    NO_SCHEDULER,
-    OPTIMIZER_LEAVES,
-    PRECISIONS,
-    SAVED,
-    SCHEDULERS,
-    take_optimizer,
-)
-from trainer.sections.running import DIFFUSERS_NAME
+from trainer.importers.words import PRECISIONS, SAVED
 
-_LEGACY = "train.gradient_accumulation_steps"
 # Its `linear` rises from a third, and has no counterpart.
 _COURSES = {name: course for name, course in SCHEDULERS.items() if name != "linear"}
-_TRIGGERS = ("[trigger]", "[name]")
-# Resolutions of a data set that are all of those of a priority, for a base model of 1024 pixels.
-_PRIORITIES: Mapping[tuple[int, ...], str] = {(512, 768, 1024): "quality"}
-_WAYS: Mapping[str, tuple[str, Any]] = {
-    "sigmoid": ("logit_normal", 1.0),
-    "linear": ("uniform", 1.0),
-    "flux_shift": ("uniform", None),
-    "shift": ("uniform", None),
-}
-_QUANTIZED: Mapping[str, str] = {"qfloat8": "fp8", "float8": "fp8", "qint8": "int8", "uint4": "nf4"}
-
-
-def with_trigger(text: str, trigger: Any) -> str:
-    """A caption with the trigger in the places that are left for it, or in front."""
-    word = str(trigger or "")
-    for place in _TRIGGERS:
-        text = text.replace(place, word)
-    return text if not word or word in text else f"{word} {text}".strip()
-
-
-def _take_resolution(desk: Desk, name: str, value: Any) -> None:
-    """One size, or several that are a priority of the base model's own."""
-    sizes = sorted({int(size) for size in (value if isinstance(value, list) else [value])})
-    if tuple(sizes) in _PRIORITIES:
-        desk.take(name, "priority", _PRIORITIES[tuple(sizes)])
-        return
-    if len(sizes) > 1:
-        reason = f"one size, or those of --priority: the largest is taken, {sizes[-1]}"
-        desk.leave(name, reason)
-    desk.take(name, "resolution_width", sizes[-1])
-    desk.take(name, "resolution_height", sizes[-1])
-
-
-def _take_name(desk: Desk, name: str, value: Any) -> None:
-    words = "".join(c if c.isascii() and (c.isalnum() or c in "._- ") else "-" for c in str(value))
-    words = words.strip("-. ")[:100]
-    if words and words.lower() != DIFFUSERS_NAME:
-        desk.take(name, "output_name", words)
-    else:
-        desk.leave(name, "cannot be the name of files: give --output-name", matters=False)
-
-
-def _take_trigger(desk: Desk, name: str, value: Any) -> None:
-    """The trigger stands in every caption there, and is put in where it lacks."""
-    desk.take(name, "token_abstraction", [str(value)])
-    desk.take(name, "add_trigger", True)
-
-
-def accumulated(desk: Desk) -> float:
-    """Forward passes of a step, where the program counts them as steps: its older option."""
-    return max(1.0, desk.number(_LEGACY)) if _LEGACY in desk.given else 1.0
-
-
-def _take_accumulation(desk: Desk, name: str, value: Any) -> None:
-    if desk.number(name) < 1:
-        desk.leave(name, "an epoch is no number of pictures: give --gradient-accumulation-steps")
-        return
-    desk.take(name, "gradient_accumulation_steps", value)
-    if desk.number(name) > 1:
-        desk.remarks.append(
-            f"{name} counts every forward pass as a step there: counts of steps are divided by it."
-        )
-
-
-def _take_steps(leaf: str) -> Row:
-    def act(desk: Desk, name: str, value: Any) -> None:
-        is_length = leaf == "max_train_steps"
-        number = desk.count(name) if is_length else desk.number(name)
-        steps = number / accumulated(desk)
-        if steps <= 0 and is_length:
-            return
-        if steps <= 0:
-            desk.leave(name, "is off", matters=False)
-            return
-        desk.take(name, leaf, desk.lengths.steps(steps))
-        if is_length and desk.lengths.halved:
-            desk.remarks.append(
-                "Every second step there is of class pictures; here they come beside each step, "
-                "so all counts of steps are halved and the subject's are seen as often."
-            )
-
-    return computed(act, leaf)
-
-
-def _take_times(desk: Desk, name: str, value: Any) -> None:
-    way = str(value).lower()
-    if way not in _WAYS:
-        desk.leave(name, "is no way to draw times here; see --timestep-density")
-        return
-    density, shift = _WAYS[way]
-    desk.take(name, "timestep_density", density)
-    desk.take(name, "timestep_shift", shift)
-
-
-def _take_quantized(desk: Desk, name: str, value: Any) -> None:
-    kind = str(desk.setting("model.qtype") or "qfloat8").partition("|")[0].lower()
-    if not is_true(value):
-        desk.leave(name, "is off", matters=False)
-    elif kind in _QUANTIZED:
-        desk.take(name, "quantization", _QUANTIZED[kind])
-    else:
-        desk.leave(name, f"{kind} is not among --quantization: int8, fp8, nf4")
-
-
-def _take_prompts(desk: Desk, name: str, value: Any) -> None:
-    """Prompts as a list, or as a list of samples with options of their own."""
-    rows = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    trigger = desk.setting("trigger_word")
-    prompts = []
-    for row in rows:
-        said = row.get("prompt") if isinstance(row, Mapping) else row
-        text = "" if said is None else str(said)
-        for place in _TRIGGERS:
-            text = text.replace(place, str(trigger or ""))
-        prompts.append(text.strip())
-    others = {key for row in rows if isinstance(row, Mapping) for key in map(str, row)} - {"prompt"}
-    for key in sorted(others):
-        desk.leave(f"{name}: {key}", "one value for all prompts", matters=False)
-    if is_true(desk.setting("train.disable_sampling")):
-        desk.leave(name, "train.disable_sampling is on", matters=False)
-    elif any(prompts):
-        desk.take(name, "validation_prompts", [prompt for prompt in prompts if prompt])
-
-
-def _take_ema(desk: Desk, name: str, value: Any) -> None:
-    if isinstance(value, Mapping) and is_true(value.get("use_ema")):
-        desk.leave(name, "no running mean of the weights is kept: the last ones are delivered")
-    else:
-        desk.leave(name, "is off", matters=False)
-
-
-def _take_rate(desk: Desk, name: str, value: Any) -> None:
-    if "train.unet_lr" in desk.given:
-        desk.leave(name, "train.unet_lr goes before it", matters=False)
-    else:
-        desk.take(name, "learning_rate", value)
-
-
-def _take_scheduler_params(desk: Desk, name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        desk.refuse(name, "options by name")
-        return
-    for key, inner in value.items():
-        if key in ("num_warmup_steps", "warmup_steps"):
-            warmup = float(inner)
-            desk.take(name, "lr_warmup_steps", desk.lengths.steps(warmup) if warmup > 0 else inner)
-        else:
-            desk.leave(f"{name}: {key}", "the course has no such option", value=inner)
-
-
-_SAMPLING = "validation pictures are made as the base model's pipeline makes them"
-_KEPT = "what encoders make is kept on disk by itself, where pictures are not moved each time"
-_MEMORY = "what fits is found by a forecast; see --offload-blocks"
-_OUTPUT = "is `--output` on the command line of `trainer train`"
-_HUB = "see --push-to-hub, which sends the finished files"
-_CAPTIONS = "captions are taken as they are written"
+_ALIKE = "every picture counts alike"
+_FIRST = "the base model's picture is always made first"
+_GUIDES = "pictures that guide are not trained with"
+_LOGS = "`events.jsonl` has everything"
+_NAMES = "changes only what is written about the run"
+_PICTURES = "pictures alone are trained"
 _PLAIN = "pictures and noise are taken as they are"
-_LOSS = "the loss is the mean of squares"
-_MASKS = "put masks among the pictures: masks/NAME.png or NAME_mask.png"
-_OTHER = "the base model is trained as it is published"
+_PRIOR = "what the base model knows is kept by class pictures: see --with-prior-preservation"
 
 TABLE: Table = {
     "job": needless("`trainer train` is the job"),
-    "meta": needless("changes only what is written about the file"),
-    "name": computed(_take_name, "output_name"),
-    "training_folder": needless(_OUTPUT),
+    "meta": needless(_NAMES),
+    "name": computed(take_file_name, "output_name"),
+    "training_folder": needless(reasons.OUTPUT),
     "sqlite_db_path": needless("the run folder has everything"),
-    "performance_log_every": needless("`events.jsonl` has every step"),
+    "performance_log_every": needless(_LOGS),
     "device": needless("the GPU of this machine; CUDA_VISIBLE_DEVICES chooses"),
-    "trigger_word": computed(_take_trigger, "token_abstraction", "add_trigger"),
+    "embedding": without("new words are learnt by --train-text-encoder-ti, see docs/methods.md"),
+    "adapter": without("adapters for pictures that guide are not trained"),
+    "trigger_word": computed(take_trigger, "token_abstraction", "add_trigger"),
     "network.type": computed(
         take_network, "lora_type", "use_dora", "use_lora", "target_unet_modules"
     ),
@@ -216,48 +73,50 @@ TABLE: Table = {
     "network.linear_alpha": computed(take_alpha, "alpha"),
     "network.alpha": computed(take_alpha, "alpha"),
     "network.conv": computed(take_conv),
-    "network.conv_alpha": needless("an adapter has one alpha"),
+    "network.conv_alpha": computed(take_conv_alpha),
     "network.lokr_full_rank": computed(take_whole_rank, "rank"),
     "network.lokr_factor": becomes("lokr_factor"),
-    "network.dropout": without("adapters are trained whole"),
-    "network.network_kwargs": without(
-        "see --target-unet-modules", as_here=({}, {"ignore_if_contains": []})
-    ),
-    "network.transformer_only": without("adapters are on the blocks alone", as_here=(True, "true")),
-    "save.dtype": chosen("save_dtype", SAVED, NO_PRECISION),
-    "save.save_every": _take_steps("checkpointing_steps"),
+    "network.dropout": without(reasons.DROPOUT),
+    "network.network_kwargs": without(reasons.LAYERS, as_here=({}, {"ignore_if_contains": []})),
+    "network.transformer_only": without("adapters are on the blocks alone", as_here=(True,)),
+    "save.dtype": chosen("save_dtype", SAVED, reasons.NO_NUMBERS),
+    "save.save_every": steps_of("checkpointing_steps"),
     "save.max_step_saves_to_keep": becomes("checkpoints_total_limit"),
     "save.save_format": needless("files are written for diffusers and for kohya-style programs"),
-    "save.push_to_hub": needless(_HUB),
-    "save.hf_repo_id": needless(_HUB),
-    "save.hf_private": needless(_HUB),
-    "datasets.folder_path": told_with("images_data_url", "images_data_url", "concepts"),
-    "datasets.dataset_path": told_with("images_data_url", "images_data_url"),
-    "datasets.num_repeats": told_with("images_data_url", "concepts"),
-    "datasets.default_caption": told_with("instance_prompt", "instance_prompt"),
-    "datasets.trigger_word": told_with("token_abstraction", "token_abstraction"),
-    "datasets.is_reg": told_with("class_images_url", "class_images_url", "class_prompt"),
+    "save.push_to_hub": needless(reasons.HUB),
+    "save.hf_repo_id": needless(reasons.HUB),
+    "save.hf_private": needless(reasons.HUB),
+    "datasets.folder_path": placed("images_data_url", "concepts"),
+    "datasets.dataset_path": told_with("concepts", "concepts", "images_data_url"),
+    "datasets.num_repeats": told_with("concepts", "concepts"),
+    "datasets.default_caption": told_with("concepts", "concepts", "instance_prompt"),
+    "datasets.trigger_word": told_with("concepts", "concepts", "token_abstraction"),
+    "datasets.is_reg": told_with("concepts", "concepts", "with_prior_preservation", "class_prompt"),
     "datasets.caption_ext": without(
-        "captions are read from .txt and .caption files: rename them",
+        reasons.EXTENSION,
         as_here=("txt", ".txt", "caption", ".caption"),
     ),
     "datasets.caption_dropout_rate": becomes("caption_dropout"),
-    "datasets.token_dropout_rate": without("a caption is dropped as a whole; --caption-dropout"),
-    "datasets.shuffle_tokens": without(_CAPTIONS),
-    "datasets.keep_tokens": without(_CAPTIONS),
-    "datasets.random_triggers": without(_CAPTIONS),
-    "datasets.replacements": without(_CAPTIONS),
-    "datasets.use_short_captions": without(_CAPTIONS),
-    "datasets.cache_latents": needless(_KEPT),
-    "datasets.cache_latents_to_disk": needless(_KEPT),
-    "datasets.cache_text_embeddings": needless(_KEPT),
+    "datasets.token_dropout_rate": without(reasons.CAPTIONS_DROPPED),
+    "datasets.shuffle_tokens": without(reasons.CAPTIONS),
+    "datasets.keep_tokens": belonging(
+        reasons.CAPTIONS, "datasets.shuffle_tokens", "datasets.token_dropout_rate"
+    ),
+    "datasets.random_triggers": without(reasons.CAPTIONS),
+    "datasets.replacements": without(reasons.CAPTIONS),
+    "datasets.use_short_captions": without(reasons.CAPTIONS),
+    "datasets.cache_latents": needless(reasons.KEPT),
+    "datasets.cache_latents_to_disk": needless(reasons.KEPT),
+    "datasets.cache_text_embeddings": needless(reasons.KEPT),
     "datasets.resolution": computed(
-        _take_resolution, "resolution_width", "resolution_height", "priority"
+        take_resolution, "resolution_width", "resolution_height", "priority"
     ),
     "datasets.buckets": becomes("enable_bucket", is_true),
-    "datasets.bucket_tolerance": needless("sizes of buckets follow from the trained area"),
-    "datasets.square_crop": without("see --enable-bucket false"),
-    "datasets.scale": without("see --resolution-width", as_here=(1, 1.0)),
+    "datasets.bucket_tolerance": needless(reasons.SQUEEZED),
+    "datasets.square_crop": without("pictures are cut square where --enable-bucket is false"),
+    "datasets.scale": without(
+        "pictures come to the trained size: see --resolution-width", as_here=(1,)
+    ),
     "datasets.random_scale": without(_PLAIN),
     "datasets.random_crop": becomes("center_crop", lambda on: not is_true(on)),
     "datasets.flip_x": becomes("random_flip", is_true),
@@ -266,37 +125,35 @@ TABLE: Table = {
     "datasets.augmentations": without(_PLAIN),
     "datasets.shuffle_augmentations": without(_PLAIN),
     "datasets.alpha_mask": becomes("use_given_masks", is_true),
-    "datasets.mask_path": without(_MASKS),
-    "datasets.mask_min_value": without(_MASKS),
-    "datasets.invert_mask": without(_MASKS),
-    "datasets.control_path": without("pictures that guide are not trained with"),
-    "datasets.inpaint_path": without("pictures that guide are not trained with"),
-    "datasets.clip_image_path": without("pictures that guide are not trained with"),
-    "datasets.unconditional_path": without("pictures that guide are not trained with"),
-    "datasets.controls": without("pictures that guide are not trained with", as_here=([],)),
-    "datasets.poi": without("see --face-aware-cropping"),
+    "datasets.mask_path": without(reasons.MASKS),
+    "datasets.mask_min_value": belonging(reasons.MASKS, "datasets.mask_path"),
+    "datasets.invert_mask": belonging(reasons.MASKS, "datasets.mask_path"),
+    "datasets.control_path": without(_GUIDES),
+    "datasets.inpaint_path": without(_GUIDES),
+    "datasets.clip_image_path": without(_GUIDES),
+    "datasets.unconditional_path": without(_GUIDES),
+    "datasets.controls": without(_GUIDES, as_here=([],)),
+    "datasets.poi": without("windows lie in the middle; see --face-aware-cropping"),
     "datasets.standardize_images": without(_PLAIN),
-    "datasets.network_weight": without("every picture counts alike", as_here=(1, 1.0)),
-    "datasets.loss_multiplier": without("every picture counts alike", as_here=(1, 1.0)),
-    "datasets.num_workers": needless("see --num-workers, where latents are not cached"),
-    "datasets.prefetch_factor": needless("see --num-workers"),
-    "datasets.num_frames": without("pictures alone are trained", as_here=(1,)),
-    "datasets.shrink_video_to_frames": needless("pictures alone are trained"),
-    "datasets.do_i2v": needless("pictures alone are trained"),
-    "datasets.fps": needless("pictures alone are trained"),
-    "datasets.type": needless("pictures alone are trained"),
+    "datasets.network_weight": without(_ALIKE, as_here=(1,)),
+    "datasets.loss_multiplier": without(_ALIKE, as_here=(1,)),
+    "datasets.num_workers": needless(reasons.WORKERS),
+    "datasets.prefetch_factor": needless(reasons.WORKERS),
+    "datasets.num_frames": without(_PICTURES, as_here=(1,)),
+    "datasets.shrink_video_to_frames": needless(_PICTURES),
+    "datasets.do_i2v": needless(_PICTURES),
+    "datasets.fps": needless(_PICTURES),
+    "datasets.type": needless(_PICTURES),
     "train.batch_size": becomes("batch_size"),
-    "train.steps": _take_steps("max_train_steps"),
-    "train.start_step": needless("the same command goes on by itself"),
+    "train.steps": steps_of("max_train_steps"),
+    "train.start_step": needless(reasons.RESUMED),
     "train.gradient_accumulation": becomes("gradient_accumulation_steps"),
-    "train.gradient_accumulation_steps": computed(
-        _take_accumulation, "gradient_accumulation_steps"
-    ),
-    "train.train_unet": without("the denoiser always learns", as_here=(True, "true")),
+    "train.gradient_accumulation_steps": computed(take_accumulation, "gradient_accumulation_steps"),
+    "train.train_unet": without("the denoiser always learns", as_here=(True,)),
     "train.train_text_encoder": becomes("train_text_encoder", is_true),
     "train.gradient_checkpointing": becomes("gradient_checkpointing", is_true),
-    "train.noise_scheduler": needless("the schedule is that of the base model"),
-    "train.num_train_timesteps": without("the schedule is that of the base model", as_here=(1000,)),
+    "train.noise_scheduler": needless(reasons.SCHEDULE),
+    "train.num_train_timesteps": without(reasons.SCHEDULE, as_here=(1000,)),
     "train.optimizer": computed(
         lambda desk, name, value: take_optimizer(
             desk, name, "train.optimizer_params", epsilon=1e-6
@@ -304,98 +161,144 @@ TABLE: Table = {
         *OPTIMIZER_LEAVES,
     ),
     "train.optimizer_params": told_with("train.optimizer", *OPTIMIZER_LEAVES),
-    "train.lr": computed(_take_rate, "learning_rate"),
+    "train.lr": computed(take_rate, "learning_rate", "text_encoder_lr"),
     "train.unet_lr": becomes("learning_rate"),
-    "train.text_encoder_lr": becomes("text_encoder_lr"),
+    "train.text_encoder_lr": computed(take_text_rate, "text_encoder_lr"),
     "train.embedding_lr": without("new tokens learn at --text-encoder-lr"),
-    "train.lr_scheduler": chosen("lr_scheduler", _COURSES, NO_SCHEDULER),
-    "train.lr_scheduler_params": computed(_take_scheduler_params, "lr_warmup_steps"),
+    "train.lr_scheduler": chosen("lr_scheduler", _COURSES, reasons.NO_COURSE),
+    "train.lr_scheduler_params": computed(take_course_options, "lr_warmup_steps"),
     "train.max_grad_norm": becomes("max_grad_norm"),
-    "train.dtype": chosen("mixed_precision", PRECISIONS, NO_PRECISION),
-    "train.ema_config": computed(_take_ema),
+    "train.dtype": chosen("mixed_precision", PRECISIONS, reasons.NO_NUMBERS),
+    "train.ema_config": computed(take_mean),
     "train.min_snr_gamma": becomes("snr_gamma", lambda gamma: gamma or None, only="table"),
-    "train.snr_gamma": without("gamma as a weight alone: see min_snr_gamma"),
-    "train.learnable_snr_gos": without("see min_snr_gamma"),
+    "train.snr_gamma": without(reasons.WEIGHED),
+    "train.learnable_snr_gos": without(reasons.WEIGHED),
     "train.noise_offset": becomes("noise_offset"),
     "train.dynamic_noise_offset": without("the noise offset has one strength"),
-    "train.content_or_style": without("see --timestep-density", as_here=("balanced",)),
-    "train.timestep_type": computed(_take_times, "timestep_density", "timestep_shift", only="flow"),
-    "train.linear_timesteps": without("see --timestep-density"),
-    "train.linear_timesteps2": without("see --timestep-density"),
-    "train.min_denoising_steps": without("see --min-timestep-trained"),
-    "train.max_denoising_steps": without(
-        "see --min-timestep-trained and --max-timestep-trained", as_here=(999, 1000)
+    "train.content_or_style": without(
+        "times are drawn for both; see --timestep-density", as_here=("balanced",)
     ),
-    "train.bypass_guidance_embedding": without("the denoiser is told --guidance-scale, 1"),
-    "train.loss_type": without(_LOSS, as_here=("mse",)),
-    "train.loss_target": without(_LOSS, as_here=("noise",)),
+    "train.timestep_type": computed(take_times, "timestep_density", "timestep_shift", only="flow"),
+    "train.linear_timesteps": computed(take_weighted_times, "timestep_density"),
+    "train.linear_timesteps2": computed(take_weighted_times, "timestep_density"),
+    "train.min_denoising_steps": without(
+        "steps are counted from the most noise there: see --max-timestep-trained"
+    ),
+    "train.max_denoising_steps": without(
+        "steps are counted from the most noise there: see --min-timestep-trained",
+        as_here=(999, 1000),
+    ),
+    "train.bypass_guidance_embedding": without(
+        "a guided denoiser is always told a guidance: --guidance-scale, 1"
+    ),
+    "train.loss_type": without(reasons.LOSS, as_here=("mse",)),
+    "train.loss_target": without(reasons.LOSS, as_here=("noise",)),
     "train.reg_weight": becomes("prior_loss_weight"),
-    "train.diff_output_preservation": without("see --with-prior-preservation"),
+    "train.diff_output_preservation": without(_PRIOR),
     "train.diff_output_preservation_multiplier": needless("belongs to diff_output_preservation"),
     "train.diff_output_preservation_class": needless("belongs to diff_output_preservation"),
-    "train.blank_prompt_preservation": without("see --with-prior-preservation"),
-    "train.inverted_mask_prior": without("see --with-prior-preservation"),
-    "train.prompt_dropout_prob": without("see --caption-dropout"),
+    "train.blank_prompt_preservation": without(_PRIOR),
+    "train.blank_prompt_preservation_multiplier": needless("belongs to blank_prompt_preservation"),
+    "train.inverted_mask_prior": without(_PRIOR),
+    "train.inverted_mask_prior_multiplier": needless("belongs to inverted_mask_prior"),
+    "train.prompt_dropout_prob": without(reasons.CAPTIONS_DROPPED),
     "train.negative_prompt": without("captions alone are trained"),
-    "train.skip_first_sample": needless("the base model's picture is always made first"),
-    "train.force_first_sample": needless("the base model's picture is always made first"),
-    "train.disable_sampling": needless("see sample.prompts"),
-    "train.unload_text_encoder": needless(_MEMORY),
-    "train.cache_text_embeddings": needless(_KEPT),
-    "train.xformers": needless("attention is computed as is quickest; see --attention"),
-    "train.sdp": needless("attention is computed as is quickest; see --attention"),
-    "train.noise_multiplier": without(_PLAIN, as_here=(1, 1.0)),
-    "train.img_multiplier": without(_PLAIN, as_here=(1, 1.0)),
-    "train.latent_multiplier": without(_PLAIN, as_here=(1, 1.0)),
+    "train.skip_first_sample": needless(_FIRST),
+    "train.force_first_sample": needless(_FIRST),
+    "train.disable_sampling": needless("no prompts are taken over"),
+    "train.unload_text_encoder": needless(reasons.MEMORY),
+    "train.cache_text_embeddings": needless(reasons.KEPT),
+    "train.xformers": needless(reasons.ATTENTION),
+    "train.sdp": needless(reasons.ATTENTION),
+    "train.noise_multiplier": without(_PLAIN, as_here=(1,)),
+    "train.img_multiplier": without(_PLAIN, as_here=(1,)),
+    "train.latent_multiplier": without(_PLAIN, as_here=(1,)),
     "train.weight_jitter": without(_PLAIN),
-    "train.merge_network_on_save": without("see `trainer generate` for pictures with the result"),
+    "train.merge_network_on_save": without("the adapter is delivered by itself"),
+    **{
+        f"train.{name}": without(_PLAIN)
+        for name in (
+            *(
+                "adaptive_scaling_factor",
+                "match_noise_norm",
+                "correct_pred_norm",
+                "standardize_images",
+            ),
+            *("standardize_latents", "random_noise_multiplier", "random_noise_shift"),
+            *("force_consistent_noise", "blended_blur_noise", "target_norm_std"),
+        )
+    },
+    **{
+        f"train.{name}": without(_PLAIN, as_here=(1,))
+        for name in (
+            *("target_noise_multiplier", "noisy_latent_multiplier", "pred_scaler"),
+            "optimal_noise_pairing_samples",
+        )
+    },
+    **{
+        f"train.{name}": without(reasons.LOSS)
+        for name in (
+            *("do_cfg", "do_random_cfg", "do_guidance_loss", "do_prior_divergence", "train_turbo"),
+            *("do_differential_guidance", "diffusion_feature_extractor_path"),
+            "latent_feature_extractor_path",
+        )
+    },
+    "train.short_and_long_captions": without("a picture has one caption"),
+    "train.single_item_batching": needless("a batch is computed at once"),
+    "train.do_paramiter_swapping": without("everything learns in every step"),
     "train.switch_boundary_every": needless("the base model has one part"),
     "model.name_or_path": becomes("model_url", str),
-    "model.arch": needless("the checkpoint tells what it is"),
+    "model.arch": computed(take_kind_of_model),
     "model.is_flux": needless("the checkpoint tells what it is"),
     "model.is_xl": needless("the checkpoint tells what it is"),
-    "model.is_v2": without("Stable Diffusion 2 is not among the base models here"),
-    "model.is_v3": without("Stable Diffusion 3 is not among the base models here"),
-    "model.is_v_pred": without("what the base model predicts is read from its schedule"),
-    "model.quantize": computed(_take_quantized, "quantization"),
+    **{f"model.{name}": computed(take_kind_of_model) for name in OTHER_MODELS},
+    "model.is_v_pred": without(
+        "is read from the base model: a folder's scheduler says it, or an entry `v_pred` in a "
+        "single file"
+    ),
+    "model.quantize": computed(take_quantized, "quantization"),
     "model.qtype": needless("see model.quantize"),
     "model.quantize_te": needless("text encoders that do not learn leave the GPU before training"),
     "model.qtype_te": needless("text encoders that do not learn leave the GPU before training"),
     "model.quantize_kwargs": needless("see --quantization"),
-    "model.low_vram": needless(_MEMORY),
-    "model.layer_offloading": needless(_MEMORY),
+    "model.low_vram": needless(reasons.MEMORY),
+    "model.layer_offloading": needless(reasons.MEMORY),
     "model.dtype": needless("frozen weights have the numbers of --mixed-precision"),
     "model.vae_dtype": needless("see --upscale-vae-32bit"),
     "model.te_dtype": needless("frozen weights have the numbers of --mixed-precision"),
     "model.vae_path": becomes("vae_url", str),
-    "model.te_name_or_path": without(_OTHER),
-    "model.extras_name_or_path": without(_OTHER),
-    "model.unet_path": without(_OTHER),
-    "model.assistant_lora_path": without(_OTHER),
-    "model.inference_lora_path": without(_OTHER),
+    "model.te_name_or_path": without(reasons.PUBLISHED),
+    "model.extras_name_or_path": without(reasons.PUBLISHED),
+    "model.unet_path": without(reasons.PUBLISHED),
+    "model.assistant_lora_path": without(
+        "no adapter is laid under a distilled base model while it trains: better take one that is "
+        "not distilled"
+    ),
+    "model.inference_lora_path": needless(reasons.SAMPLING),
     "model.lora_path": without("merge it into the base model, and give that as model_url"),
-    "model.refiner_name_or_path": without(_OTHER),
-    "model.accuracy_recovery_adapter": without(_OTHER),
+    "model.refiner_name_or_path": needless(reasons.SAMPLING),
+    "model.accuracy_recovery_adapter": without(reasons.PUBLISHED),
     "model.attn_masking": without("padding is read, as the base model's pipeline does"),
-    "model.compile": needless("blocks are compiled where that is worth it; see --compile-blocks"),
-    "model.model_kwargs": without(_OTHER, as_here=({},)),
-    "model.split_model_over_gpus": without("several GPUs: see docs/processes.md"),
-    "sample.prompts": computed(_take_prompts, "validation_prompts"),
-    "sample.samples": computed(_take_prompts, "validation_prompts"),
-    "sample.sample_every": _take_steps("sample_steps"),
+    "model.compile": needless(reasons.COMPILED),
+    "model.model_kwargs": without(reasons.PUBLISHED, as_here=({},)),
+    "model.split_model_over_gpus": without(reasons.GPUS),
+    "sample.prompts": computed(take_prompts, "validation_prompts"),
+    "sample.samples": computed(take_prompts, "validation_prompts"),
+    "sample.sample_every": steps_of("sample_steps"),
     "sample.sample_steps": becomes("sample_inference_steps"),
     "sample.guidance_scale": becomes("sample_guidance_scale"),
     **{
-        f"sample.{name}": needless(_SAMPLING)
+        f"sample.{name}": needless(reasons.SAMPLING)
         for name in (
             *("sampler", "width", "height", "neg", "seed", "walk_seed", "format", "ext"),
-            *("network_multiplier", "guidance_rescale", "num_frames", "fps"),
+            *("network_multiplier", "guidance_rescale", "num_frames", "fps", "sample_start_step"),
+            *("adapter_conditioning_scale", "refiner_start_at", "extra_values"),
         )
     },
     "logging.use_wandb": becomes("wandb", is_true),
-    "logging.log_every": needless("`events.jsonl` has every step"),
-    "logging.verbose": needless("`events.jsonl` has everything"),
+    "logging.log_every": needless(_LOGS),
+    "logging.verbose": needless(_LOGS),
     "logging.use_ui_logger": needless("`trainer serve` shows every training"),
-    "logging.project_name": needless("changes only what is written about the run"),
-    "logging.run_name": needless("changes only what is written about the run"),
+    "logging.project_name": needless(_NAMES),
+    "logging.run_name": needless(_NAMES),
 }

@@ -1,18 +1,17 @@
-"""What becomes of another program's options: the rows of its table, and the desk they work on.
+"""The desk on which another program's options become ours, or are left with the reason.
 
-A table has a row for every option of a program. What an option says becomes options of this
-program, or is left with the reason. Knows no program.
+A table has a row for every option of a program. Knows no program.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config import LEAVES
 from trainer.errors import InputError, Problem
+from trainer.importers.credentials import without_secrets
 from trainer.importers.lengths import Lengths
 from trainer.leaves import allowed, flag_value, leaf_schema, nearest, shown
 
@@ -22,10 +21,6 @@ _MEANS_NOTHING: Mapping[Kind, str] = {
     "table": "the base model learns from a table of noise levels",
     "flow": "the base model learns by flow matching",
 }
-HIDDEN = "(not shown)"
-_SECRET = re.compile(
-    r"(?:^|[\s_.-])(?:api[_-]?key|key|token|passw(?:or)?d|secret|auth|credentials?)$", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,13 @@ class Row:
         leaves: the options here that it may decide over.
         act: takes it over, or leaves it.
         only: kind of base model for which it means something. None: any.
+        idle: why it means nothing for the other one, where that is the program's own doing.
     """
 
     leaves: tuple[str, ...]
     act: Act
     only: Kind | None = None
+    idle: str = ""
 
 
 Table = Mapping[str, Row]
@@ -89,20 +86,22 @@ class Desk:
         given: option to value, as the files have them; what is null or empty is not given.
         defaults: of the other program, for what is not given.
         kind: what the base model learns by, where it is clear.
+        native: side of the base model's own pictures in pixels, where it is clear.
         lengths: how its steps become ours.
-        told: options that the row of another one reads, with its name.
+        told: options that the row of another one reads, with its name and what both decide over.
     """
 
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
     kind: Kind | None = None
+    native: int | None = None
     lengths: Lengths = Lengths()
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     taken: list[Taken] = field(default_factory=list)
     filled: list[Taken] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    told: dict[str, str] = field(default_factory=dict)
+    told: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -125,6 +124,17 @@ class Desk:
         self.values[leaf] = value
         self.sources[leaf] = name
 
+    def assume(self, name: str, leaf: str, value: Any) -> None:
+        """Writes out what the other program does by itself, where this one does otherwise."""
+        self.defaults = {**self.defaults, name: value}
+        self.take(name, leaf, value)
+
+    def take_as_given(self, name: str, leaf: str, value: Any) -> None:
+        """Takes a value over as of an option that is given, unless it has given it already."""
+        self.given = {**self.given, name: self.given.get(name, shown(value))}
+        if (self.sources.get(leaf), self.values.get(leaf)) != (name, value):
+            self.take(name, leaf, value)
+
     def leave(self, name: str, reason: str, *, matters: bool = True, value: Any = None) -> None:
         """Says that an option has no counterpart; a default there is left only where it matters.
 
@@ -133,7 +143,7 @@ class Desk:
         """
         if name in self.given or matters or value is not None:
             own = self.setting(name) if value is None else value
-            self.left.append(Left(name, _without_secrets(name, own), reason, matters))
+            self.left.append(Left(name, without_secrets(name, own), reason, matters))
 
     def refuse(self, name: str, words: str) -> None:
         """Says that an option cannot be read."""
@@ -176,13 +186,15 @@ class Desk:
                 self.leave(name, f"{reason}; {hint}" if hint else reason)
         for name, row in table.items():
             if name in self.given or name in self.defaults:
-                self._act(name, row)
+                self.act(name, row)
 
-    def _act(self, name: str, row: Row) -> None:
+    def act(self, name: str, row: Row) -> None:
+        """Lets a row act on its option, as it is given or as it is assumed there."""
         value = self.setting(name)
         if row.only is not None and self.kind is not None and row.only != self.kind:
             if name in self.given:
-                self.leave(name, f"means nothing: {_MEANS_NOTHING[self.kind]}", matters=False)
+                reason = row.idle or f"means nothing: {_MEANS_NOTHING[self.kind]}"
+                self.leave(name, reason, matters=False)
         elif value is not None:
             try:
                 row.act(self, name, value)
@@ -191,7 +203,7 @@ class Desk:
                 self.refuse(name, words[0] if words else "another value")
 
     def close(self) -> None:
-        """Says of every option that was given and not spoken of yet that it does nothing alone.
+        """Says what became of options that another one's row read, and that others do nothing.
 
         Raises:
             InputError: with all that could not be read.
@@ -199,28 +211,23 @@ class Desk:
         if self.problems:
             raise InputError(self.problems)
         said = {entry.name for entry in self.taken} | {entry.name for entry in self.left}
-        for name in self.given.keys() - said:
-            other = self.told.get(name)
-            reason = f"see {other}" if other else "does nothing beside the other options"
-            self.leave(name, reason, matters=False)
+        # An option with parts is spoken of by them.
+        said |= {name.partition(": ")[0] for name in said}
+        for name in [name for name in self.given if name not in said]:
+            self._tell(name)
         order = {name: place for place, name in enumerate(self.given)}
         self.left.sort(key=lambda entry: order.get(entry.name, len(order)))
 
-
-def is_secret(name: str) -> bool:
-    """Whether an option is a key or password by its name."""
-    return _SECRET.search(name) is not None
-
-
-def _without_secrets(name: str, value: Any) -> Any:
-    """A value as it may be shown: keys and passwords in it are hidden."""
-    if value is not None and not isinstance(value, bool) and is_secret(name):
-        return HIDDEN
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets("", inner) for inner in value]
-    return value
+    def _tell(self, name: str) -> None:
+        """Says of an option that no row of its own spoke of where it went."""
+        other, leaves = self.told.get(name, ("", ()))
+        for leaf in leaves:
+            if leaf in self.values and other in (leaf, *leaves, self.sources[leaf]):
+                self.taken.append(Taken(name, self.given[name], leaf, self.values[leaf]))
+                return
+        is_option = bool(other) and other not in leaves
+        reason = f"is read with {other}" if is_option else "does nothing beside the other options"
+        self.leave(name, reason, matters=False)
 
 
 def fitting(leaf: str, value: Any) -> Any:
@@ -237,103 +244,3 @@ def _choices(leaf: str) -> Sequence[Mapping[str, Any]]:
     schema = leaf_schema(leaf)
     choices: Sequence[Mapping[str, Any]] = schema.get("anyOf", [schema])
     return choices
-
-
-def is_true(value: Any) -> bool:
-    """Whether a switch is on, also as text."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("true", "1", "yes", "on")
-    return bool(value)
-
-
-def becomes(
-    leaf: str, read: Callable[[Any], Any] | None = None, *, only: Kind | None = None
-) -> Row:
-    """An option whose value is that of a leaf, or is made into it.
-
-    Args:
-        read: makes the leaf's value.
-    """
-
-    def act(desk: Desk, name: str, value: Any) -> None:
-        desk.take(name, leaf, value if read is None else read(value))
-
-    return Row((leaf,), act, only)
-
-
-def switch(leaf: str, value: Any, *, only: Kind | None = None) -> Row:
-    """An option that gives a leaf a value when it is on."""
-
-    def act(desk: Desk, name: str, on: Any) -> None:
-        if is_true(on):
-            desk.take(name, leaf, value)
-        else:
-            desk.leave(name, "is off", matters=False)
-
-    return Row((leaf,), act, only)
-
-
-def chosen(
-    leaf: str, choices: Mapping[str, Any], otherwise: str, *, only: Kind | None = None
-) -> Row:
-    """An option with one of several words.
-
-    Args:
-        choices: the word there, in small letters, to the value here.
-        otherwise: what is said of any other word.
-    """
-
-    def act(desk: Desk, name: str, value: Any) -> None:
-        word = str(value).strip().lower()
-        if word in choices:
-            desk.take(name, leaf, choices[word])
-        else:
-            desk.leave(name, otherwise)
-
-    return Row((leaf,), act, only)
-
-
-def without(reason: str, *, as_here: Collection[Any] = (), only: Kind | None = None) -> Row:
-    """An option that has no counterpart, and changes the training.
-
-    Args:
-        reason: what to do instead, or why it does not exist.
-        as_here: values beside false, 0 and empty ones that mean what is done here anyway.
-    """
-
-    def act(desk: Desk, name: str, value: Any) -> None:
-        is_off = value in (False, 0) or str(value).strip().lower() in ("", "false", "0", "none")
-        if is_off or value in as_here or str(value).lower() in as_here:
-            desk.leave(name, "is as it is done here", matters=False)
-        else:
-            desk.leave(name, reason)
-
-    return Row((), act, only)
-
-
-def needless(reason: str) -> Row:
-    """An option that has no counterpart and does not change what is trained."""
-    return Row((), lambda desk, name, value: desk.leave(name, reason, matters=False))
-
-
-def secret(reason: str) -> Row:
-    """A key or password: it is not even shown."""
-    return Row((), lambda desk, name, value: desk.leave(name, reason, matters=False, value=HIDDEN))
-
-
-def told_with(other: str, *leaves: str) -> Row:
-    """An option that the row of another one reads.
-
-    Args:
-        leaves: that both decide over.
-    """
-
-    def act(desk: Desk, name: str, value: Any) -> None:
-        desk.told[name] = other
-
-    return Row(leaves, act)
-
-
-def computed(act: Act, *leaves: str, only: Kind | None = None) -> Row:
-    """An option with an arithmetic of its own."""
-    return Row(leaves, act, only)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders
+from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
-from trainer.importers.desk import Desk, Kind, is_secret
+from trainer.importers.credentials import is_secret
+from trainer.importers.desk import Desk, Kind
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
-from trainer.importers.shared import assume
 from trainer.leaves import nearest
 
 
@@ -59,6 +59,8 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
+# Alpha in scripts that have an option for it; the others take the rank.
+_ALPHA = 4
 SCRIPTS: Mapping[str, Script] = {
     "train_dreambooth.py": Script("table", {**_OLDER, "learning_rate": 5e-6}, one_decay=True),
     "train_dreambooth_lora.py": Script(
@@ -75,7 +77,9 @@ SCRIPTS: Mapping[str, Script] = {
     "train_dreambooth_lora_sdxl_advanced.py": Script(
         "table", {**_LORA, "resolution": 1024}, ATTENTION, one_decay=True
     ),
-    "train_dreambooth_lora_flux_advanced.py": Script("flow", {**_LORA, **_FLOW}, JOINT),
+    "train_dreambooth_lora_flux_advanced.py": Script(
+        "flow", {**_LORA, **_FLOW, "enable_t5_ti": False}, JOINT
+    ),
 }
 
 
@@ -108,14 +112,14 @@ def read(documents: Sequence[Document]) -> Desk:
     desk = Desk(given, defaults, script.kind)
     _say_unset(desk)
     desk.lengths = _lengths(desk)
-    _take_form(desk, document.script, script)
     desk.run(TABLE)
+    _take_form(desk, document.script, script)
     if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
         decay = desk.setting("adam_weight_decay")
-        assume(desk, "adam_weight_decay", "adam_weight_decay_text_encoder", decay)
-    assume(desk, "masks", "use_given_masks", False)
+        desk.assume("adam_weight_decay", "adam_weight_decay_text_encoder", decay)
+    desk.assume("masks", "use_given_masks", False)
     if script.kind == "flow":
-        assume(desk, "shift of times", "timestep_shift", 1.0)
+        desk.assume("shift of times", "timestep_shift", 1.0)
     _say(desk, launcher)
     return desk
 
@@ -160,11 +164,12 @@ def _take_form(desk: Desk, name: str, script: Script) -> None:
         desk.given = {**desk.given, "script": name}
         desk.take("script", "use_lora", False)
     elif "lora_layers" not in desk.given:
-        assume(desk, "layers", "target_unet_modules", list(script.targets))
-    if script.targets and "lora_alpha" not in desk.given:
+        desk.assume("layers", "target_unet_modules", list(script.targets))
+    has_other_rank = desk.values.get("rank") != _ALPHA
+    if script.targets and "lora_alpha" not in desk.given and has_other_rank:
         desk.remarks.append(
-            "Alpha is the rank; scripts that know --lora_alpha (2025 and later) take 4 where it is "
-            "not given: for those add alpha: 4."
+            "Alpha is the rank; scripts that know --lora_alpha (2025 and later) take "
+            f"{_ALPHA} where it is not given: for those add alpha: {_ALPHA}."
         )
 
 
@@ -176,6 +181,5 @@ def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
             "are read."
         )
     for name, value in launcher.items():
-        reason = "several GPUs: see docs/processes.md"
         desk.given = {**desk.given, f"accelerate --{name}": value}
-        desk.leave(f"accelerate --{name}", reason, matters=False)
+        desk.leave(f"accelerate --{name}", reasons.GPUS, matters=False)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.importers import folders
-from trainer.importers.desk import (
-    Desk,
-    Table,
+from trainer.importers import folders, reasons
+from trainer.importers.desk import Desk, Table
+from trainer.importers.optimizers import SCHEDULERS
+from trainer.importers.rows import (
     becomes,
     chosen,
     computed,
+    is_off,
     is_true,
     needless,
     secret,
@@ -20,8 +21,7 @@ from trainer.importers.desk import (
     told_with,
     without,
 )
-from trainer.importers.shared import NO_PRECISION, NO_SCHEDULER, PRECISIONS, SCHEDULERS
-from trainer.sections.running import DIFFUSERS_NAME
+from trainer.importers.words import PRECISIONS, take_name
 
 _OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw", "prodigy": "prodigy"}
 _DENSITIES: Mapping[str, str] = {
@@ -35,7 +35,8 @@ _DENSITIES: Mapping[str, str] = {
 def _take_data(desk: Desk, name: str, value: Any) -> None:
     """A data set: a folder of this machine, or one on the hub that is to be downloaded."""
     place = str(value)
-    if folders.is_here(place) or name == "instance_data_dir":
+    is_path = place.startswith((".", "/", "~")) or "\\" in place
+    if folders.is_here(place) or is_path or name == "instance_data_dir":
         desk.take(name, "images_data_url", place)
     else:
         desk.leave(
@@ -88,8 +89,9 @@ def text_learns(desk: Desk) -> bool:
 
 
 def _take_warmup(desk: Desk, name: str, value: Any) -> None:
-    """Steps of warm-up; those that a constant rate does not have go without saying."""
-    if name in desk.given or str(desk.setting("lr_scheduler")).lower() != "constant":
+    if str(desk.setting("lr_scheduler")).lower() == "constant":
+        desk.leave(name, "a constant rate has no warm-up, there too", matters=False)
+    else:
         desk.take(name, "lr_warmup_steps", value)
 
 
@@ -104,6 +106,8 @@ def _take_text_rate(desk: Desk, name: str, value: Any) -> None:
 
 def _take_optimizer(desk: Desk, name: str, value: Any) -> None:
     word = str(value).lower()
+    if name not in desk.given and is_true(desk.setting("use_8bit_adam")):
+        return
     if word not in _OPTIMIZERS:
         desk.leave(name, "the scripts take adamw instead", matters=False)
         word = "adamw"
@@ -160,13 +164,7 @@ def _take_validation_epochs(desk: Desk, name: str, value: Any) -> None:
 
 def _take_output(desk: Desk, name: str, value: Any) -> None:
     """The last folder's name is the result's."""
-    words = Path(str(value)).name
-    words = "".join(c if c.isascii() and (c.isalnum() or c in "._- ") else "-" for c in words)
-    words = words.strip("-. ")[:100]
-    if words and words.lower() != DIFFUSERS_NAME:
-        desk.take(name, "output_name", words)
-    else:
-        desk.leave(name, "is `--output` on the command line of `trainer train`", matters=False)
+    take_name(desk, name, Path(str(value)).name, reasons.OUTPUT)
 
 
 def _take_layers(desk: Desk, name: str, value: Any) -> None:
@@ -177,13 +175,14 @@ def _take_layers(desk: Desk, name: str, value: Any) -> None:
 def _take_schedule(desk: Desk, name: str, value: Any) -> None:
     """How times of flow matching are drawn; a weight on the loss by noise level is not taken."""
     scheme = str(value).lower()
-    if scheme in _DENSITIES:
-        desk.take(name, "timestep_density", _DENSITIES[scheme])
-        if scheme == "cosmap":
-            reason = "times are drawn by it here; there it weighs the loss of uniform ones"
-            desk.leave(f"{name}: loss", reason, value=scheme)
-    else:
-        desk.leave(name, "the loss has no weight by noise level; see --timestep-density")
+    desk.take(name, "timestep_density", _DENSITIES.get(scheme, "uniform"))
+    if scheme == "cosmap":
+        reason = (
+            "times are drawn by it here, and there it weighs the loss of even ones: on average "
+        )
+        desk.leave(f"{name}: loss", f"{reason}the same", value=scheme)
+    elif scheme not in _DENSITIES:
+        desk.leave(name, "times are drawn evenly, as there; the loss has no weight by noise level")
 
 
 def _with_less_noise(mean: Any) -> float:
@@ -191,10 +190,25 @@ def _with_less_noise(mean: Any) -> float:
     return 0.0 - float(mean)
 
 
-_ATTENTION = "attention is computed as is quickest here; see --attention"
+def _take_fraction(desk: Desk, name: str, value: Any) -> None:
+    if float(value) == 1:
+        desk.leave(name, "is as it is done here", matters=False)
+    else:
+        desk.leave(name, "the denoiser learns to the last step; no training is of new tokens alone")
+
+
+def _take_t5_tokens(desk: Desk, name: str, value: Any) -> None:
+    if is_off(desk.setting("train_text_encoder_ti")):
+        desk.leave(name, "no new tokens learn", matters=False)
+    elif is_true(value):
+        desk.leave(name, "new tokens are learnt in T5 and CLIP, here too", matters=False)
+    else:
+        desk.leave(name, "new tokens are learnt in T5, too, not in CLIP alone")
+
+
 _MADE = "class and validation pictures are made as memory allows"
-_HUB = "see --push-to-hub, which sends the finished files"
-_KEPT = "what encoders make is kept on disk by itself, where pictures are not moved each time"
+_FOLDERS = "pictures are read from folders and archives"
+_BY_ITSELF = "is on whatever is given there, and here"
 _LAUNCH = "the launcher says it"
 
 TABLE: Table = {
@@ -205,10 +219,10 @@ TABLE: Table = {
     "tokenizer_name": without("tokenizers are those of the base model"),
     "instance_data_dir": computed(_take_data, "images_data_url"),
     "dataset_name": computed(_take_data, "images_data_url"),
-    "dataset_config_name": without("pictures are read from folders and archives"),
-    "image_column": without("pictures are read from folders and archives", as_here=("image",)),
+    "dataset_config_name": without(_FOLDERS),
+    "image_column": without(_FOLDERS, as_here=("image",)),
     "caption_column": computed(_take_caption_column, "caption_column"),
-    "cache_dir": needless("is the environment variable HF_HOME"),
+    "cache_dir": needless("set the environment variable HF_HOME"),
     "instance_prompt": becomes("instance_prompt", str),
     "repeats": told_with("num_train_epochs", "num_train_epochs"),
     "token_abstraction": becomes("token_abstraction"),
@@ -218,10 +232,8 @@ TABLE: Table = {
     "train_text_encoder_ti_frac": becomes("train_text_encoder_ti_frac"),
     "train_text_encoder": becomes("train_text_encoder", is_true),
     "train_text_encoder_frac": becomes("train_text_encoder_frac"),
-    "train_transformer_frac": without(
-        "see --disable-unet-during-ti-training", as_here=("1.0", "1")
-    ),
-    "enable_t5_ti": without("new tokens are learnt in every text encoder of the base model"),
+    "train_transformer_frac": computed(_take_fraction),
+    "enable_t5_ti": computed(_take_t5_tokens),
     "with_prior_preservation": becomes("with_prior_preservation", is_true),
     "prior_loss_weight": becomes("prior_loss_weight"),
     "class_data_dir": computed(_take_class_folder, "class_images_url"),
@@ -231,19 +243,20 @@ TABLE: Table = {
     "prior_generation_precision": needless(_MADE),
     "class_labels_conditioning": without("the base models here know no class labels"),
     "resolution": computed(_take_size, "resolution_width", "resolution_height"),
+    "image_interpolation_mode": needless("pictures are resized one way"),
     "center_crop": becomes("center_crop", is_true),
     "random_flip": becomes("random_flip", is_true),
-    "cache_latents": needless(_KEPT),
-    "pre_compute_text_embeddings": needless(_KEPT),
-    "tokenizer_max_length": without("a caption has at most 75 tokens", as_here=("77",)),
-    "max_sequence_length": without("T5 reads 512 tokens", as_here=("512",)),
+    "cache_latents": needless(reasons.KEPT),
+    "pre_compute_text_embeddings": needless(reasons.KEPT),
+    "tokenizer_max_length": without("a caption has at most 75 tokens", as_here=(77,)),
+    "max_sequence_length": without("T5 reads 512 tokens", as_here=(512,)),
     "text_encoder_use_attention_mask": without("padding is read, as the pipeline does"),
     "rank": becomes("rank"),
     "lora_alpha": becomes("alpha"),
-    "lora_dropout": without("adapters are trained whole", as_here=("0.0", 0.0)),
+    "lora_dropout": without(reasons.DROPOUT, as_here=(0,)),
     "lora_layers": computed(_take_layers, "target_unet_modules"),
-    "lora_unet_blocks": without("see --target-unet-modules"),
-    "use_blora": without("see --target-unet-modules"),
+    "lora_unet_blocks": without(reasons.LAYERS),
+    "use_blora": without(reasons.LAYERS),
     "use_dora": becomes("use_dora", is_true),
     "train_batch_size": becomes("batch_size"),
     "gradient_accumulation_steps": becomes("gradient_accumulation_steps"),
@@ -255,7 +268,7 @@ TABLE: Table = {
     "scale_lr": told_with("learning_rate", "learning_rate"),
     "learning_rate": computed(_take_rate, "learning_rate"),
     "text_encoder_lr": computed(_take_text_rate, "text_encoder_lr"),
-    "lr_scheduler": chosen("lr_scheduler", SCHEDULERS, NO_SCHEDULER),
+    "lr_scheduler": chosen("lr_scheduler", SCHEDULERS, reasons.NO_COURSE),
     "lr_warmup_steps": computed(_take_warmup, "lr_warmup_steps"),
     "lr_num_cycles": becomes("lr_num_cycles"),
     "lr_power": becomes("lr_power"),
@@ -265,9 +278,9 @@ TABLE: Table = {
     "adam_weight_decay": becomes("adam_weight_decay"),
     "adam_weight_decay_text_encoder": becomes("adam_weight_decay_text_encoder"),
     # The scripts read any text as true, also "False".
-    "prodigy_decouple": needless("is on whatever is given there, and here"),
-    "prodigy_use_bias_correction": needless("is on whatever is given there, and here"),
-    "prodigy_safeguard_warmup": needless("is on whatever is given there, and here"),
+    "prodigy_decouple": needless(_BY_ITSELF),
+    "prodigy_use_bias_correction": needless(_BY_ITSELF),
+    "prodigy_safeguard_warmup": needless(_BY_ITSELF),
     "prodigy_beta3": becomes("prodigy_beta3"),
     "max_grad_norm": becomes("max_grad_norm"),
     "snr_gamma": becomes("snr_gamma", lambda gamma: gamma or None, only="table"),
@@ -280,34 +293,37 @@ TABLE: Table = {
     "logit_std": becomes("logit_std", only="flow"),
     "mode_scale": becomes("mode_scale", only="flow"),
     "seed": becomes("seed"),
-    "mixed_precision": chosen("mixed_precision", PRECISIONS, NO_PRECISION),
+    "mixed_precision": chosen("mixed_precision", PRECISIONS, reasons.NO_NUMBERS),
     "upcast_before_saving": needless("files have the numbers of --save-dtype, fp32 by itself"),
     "allow_tf32": needless("is on in mixed precision; see --tf32"),
-    "enable_xformers_memory_efficient_attention": needless(_ATTENTION),
-    "enable_npu_flash_attention": needless(_ATTENTION),
+    "enable_xformers_memory_efficient_attention": needless(reasons.ATTENTION),
+    "enable_npu_flash_attention": needless(reasons.ATTENTION),
     "set_grads_to_none": needless("gradients are given up after each step"),
-    "offload": needless("what fits is found by a forecast; see --offload-models"),
+    "offload": needless(reasons.MEMORY),
     "bnb_quantization_config_path": without("see --quantization"),
-    "dataloader_num_workers": needless("see --num-workers, where latents are not cached"),
+    "do_fp8_training": without("see --quantization"),
+    "dataloader_num_workers": needless(reasons.WORKERS),
     "output_dir": computed(_take_output, "output_name"),
     "output_kohya_format": needless("files are written for diffusers and for kohya-style programs"),
     "checkpointing_steps": becomes("checkpointing_steps"),
     "checkpoints_total_limit": becomes("checkpoints_total_limit"),
-    "resume_from_checkpoint": needless("the same command goes on by itself"),
+    "resume_from_checkpoint": needless(reasons.RESUMED),
     "logging_dir": needless("curves lie in the run folder"),
     "report_to": chosen(
         "wandb",
         {"wandb": True, "all": True, "tensorboard": False},
-        "curves go to TensorBoard or Weights & Biases",
+        reasons.TRACKERS,
     ),
     "validation_prompt": becomes("validation_prompts", lambda prompt: [str(prompt)]),
     "num_validation_images": needless("one picture of each prompt, always from the same noise"),
     "validation_epochs": computed(_take_validation_epochs, "sample_steps"),
     "validation_steps": becomes("sample_steps"),
     "validation_scheduler": needless("as the base model's pipeline"),
+    "final_validation_prompt": needless("validation pictures are made after the last step, too"),
+    "skip_final_inference": needless("validation pictures are made after the last step, too"),
     "validation_images": needless("pictures are made of prompts alone"),
     "local_rank": needless(_LAUNCH),
-    "push_to_hub": needless(_HUB),
-    "hub_model_id": needless(_HUB),
+    "push_to_hub": needless(reasons.HUB),
+    "hub_model_id": needless(reasons.HUB),
     "hub_token": secret("`hf auth login` keeps it"),
 }

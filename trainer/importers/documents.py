@@ -42,7 +42,7 @@ class Document:
 
     name: str
     folder: Path
-    form: Literal["toml", "yaml", "command"]
+    form: Literal["toml", "yaml", "json", "command"]
     content: Mapping[str, Any]
     script: str = ""
     launcher: Mapping[str, Any] | None = None
@@ -76,7 +76,7 @@ def read_document(source: str) -> Document:
     if ending in (".yaml", ".yml"):
         return Document(source, path.parent, "yaml", parse_yaml(text, source))
     if ending == ".json":
-        return Document(source, path.parent, "yaml", parse_json(text, source))
+        return Document(source, path.parent, "json", parse_json(text, source))
     if ending in _WINDOWS:
         text = _CONTINUED.sub(" ", text).replace("\\", "/")
     return _command(text, source, path.parent)
@@ -117,7 +117,8 @@ def _command(text: str, name: str, folder: Path) -> Document:
                 dict(_options(words[:place], name)),
             )
     message = "holds no command that runs a Python file with options"
-    raise InputError.of(name, message, "give the whole command, from `accelerate launch` on")
+    hint = "give the whole command, from `accelerate launch` on; a line that goes on ends in \\"
+    raise InputError.of(name, message, hint)
 
 
 def _assignments(words: Sequence[str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Any
 from trainer.importers import folders, kohya_data
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document, read_document
-from trainer.importers.kohya_table import TABLE
+from trainer.importers.kohya_table import DATA_FILE, TABLE
 from trainer.importers.lengths import Lengths
-from trainer.importers.shared import Pictures, take_pictures
+from trainer.importers.pictures import Pictures, take_pictures, tell_others
 
 SCRIPTS = (
     *("train_network.py", "sdxl_train_network.py", "flux_train_network.py", "train_db.py"),
@@ -42,6 +42,10 @@ DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 3.5,
     "model_prediction_type": "sigma_scaled",
 }
+# Side of the pictures of SDXL and FLUX.1.
+_NATIVE = 1024
+# Options that no other program's JSON has.
+_IN_JSON = frozenset({"datasets", "network_module", "pretrained_model_name_or_path"})
 # Options that only trainings by flow matching have.
 _FLOW = frozenset(
     {
@@ -55,10 +59,10 @@ def speaks(document: Document) -> bool:
     """Whether a document is one of these scripts'."""
     if document.form == "command":
         return document.script in SCRIPTS
-    if document.form != "toml":
-        return False
     names = {*document.content, *kohya_data.flattened(document.content)}
-    return bool(names & {"datasets", "general", *TABLE})
+    if document.form == "json":
+        return bool(names & _IN_JSON)
+    return document.form == "toml" and bool(names & {"datasets", "general", *TABLE})
 
 
 def read(documents: Sequence[Document]) -> Desk:
@@ -68,6 +72,7 @@ def read(documents: Sequence[Document]) -> Desk:
     sets = kohya_data.read(training, data)
     given = {**training, **sets.given}
     desk = Desk(given, DEFAULTS if has_training else {}, _kind(given, script))
+    desk.native = _NATIVE if desk.kind == "flow" or script.startswith("sdxl_") else None
     if desk.kind == "flow":
         desk.defaults = {n: v for n, v in desk.defaults.items() if n != "min_snr_gamma"}
     for name, reason, value in sets.left:
@@ -79,6 +84,10 @@ def read(documents: Sequence[Document]) -> Desk:
     if has_training and "network_module" not in given:
         _take_all_weights(desk, script)
     desk.run(TABLE)
+    if not data and DATA_FILE in given:
+        desk.leave(DATA_FILE, "there is no such file: give it beside this one")
+    for option, label, values in sets.differ:
+        tell_others(desk, TABLE, option, label, values)
     name = "image_dir" if sets.subjects else "train_data_dir"
     take_pictures(desk, subjects, classes, name, "is_reg" if sets.classes else "reg_data_dir")
     return desk
@@ -98,16 +107,14 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
             file = _beside(document, str(own["config_file"]), ".toml")
             training.update(kohya_data.flattened(read_document(str(file)).content))
         training.update(own)
-        training.pop("config_file", None)
         launcher = document.launcher or {}
         if "mixed_precision" in launcher:
             training.setdefault("mixed_precision", launcher["mixed_precision"])
-        named = training.get("dataset_config")
+        named = training.get(DATA_FILE)
         if named and not data:
             file = _beside(document, str(named), "")
             if file.is_file():
                 data.update(read_document(str(file)).content)
-                training.pop("dataset_config")
     given = {name: value for name, value in training.items() if value not in (None, "", [])}
     return given, data, script
 
@@ -183,7 +190,8 @@ def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengt
 
 def _take_all_weights(desk: Desk, script: str) -> None:
     """Without a network all weights are trained."""
-    desk.defaults = {**desk.defaults, "network_module": None}
+    own = {n: v for n, v in desk.defaults.items() if not n.startswith("network_")}
+    desk.defaults = {**own, "network_module": None}
     desk.take("network_module", "use_lora", False)
     if script == "train_db.py":
         desk.defaults = {**desk.defaults, "train_text_encoder": True}

@@ -11,13 +11,14 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.importers import folders
-from trainer.importers.shared import Pictures, repeats_of
+from trainer.importers.pictures import Pictures, joined, repeats_of
 from trainer.leaves import shown
 
 # What options of a data set are called among those of the training.
 _NAMES: Mapping[str, str] = {"batch_size": "train_batch_size"}
 # What a subset says of itself alone.
 _OWN = ("image_dir", "num_repeats", "class_tokens", "is_reg")
+_SIZE = "resolution"
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sets:
         subjects: the sets of pictures of the subjects.
         classes: those of their classes.
         given: options that are the same for all, for the table.
+        differ: option, its name there, and its values, of which `given` has one.
         left: option, reason and value of what is not.
         remarks: what is to be known.
     """
@@ -35,6 +37,7 @@ class Sets:
     subjects: list[Pictures] = field(default_factory=list)
     classes: list[Pictures] = field(default_factory=list)
     given: dict[str, Any] = field(default_factory=dict)
+    differ: list[tuple[str, str, list[Any]]] = field(default_factory=list)
     left: list[tuple[str, str, Any]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -69,6 +72,7 @@ def read(training: Mapping[str, Any], content: Mapping[str, Any]) -> Sets:
         sets.left.append((name, "is not known here", content[name]))
     for row in rows:
         _place(sets, row, training)
+    sets.subjects, sets.classes = joined(sets.subjects), joined(sets.classes)
     subjects = [row for row in rows if not row.get("is_reg")]
     _join(sets, subjects or rows)
     for name in _OWN:
@@ -89,6 +93,8 @@ def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> N
         repeats=repeats_of(row.get("num_repeats", 1), "num_repeats"),
         prompt=prompt,
         token=folders.identifier_in(prompt) if prompt else None,
+        prompt_name="class_tokens",
+        token_name="class_tokens",
     )
     (sets.classes if row.get("is_reg") else sets.subjects).append(pictures)
     if row.get("is_reg") and prompt is None:
@@ -96,18 +102,17 @@ def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> N
 
 
 def _join(sets: Sets, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Options that all subsets have alike; where they differ, that of the first."""
+    """Options that all subsets have alike; where they differ, that of the first, and all sizes."""
     for name in dict.fromkeys(name for row in rows for name in row if name not in _OWN):
         values = [row.get(name) for row in rows]
-        sets.given[_NAMES.get(name, name)] = next(v for v in values if v is not None)
-        others = [value for value in values[1:] if value != values[0]]
-        if others:
-            reason = f"one value for all pictures: {values[0]} is taken"
-            if values[0] is None:
-                reason = (
-                    f"one value for all pictures: {sets.given[_NAMES.get(name, name)]} is taken"
-                )
-            sets.left.append((f"subsets: {name}", reason, values))
+        known = [value for value in values if value is not None]
+        has_several = any(value != known[0] for value in values)
+        if has_several and name == _SIZE:
+            sets.given[name] = [v if isinstance(v, list) else [v, v] for v in known]
+            continue
+        sets.given[_NAMES.get(name, name)] = known[0]
+        if has_several:
+            sets.differ.append((_NAMES.get(name, name), f"subsets: {name}", values))
 
 
 def _text(value: Any, name: str) -> str | None:

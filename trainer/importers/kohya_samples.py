@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.importers.desk import Desk
+from trainer.importers.prompt_lines import parted
 
 # Options of a line: what they are, and the option here that is one for all lines.
 _STEPS, _GUIDANCE = "s", "l"
@@ -49,7 +49,7 @@ def take_samples(desk: Desk, name: str, value: Any) -> None:
     try:
         lines = [*_lines(path, text)]
     except ValueError:
-        desk.leave(name, "is damaged: give --validation-prompts", matters=False)
+        desk.leave(name, "is no TOML or JSON: give --validation-prompts", matters=False)
         return
     prompts = [prompt for prompt, _ in lines if prompt]
     if not prompts:
@@ -91,18 +91,9 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     else:
         for line in text.splitlines():
             if line.strip() and not line.lstrip().startswith("#"):
-                yield _line(line.strip())
+                yield parted(line.strip())
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     known = {_LONG[key]: str(value) for key, value in row.items() if key in _LONG}
     return str(row.get("prompt", "")), known
-
-
-def _line(line: str) -> tuple[str, dict[str, str]]:
-    prompt, *options = re.split(r"\s+--", line)
-    found = {}
-    for option in options:
-        key, _, value = option.strip().partition(" ")
-        found[key.lower()] = value.strip()
-    return prompt.strip(), found

@@ -1,0 +1,32 @@
+"""What is said of options that several programs have, and that have no counterpart here."""
+
+from __future__ import annotations
+
+ATTENTION = "attention is computed as is quickest here; see --attention"
+CAPTIONS = "captions are taken as they are written"
+CAPTIONS_DROPPED = "a caption is dropped as a whole, by chance: see --caption-dropout"
+COMPILED = "blocks are compiled where that is worth it; see --compile-blocks"
+DROPOUT = "adapters learn without dropout"
+EXTENSION = "captions are read from .txt and .caption files: rename them"
+LAYERS = "layers are chosen by --target-unet-modules"
+GPUS = "several GPUs: see docs/processes.md"
+HUB = "is to be asked for anew: --push-to-hub sends the finished files, to --hub-model-id"
+KEPT = "latents and encoded captions are kept on disk by themselves"
+LOSS = "the loss is the mean of squares"
+MASKS = (
+    "put masks among the pictures, masks/NAME.png or NAME_mask.png, and set use_given_masks: true"
+)
+MEMORY = "memory is divided by forecast here; see --offload-blocks and `trainer estimate`"
+NO_COURSE = "there is no such course here: the rate stays constant; see --lr-scheduler"
+NO_FORM = "is no form of adapter here: a LoRA of the same rank is trained"
+NO_NUMBERS = "is no number format here; see --mixed-precision and --save-dtype"
+NO_TIMES = "is no way to draw times here: those of --timestep-density logit_normal are drawn"
+OUTPUT = "is `--output` on the command line of `trainer train`"
+PUBLISHED = "the base model is trained as it is published"
+RESUMED = "the same command goes on by itself"
+SAMPLING = "validation pictures are made as the base model's pipeline makes them"
+SCHEDULE = "the schedule is that of the base model"
+SQUEEZED = "sizes of buckets follow from the trained area"
+TRACKERS = "curves go to TensorBoard or Weights & Biases"
+WEIGHED = "the loss has no such weight here; by noise level it has --snr-gamma"
+WORKERS = "see --num-workers, where latents are not cached"
