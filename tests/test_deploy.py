@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer import errors
+from trainer import errors, presets
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "configs/deploy"
@@ -30,8 +30,9 @@ HOPELESS = {
     errors.OutOfMemoryError.exit_code,
     errors.CheckpointError.exit_code,
 }
-# Stands for a training: says that it has begun, waits for SIGTERM where it is to, and ends with the
-# exit code that it is told, and with a result where there is to be one.
+# Stands for a training and its launcher: says that it has begun, waits for SIGTERM where it is to,
+# and ends with the exit code that it is told, with a result and an own exit code where there is to
+# be one.
 TRAINING = """
 import json, os, pathlib, signal, sys
 words = dict(word.split("=") for word in os.environ["TOLD"].split())
@@ -41,6 +42,8 @@ def leave(*_):
         new = folder / "new"
         new.write_text(json.dumps({"exit_code": int(words["result"])}))
         new.rename(folder / "result.json")
+    if "own" in words:
+        pathlib.Path(os.environ["TRAINER_EXIT_CODE_FILE"]).write_text(words["own"] + os.linesep)
     sys.exit(int(words["code"]))
 signal.signal(signal.SIGTERM, leave)
 (folder / "begun").touch()
@@ -65,14 +68,18 @@ while time.monotonic() < end:
 
 
 def launched(
-    folder: Path, told: str, *words: str, program: str = TRAINING
+    folder: Path, told: str, *words: str, program: str = TRAINING, temporary: str = "."
 ) -> subprocess.Popen[str]:
-    """A training that does as it is told, behind `launched`, in a process group of its own."""
+    """A training that does as it is told, behind `launched`, in a process group of its own.
+
+    Args:
+        temporary: where temporary files go, from the folder.
+    """
     command = ["bash", str(DEPLOY / "launched"), sys.executable, "-c", program, *words]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.Popen(
         command,
-        env={**os.environ, "PATH": path, "TOLD": told},
+        env={**os.environ, "PATH": path, "TOLD": told, "TMPDIR": str(folder / temporary)},
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
@@ -100,6 +107,9 @@ def ended(running: subprocess.Popen[str]) -> tuple[int, str]:
         ("code=0", 0),
         ("code=1 result=75", 75),
         ("code=1 result=4", 4),
+        ("code=1 own=2", 2),
+        ("code=1 own=2 result=75", 2),
+        ("code=0 own=1", 0),
         ("code=1", 1),
         ("code=137", 137),
     ],
@@ -110,6 +120,15 @@ def test_a_launched_training_ends_with_its_own_exit_code(
     running = launched(tmp_path, told, "--output", str(tmp_path))
 
     assert ended(running)[0] == code
+    assert {path.name for path in tmp_path.iterdir()} <= {"begun", "result.json"}
+
+
+def test_where_there_is_no_place_for_an_exit_code_the_result_tells_it(tmp_path: Path) -> None:
+    told, output = "code=1 result=75", ["--output", str(tmp_path)]
+
+    running = launched(tmp_path, told, *output, temporary="nowhere")
+
+    assert ended(running)[0] == INTERRUPTED
 
 
 def test_the_result_of_an_earlier_run_is_not_taken_for_that_of_a_launched_one(
@@ -225,6 +244,33 @@ def test_a_pod_has_time_for_its_checkpoint_and_is_no_root() -> None:
     assert pod["terminationGracePeriodSeconds"] >= 300
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 10001
+
+
+def test_eight_gpus_of_a_pod_train_by_the_launcher_with_the_training_s_own_exit_code(
+    tmp_path: Path,
+) -> None:
+    changes = yaml.safe_load((DEPLOY / "kubernetes/eight_gpus/kustomization.yaml").read_text())
+    operations = yaml.safe_load(changes["patches"][0]["patch"])
+    (words,) = [it["value"] for it in operations if it["path"].endswith("/args")]
+    (tmp_path / "accelerate").write_text(
+        '#!/bin/sh\necho "$@"\necho 2 >"$TRAINER_EXIT_CODE_FILE"\nexit 1\n'
+    )
+    (tmp_path / "accelerate").chmod(0o755)
+    search = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    done = subprocess.run(
+        words,
+        env=os.environ | {"PATH": search, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == errors.InputError.exit_code, done.stderr
+    (container,) = job()["spec"]["template"]["spec"]["containers"]
+    config = presets.folder() / "accelerate/eight_gpus.yaml"
+    launcher = f"launch --config_file {config} --no_python"
+    assert done.stdout == f"{launcher} {' '.join(container['args'])}\n"
 
 
 def spot() -> dict[str, Any]:

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "foundation": (
         {
             *("", "errors", "randomness", "names", "durable", "cache", "events", "tensorfile"),
-            *("transfers", "collection"),
+            *("transfers", "collection", "launchers"),
             *("fetch", "network", "stages", "readahead"),
         },
         set(),
@@ -148,6 +148,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 
 WITHOUT_TORCH = [
     "errors",
+    "launchers",
     "fetch",
     "network",
     "randomness",

@@ -28,6 +28,7 @@ from trainer.errors import (
 )
 from trainer.events import Event, FileEvent, MemoryEvent, RunEvent, StageEvent, StepEvent
 from trainer.job import Result, RunFolder
+from trainer.launchers import EXIT_CODE_FILE
 from trainer.listeners import EventLog, Summary
 from trainer.runner import Events, stop_on_signals, supervise, way_on
 
@@ -475,8 +476,11 @@ def test_a_signal_while_python_ends_leaves_the_exit_code() -> None:
 def test_ctrl_c_while_the_program_loads_ends_it_with_one_line(tmp_path: Path) -> None:
     # Stands for a library that takes its time.
     (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    told = tmp_path / "told"
+    told.touch()
+    variables = {"PYTHONPATH": str(tmp_path), EXIT_CODE_FILE: str(told)}
 
-    done = python("-m", "trainer", "version", PYTHONPATH=str(tmp_path))
+    done = python("-m", "trainer", "version", **variables)
 
-    assert done.returncode == 130
+    assert (done.returncode, told.read_text()) == (130, "130\n")
     assert done.stderr == "stopped at once; nothing was begun\n"

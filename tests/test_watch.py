@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed import DistError, TCPStore
 
 from trainer import stores
 from trainer.errors import ProcessError, TrainerError
+from trainer.launchers import EXIT_CODE_FILE
 from trainer.processes import _is_of_communication, _Progress, _Together
 from trainer.signs import Beat
 from trainer.stores import LimitedStore
@@ -80,7 +82,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time, which stands still but for `sleep` and `run`; the process ends by SystemExit."""
     made = Clock()
     monkeypatch.setattr("trainer.watch.time", made)
-    monkeypatch.setattr("trainer.watch.os._exit", sys.exit)
+    monkeypatch.setattr("trainer.launchers.os._exit", sys.exit)
     return made
 
 
@@ -189,7 +191,13 @@ def test_who_came_later_to_a_communication_is_not_named_for_the_one_that_hangs_i
     assert str(cause.result.error).startswith("process 2 on one did not come to step 5 within")
 
 
-def test_a_blocked_process_is_ended_even_if_its_last_words_fail(clock: Clock) -> None:
+def test_a_blocked_process_is_ended_even_if_its_last_words_fail(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    told.touch()
+    monkeypatch.setenv(EXIT_CODE_FILE, str(told))
+
     def last_words(*_: Any) -> None:
         raise ValueError("a result of another version")
 
@@ -198,7 +206,7 @@ def test_a_blocked_process_is_ended_even_if_its_last_words_fail(clock: Clock) ->
     cause = watch.announce(ProcessError("lost"))
     with pytest.raises(SystemExit) as ended:
         watch._end(cause)
-    assert ended.value.code == 7
+    assert (ended.value.code, told.read_text()) == (7, "7\n")
 
 
 def test_what_a_watch_does_not_expect_ends_the_training_and_not_the_watch(

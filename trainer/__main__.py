@@ -7,6 +7,8 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
+from trainer.launchers import end_at_once
+
 
 def main() -> None:
     """Runs the command line."""
@@ -23,7 +25,7 @@ def main() -> None:
 def _end_at_once(number: int, _: FrameType | None) -> None:
     with suppress(OSError):
         os.write(2, b"stopped at once; nothing was begun\n")
-    os._exit(128 + number)
+    end_at_once(128 + number)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from trainer.errors import DiskError, InputError, TrainerError
 from trainer.flags import HyperparameterCommand, configuration
 from trainer.generating import generate
 from trainer.importing import import_
+from trainer.launchers import is_main_process, leave_exit_code
 from trainer.leaves import SAID_ELSEWHERE, nearest
 from trainer.lora_files import convert, inspect
 from trainer.picturing import compare, sample
@@ -101,7 +102,7 @@ def train(
     from trainer.job import RunFolder
     from trainer.listeners import Summary, progress_for
     from trainer.publishing import published
-    from trainer.runner import is_main_process, stop_on_signals, supervise
+    from trainer.runner import stop_on_signals, supervise
     from trainer.seal import sealed
     from trainer.trackers import logs_for
 
@@ -324,6 +325,7 @@ def main() -> None:
     code = run(sys.argv[1:])
     if (failure := data.failure) is not None and code == 0:
         code = _complain(_unwritten(failure), as_json=False)
+    leave_exit_code(code)
     hurry_on_signals(code)
     sys.exit(code)
 
@@ -404,7 +406,6 @@ def _usage_problem(error: click.UsageError) -> InputError:
 
 def _complain(error: TrainerError, as_json: bool) -> int:
     from trainer.job import Result
-    from trainer.runner import is_main_process
 
     # Of the processes of one machine, all find the same wrong with what they all are given.
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -429,5 +430,6 @@ def _say_error(kind: str, message: str, hint: str) -> None:
 def _report_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
+    leave_exit_code(TrainerError.exit_code)
     sys.__excepthook__(kind, error, trace)
     click.echo("error[internal]: this is a bug in the trainer; please report the above", err=True)

@@ -24,7 +24,8 @@ from trainer.config import OutputConfig, TrainingConfig
 from trainer.errors import InputError, TrainerError
 from trainer.events import Event, FileEvent, NoteEvent, PublishedEvent, StageEvent
 from trainer.job import RunFolder
-from trainer.runner import Engine, Events, Stop, end_of, is_main_process
+from trainer.launchers import is_main_process
+from trainer.runner import Engine, Events, Stop, end_of
 
 if TYPE_CHECKING:
     from trainer.hub_upload import Answer, Kind, Task

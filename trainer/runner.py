@@ -27,6 +27,7 @@ from trainer.events import (
     StepEvent,
 )
 from trainer.job import Result, ResultFile, Role, RunFolder
+from trainer.launchers import end_at_once, is_main_process
 from trainer.listeners import EarlierResult, Listener, note_line
 
 # Failures that refuse what was given: before a run begins, they change nothing.
@@ -44,11 +45,6 @@ _UNREADABLE = (LookupError, OSError, TypeError, ValueError)
 Stop = Callable[[], bool]
 Events = Generator[Event, None, None]
 Engine = Callable[[TrainingConfig, RunFolder, Stop], Events]
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for the training; torchrun and accelerate number them."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def way_on() -> tuple[str, str]:
@@ -106,7 +102,7 @@ def _ending() -> Callable[[int, FrameType | None], None] | signal.Handlers:
     """
     if os.getpid() != 1:
         return signal.SIG_DFL
-    return lambda number, _: os._exit(128 + number)
+    return lambda number, _: end_at_once(128 + number)
 
 
 def _show_cursor() -> None:

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import Store
 
 from trainer.errors import ProcessError, TrainerError
 from trainer.job import Result
+from trainer.launchers import end_at_once
 from trainer.signs import BEGINNING, Beat, Cause
 from trainer.stores import LimitedStore
 
@@ -383,7 +384,7 @@ class Watch(threading.Thread):
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(error.exit_code)
+            end_at_once(error.exit_code)
 
 
 def _beat(rank: int) -> str:

@@ -92,6 +92,36 @@ def test_the_loss_of_a_process_is_told_by_its_launcher_and_in_the_result(
     figure(f"{took:.0f} s until the launcher ended, its exit code {code}, in the result 7")
 
 
+# Runs as each Python begins: the main process comes later than the others.
+LATE = 'import os, time\nif os.environ.get("RANK") == "0": time.sleep(30)\n'
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["together", "main process late"])
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+def test_refused_options_give_exit_code_2_behind_a_launcher(
+    launcher: str,
+    is_late: bool,
+    arguments: list[str],
+    tmp_path: Path,
+    figure: Callable[[str], None],
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE if is_late else "")
+    search = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ACCELERATE_USE_CPU": "true"}
+    line = ["bash", str(ROOT / "configs/deploy/launched"), sys.executable, *LAUNCHERS[launcher]]
+
+    done = subprocess.run(
+        [*line, *arguments, "--rank", "0"],
+        env=os.environ | search,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 2, done.stderr
+    figure("of options that are refused: 2")
+
+
 def test_processes_that_torchrun_starts_again_go_on_from_the_checkpoint(
     arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
 ) -> None:

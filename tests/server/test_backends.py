@@ -118,7 +118,8 @@ def test_a_job_that_slurm_has_already_is_not_submitted_again(
         ("FAILED|2:0\n", 2),
         ("PREEMPTED|0:15\n", 75),
         ("NODE_FAIL|1:0\n", 75),
-        ("CANCELLED by 1000|0:15\n", 0),
+        ("CANCELLED by 1000|0:15\n", 143),
+        ("FAILED|0:9\n", 137),
         ("", None),
     ],
 )
@@ -163,6 +164,17 @@ def test_slurm_ends_a_job_at_once(slurm: FakeSlurm) -> None:
     assert slurm.said() == ["scancel", f"--name=trainer-{JOB}"]
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_controller_that_does_not_answer_has_told_no_job_to_stop(
+    slurm: FakeSlurm, at_once: bool
+) -> None:
+    assert slurm.backend.stop(JOB, at_once=at_once)
+
+    slurm.prints("scancel", "", exit_code=1)
+
+    assert not slurm.backend.stop(JOB, at_once=at_once)
+
+
 def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
@@ -203,9 +215,15 @@ def test_a_stop_command_ends_a_job(tmp_path: Path) -> None:
     backend = commands(tmp_path)
     backend.start(handover(tmp_path))
 
-    backend.stop(JOB, at_once=False)
+    assert backend.stop(JOB, at_once=False)
 
     assert backend.standing(JOB) == Standing("gone", 75)
+
+
+def test_a_stop_command_that_fails_has_told_nothing(tmp_path: Path) -> None:
+    templates = Templates("true", "echo running", "sh -c 'exit 3'")
+
+    assert not CommandBackend(templates).stop(JOB, at_once=False)
 
 
 @pytest.mark.parametrize("said", ["", "nonsense", "Traceback"])

@@ -280,6 +280,40 @@ def test_a_job_that_does_not_listen_is_ended_when_its_grace_is_over(
     assert world.state(job) == "cancelled"
 
 
+# Notes each SIGTERM, for half a second after the first, and ends.
+COUNTING = """
+import os, signal, time
+def note(*_):
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        log.write("TERM ")
+    heard.append(time.monotonic())
+heard = []
+signal.signal(signal.SIGTERM, note)
+with open(os.environ["FAKE_LOG"], "a") as log:
+    log.write("begun ")
+while not heard or time.monotonic() < heard[0] + 0.5:
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["cancelled", "cancelled and closed"])
+def test_a_job_is_asked_once_to_end(world: World, closes: bool) -> None:
+    world.command = (sys.executable, "-c", COUNTING)
+    world.restart()
+    job = world.submit()
+    world.until(lambda: world.starts() != [])
+
+    world.queue.request_cancel(job.id)
+    if closes:
+        world.dispatcher.tick()
+        world.dispatcher.close()
+    else:
+        world.until_over(job)
+
+    assert world.state(job) == "cancelled"
+    assert world.starts() == ["begun", "TERM"]
+
+
 def test_a_job_that_takes_too_long_fails(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +570,9 @@ class FarEngine:
     def __init__(self) -> None:
         self.taken: list[str] = []
         self.stopped: list[str] = []
+        # Whether each was to be stopped at once.
+        self.ways: list[bool] = []
+        self.hears = True
         self.trouble = ""
 
     def has_room(self) -> bool:
@@ -550,9 +587,11 @@ class FarEngine:
         self._ask("standing")
         return Standing("running" if id in self.taken else "unknown")
 
-    def stop(self, id: str, *, at_once: bool) -> None:
+    def stop(self, id: str, *, at_once: bool) -> bool:
         self._ask("stop")
         self.stopped.append(id)
+        self.ways.append(at_once)
+        return self.hears
 
     def _ask(self, what: str) -> None:
         if self.trouble == what:
@@ -597,6 +636,37 @@ def test_an_engine_that_takes_nothing_is_asked_again_and_strangers_are_not_told_
 
     assert engine.taken == [later.id]
     assert world.now(later).starts == 1
+
+
+def test_a_job_elsewhere_is_asked_until_it_hears_and_after_its_grace_ended_until_it_hears(
+    world: World, engine: FarEngine
+) -> None:
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    ways = []
+    for grace in (USUAL.grace, 0):
+        world.dispatcher._limits = Limits(grace=grace)
+        for engine.hears in (False, True, True):
+            world.dispatcher.tick()
+            ways.append(engine.ways.copy())
+            engine.ways.clear()
+
+    assert ways == [[False], [False], [], [True], [True], []]
+
+
+def test_a_job_that_took_too_long_while_the_server_ends_goes_on_with_the_next(
+    world: World,
+) -> None:
+    world.command = (sys.executable, "-c", COUNTING + "raise SystemExit(75)")
+    world.restart()
+    job = world.submit()
+    world.until(lambda: world.starts() != [])
+    world.dispatcher._limits = Limits(wall=0)
+
+    world.dispatcher.close()
+
+    assert (world.state(job), world.starts()) == ("queued", ["begun", "TERM"])
 
 
 def test_what_was_handed_over_goes_on_when_the_server_ends(world: World, engine: FarEngine) -> None:

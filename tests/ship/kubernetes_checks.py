@@ -86,7 +86,7 @@ def test_eight_gpus_train_by_the_launcher_under_the_same_rules(
     assert eight["podFailurePolicy"] == job["podFailurePolicy"]
     (container,) = eight["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
-    shell, option, line, _, *training = container["args"]
+    # tests/test_deploy.py runs this line.
+    _, _, line, _, *training = container["args"]
     assert training == job["template"]["spec"]["containers"][0]["args"]
-    subprocess.run([shell, "-n", option, line], check=True)
     assert "deploy/launched" in line

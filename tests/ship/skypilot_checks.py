@@ -76,7 +76,12 @@ def test_skypilot_reads_the_task_as_it_is_meant(tmp_path: Path) -> None:
     ("right", "wrong"), [("use_spot", "use_spots"), ("MOUNT_CACHED", "CACHED"), ("setup:", "set:")]
 )
 def test_skypilot_sees_what_is_wrong(right: str, wrong: str, tmp_path: Path) -> None:
-    assert read(TASK.read_text().replace(right, wrong), tmp_path).returncode != 0
+    done = read(TASK.read_text().replace(right, wrong), tmp_path)
+
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("sky.exceptions.InvalidSkyPilotConfigError: ")
+    assert f"'{wrong.rstrip(':')}'" in last
 
 
 def test_a_typo_that_the_schema_lets_pass_is_seen(tmp_path: Path) -> None:

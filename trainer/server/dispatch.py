@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.durable import write_text
 from trainer.errors import TrainerError
@@ -71,6 +71,8 @@ class _Watch:
     looked: float = -math.inf
     running_since: float | None = None
     asked_to_end: float | None = None
+    # That it is to end, False, and that at once, True.
+    told: set[bool] = field(default_factory=set)
     is_overtime: bool = False
 
 
@@ -141,7 +143,7 @@ class Dispatcher:
         running = self._ending_here()
         for job in running:
             with _trouble_logged(job):
-                self._lanes[job.kind].backend.stop(job.id, at_once=False)
+                self._tell_to_end(job, self._watch_of(job), at_once=False)
         return len(running)
 
     def close(self, hurry: threading.Event | None = None) -> None:
@@ -160,7 +162,7 @@ class Dispatcher:
             while self._awaited() and time.monotonic() < deadline and not hurry.wait(0.05):
                 for job in self._awaited():
                     with _trouble_logged(job):
-                        self._watches.pop(job.id, None)
+                        self._watch_of(job).looked = -math.inf
                         self._look_at(job)
             # What was at work is idle now, and leaves.
             self._generators.close()
@@ -182,7 +184,7 @@ class Dispatcher:
 
     def _look_at(self, job: Job) -> None:
         now = time.monotonic()
-        watch = self._watches.setdefault(job.id, _Watch())
+        watch = self._watch_of(job)
         if now - watch.looked < self._limits.poll:
             return
         watch.looked = now
@@ -195,6 +197,9 @@ class Dispatcher:
         else:
             self._limit(job, watch, has_result=result is not None)
 
+    def _watch_of(self, job: Job) -> _Watch:
+        return self._watches.setdefault(job.id, _Watch())
+
     def _standing(self, job: Job) -> Standing:
         if job.kind == "generation":
             return self._generators.standing(job)
@@ -203,8 +208,10 @@ class Dispatcher:
     def _limit(self, job: Job, watch: _Watch, *, has_result: bool) -> None:
         """Stops a running job that somebody cancelled, or that takes too long, also to end."""
         now = time.monotonic()
-        if self._limits.wall is not None and watch.running_since is not None:
-            watch.is_overtime = now - watch.running_since > self._limits.wall
+        wall, since = self._limits.wall, watch.running_since
+        # One that ends with the server goes on with the next.
+        if wall is not None and since is not None and not self._ends:
+            watch.is_overtime = now - since > wall
         if not (job.cancel_requested or has_result or watch.is_overtime):
             return
         if watch.asked_to_end is None:
@@ -213,7 +220,14 @@ class Dispatcher:
         if job.kind == "generation":
             self._generators.stop(job)
         elif at_once or not has_result:
-            self._lanes[job.kind].backend.stop(job.id, at_once=at_once)
+            self._tell_to_end(job, watch, at_once=at_once)
+
+    def _tell_to_end(self, job: Job, watch: _Watch, *, at_once: bool) -> None:
+        """Tells a job once to end: a launcher that is told again waits for no checkpoint."""
+        if at_once in watch.told:
+            return
+        if self._lanes[job.kind].backend.stop(job.id, at_once=at_once):
+            watch.told.add(at_once)
 
     def _settle(self, job: Job, result: Result | None, standing: Standing) -> None:
         job = self._queue.find(job.id) or job

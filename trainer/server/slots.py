@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -130,13 +130,20 @@ def is_held(lock: Path) -> bool:
         return True
 
 
-def end(lock: Path, *, at_once: bool) -> None:
-    """Sends the process group that holds a lock, if there is one, the signal to end."""
+def end(lock: Path, *, at_once: bool) -> bool:
+    """Sends the process group that holds a lock, if there is one, the signal to end.
+
+    Returns:
+        Whether it was sent: one that is about to start has not written its number yet.
+    """
     process = process_of(lock) if is_held(lock) else None
-    # One that is about to start has not written its number yet: it is ended next time.
-    if process is not None:
-        with suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL if at_once else signal.SIGTERM)
+    if process is None:
+        return False
+    try:
+        os.killpg(process, signal.SIGKILL if at_once else signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def process_of(lock: Path) -> int | None:

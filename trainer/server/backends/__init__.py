@@ -71,8 +71,12 @@ class Backend(Protocol):
     def standing(self, id: str) -> Standing:
         """Where a training stands, also one from before a restart."""
 
-    def stop(self, id: str, *, at_once: bool) -> None:
-        """Asks a training to leave a checkpoint and end, or ends it at once."""
+    def stop(self, id: str, *, at_once: bool) -> bool:
+        """Asks a training to leave a checkpoint and end, or ends it at once.
+
+        Returns:
+            Whether it was told; otherwise this is to be tried again.
+        """
 
 
 class BackendError(TrainerError):

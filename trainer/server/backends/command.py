@@ -75,6 +75,6 @@ class CommandBackend:
         code = int(words[1]) if len(words) > 1 and words[1].isdigit() else None
         return Standing(_STATES[words[0]], code)
 
-    def stop(self, id: str, *, at_once: bool) -> None:
+    def stop(self, id: str, *, at_once: bool) -> bool:
         """Runs the stop command, also where it is to end at once."""
-        run(with_places(shlex.split(self._templates.stop), {"id": id}))
+        return run(with_places(shlex.split(self._templates.stop), {"id": id})).returncode == 0

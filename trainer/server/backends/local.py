@@ -59,9 +59,9 @@ class LocalBackend:
         lock.unlink(missing_ok=True)
         return Standing("gone", exit_code) if began else Standing("unknown")
 
-    def stop(self, id: str, *, at_once: bool) -> None:
+    def stop(self, id: str, *, at_once: bool) -> bool:
         """Sends its process group SIGTERM or SIGKILL."""
-        slots.end(self._lock(id), at_once=at_once)
+        return slots.end(self._lock(id), at_once=at_once)
 
     def _lock(self, id: str) -> Path:
         return self._jobs / id / _LOCK

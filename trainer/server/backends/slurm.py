@@ -78,11 +78,13 @@ class SlurmBackend:
             return Standing("running")
         return Standing("waiting") if states else self._ended(id)
 
-    def stop(self, id: str, *, at_once: bool) -> None:
+    def stop(self, id: str, *, at_once: bool) -> bool:
         """Sends SIGTERM to its shell and to what srun started, or cancels it."""
         # All at once, by `--full`, would reach srun too, which then kills what it started.
-        for how in ([],) if at_once else _TERMINATED:
-            self._run("scancel", *how, f"--name={_name(id)}")
+        ways = ([],) if at_once else _TERMINATED
+        sent = [self._run("scancel", *how, f"--name={_name(id)}").returncode == 0 for how in ways]
+        # The shell may be all that there is.
+        return sent[0]
 
     def _work(self, job: Handover) -> Sequence[str]:
         if self._script is not None:
@@ -105,7 +107,10 @@ class SlurmBackend:
         state, _, code = lines[-1].partition("|")
         if state.split()[0] in _PREEMPTED:
             return Standing("gone", PREEMPTED)
-        number = code.partition(":")[0]
+        number, _, ended_by = code.partition(":")
+        if ended_by not in ("", "0"):
+            # As a shell tells it.
+            return Standing("gone", 128 + int(ended_by))
         return Standing("gone", int(number) if number.isdigit() else None)
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
