@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAND_IN = "localhost/cuda-stand-in"
 BUILT = "localhost/trainer-checked"
+# Longer than anything here takes.
+_SECONDS = 600
 # No privileges and no engine are needed.
 _WITHOUT_ENGINE = {"BUILDAH_ISOLATION": "chroot"}
 
@@ -130,7 +132,7 @@ class Container:
     def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs it to its end."""
         with self.running(*arguments, **options) as process:
-            out, err = process.communicate()
+            out, err = process.communicate(timeout=_SECONDS)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     @contextmanager
