@@ -60,11 +60,13 @@ class World:
         folder: of the base model.
         work: a folder for photographs and runs.
         leaves: options of every training.
+        draws_class: whether it draws the subject's class where no colour is told.
     """
 
     folder: Path
     work: Path
     leaves: Mapping[str, Any] = field(default_factory=lambda: SDXL)
+    draws_class: bool = True
 
     @cached_property
     def base(self) -> BaseModel:

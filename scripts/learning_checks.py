@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from learning import (
     STYLE,
     World,
     measure,
+    save,
     share_in_style,
     untold,
     write_photos,
@@ -39,25 +41,28 @@ from learning import (
 from make_world import sampled, sheet
 from rich.console import Console
 from rich.table import Table
+from world_pictures import BACKGROUNDS, COLOURS
 
 from trainer.job import RunFolder
 
 SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
-# Base models by family, and the options of every training on them.
-WORLDS: Mapping[str, tuple[Path, Mapping[str, Any]]] = {
-    "sdxl": (SAMPLES / "world", SDXL),
-    "flux": (SAMPLES / "flux_world", FLUX),
+# Base models by family, the options of every training on them, and whether they draw a class alone.
+WORLDS: Mapping[str, tuple[Path, Mapping[str, Any], bool]] = {
+    "sdxl": (SAMPLES / "world", SDXL, True),
+    "flux": (SAMPLES / "flux_world", FLUX, False),
 }
 
-PRIOR: Mapping[str, Any] = {
-    "with_prior_preservation": True,
-    "class_prompt": f"a {CLASS}",
+PRIOR: Mapping[str, Any] = {"with_prior_preservation": True, "class_prompt": f"a {CLASS}"}
+MADE_IN_TRAINING: Mapping[str, Any] = {
     "num_class_images": 40,
     "class_inference_steps": 20,
     "class_guidance_scale": 3.0,
 }
 PIVOTAL: Mapping[str, Any] = {"train_text_encoder_ti": True, "text_encoder_lr": 5e-3}
 WHOLE: Mapping[str, Any] = {"use_lora": False, "learning_rate": 1e-4}
+# Of class pictures that are given.
+CLASS_SEED = 77
+INKS_AND_GROUNDS = tuple(product(COLOURS, BACKGROUNDS))
 # The one ground of the pictures that masks are tried on.
 GROUND = "pink"
 
@@ -122,6 +127,23 @@ class Bench:
         """Photographs of the subject, with captions that tell of their grounds."""
         return write_photos(self.world.work / "photos")
 
+    @property
+    def prior(self) -> Mapping[str, Any]:
+        """Prior preservation by pictures of the base model.
+
+        They are made in training where it draws the class by its name alone; else they are made
+        before, of captions that it knows, and given.
+        """
+        if self.world.draws_class:
+            return {**PRIOR, **MADE_IN_TRAINING}
+        folder = self.world.work / "class"
+        told = [f"a {ink} {CLASS} on a {ground} background" for ink, ground in INKS_AND_GROUNDS] * 2
+        pictures = self.world.pictures(None, told, seed=CLASS_SEED)
+        for number, (picture, caption) in enumerate(zip(pictures, told, strict=True)):
+            save(folder / f"{number}.png", picture)
+            (folder / f"{number}.txt").write_text(caption)
+        return {**PRIOR, "class_images_url": str(folder)}
+
     def shown(self, run: Path | None, **options: Any) -> Any:
         """What pictures with a run show; kept to be looked at."""
         learnt = measure(self.world, run, count=self.count, seed=1000 * self.seed, **options)
@@ -143,7 +165,7 @@ def of_base(bench: Bench) -> Figures:
 
 def of_prior(bench: Bench) -> Figures:
     """A subject is learnt on any ground; with prior preservation its class stays."""
-    run = bench.train("prior", bench.photos, PRIOR)
+    run = bench.train("prior", bench.photos, bench.prior)
     without = bench.shown(bench.train("lora", bench.photos))
     learnt = bench.shown(run)
     half = bench.shown(run, strength=0.5)
@@ -242,7 +264,7 @@ def of_style(bench: Bench) -> Figures:
 def of_resume(bench: Bench) -> Figures:
     """A training that is stopped in the middle and goes on ends in the same bytes."""
     few = {"max_train_steps": bench.steps // 4}
-    kinds = (PRIOR, PIVOTAL, few)
+    kinds = (bench.prior, PIVOTAL, few)
     unbroken = bench.train("unbroken", bench.photos, *kinds)
     broken = bench.train("broken", bench.photos, *kinds, stopped_after=bench.steps // 8)
     files = sorted(RunFolder(unbroken).outputs.rglob("*.safetensors"))
@@ -472,8 +494,8 @@ def main(
     if unknown := set(names) - set(possible):
         raise click.ClickException(f"not measured on {family}: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder, leaves = WORLDS[family]
-        place = World(folder, work or Path(temporary), leaves)
+        folder, leaves, draws_class = WORLDS[family]
+        place = World(folder, work or Path(temporary), leaves, draws_class)
         place.work.mkdir(parents=True, exist_ok=True)
         numbers = range(1) if fast else range(seeds)
         figures = run_checks(names, numbers, world=place, count=count, steps=steps)
