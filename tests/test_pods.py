@@ -78,7 +78,8 @@ def test_an_image_that_has_the_trainer_needs_no_installing(pod: Path) -> None:
 def test_a_checkout_is_installed_with_its_own_versions_and_once(pod: Path) -> None:
     first, second = (started(pod, "version") for _ in range(2))
     assert first.stdout.splitlines() == [
-        f"pip install --quiet --constraint {ROOT}/constraints.txt --editable {ROOT}[server]",
+        f"pip install --quiet --constraint {ROOT}/constraints.txt"
+        f" --editable {ROOT}[server,heic,lycoris]",
         said(pod, "doctor"),
         said(pod, "version"),
     ]

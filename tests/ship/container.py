@@ -131,9 +131,12 @@ class Container:
 
     def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs it to its end."""
-        with self.running(*arguments, **options) as process:
-            out, err = process.communicate(timeout=_SECONDS)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        while True:
+            with self.running(*arguments, **options) as process:
+                out, err = process.communicate(timeout=_SECONDS)
+            # Now and then buildah itself cannot begin.
+            if "sealing memfd" not in err:
+                return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     @contextmanager
     def running(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
