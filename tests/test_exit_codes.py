@@ -45,10 +45,10 @@ def test_the_main_process_leaves_its_exit_code(told: Path, code: int, before: st
 
     leave_exit_code(code)
 
-    assert told.read_text() == f"{code}\n"
+    assert told.read_text() == f"{code} 0\n"
 
 
-@pytest.mark.parametrize(("code", "left"), [(INTERRUPTED, "\n"), (REFUSED, f"{REFUSED}\n")])
+@pytest.mark.parametrize(("code", "left"), [(INTERRUPTED, "\n"), (REFUSED, f"{REFUSED} 0\n")])
 def test_of_the_other_processes_only_a_refusal_is_known(
     told: Path, monkeypatch: pytest.MonkeyPatch, code: int, left: str
 ) -> None:
@@ -68,7 +68,18 @@ def test_what_a_launcher_does_after_a_refusal_does_not_hide_it(
 
     leave_exit_code(INTERRUPTED)
 
-    assert told.read_text() == f"{REFUSED}\n"
+    assert told.read_text() == f"{REFUSED} 0\n"
+
+
+def test_what_was_refused_before_all_began_again_does_not_stand(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_exit_code(REFUSED)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+    leave_exit_code(INTERRUPTED)
+
+    assert told.read_text() == f"{INTERRUPTED} 1\n"
 
 
 def test_a_file_that_is_another_machines_is_not_made_here(told: Path) -> None:
@@ -93,12 +104,12 @@ def test_a_full_disk_has_room_for_the_exit_code(told: Path) -> None:
 import resource, signal
 from trainer.launchers import leave_exit_code
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2, 2))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))
 leave_exit_code({REFUSED})
 """
     ended("-c", limited)
 
-    assert told.read_text() == f"{REFUSED}\n"
+    assert told.read_text() == f"{REFUSED} 0\n"
 
 
 def test_a_process_that_ends_where_it_stands_leaves_its_exit_code(
@@ -109,7 +120,7 @@ def test_a_process_that_ends_where_it_stands_leaves_its_exit_code(
     with pytest.raises(SystemExit) as end:
         end_at_once(7)
 
-    assert (end.value.code, told.read_text()) == (7, "7\n")
+    assert (end.value.code, told.read_text()) == (7, "7 0\n")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +135,7 @@ def test_a_process_that_ends_where_it_stands_leaves_its_exit_code(
 def test_a_command_leaves_what_it_ends_with(told: Path, words: list[str], code: int) -> None:
     assert ended("-m", "trainer", *words) == code
 
-    assert told.read_text() == f"{code}\n"
+    assert told.read_text() == f"{code} 0\n"
 
 
 # A bug, and Ctrl-C in a command that has nothing to keep.
@@ -143,4 +154,4 @@ cli.main()
 def test_whatever_ends_a_command_its_exit_code_is_left(told: Path, error: str, code: int) -> None:
     assert ended("-c", FAULTY.format(error=error)) == code
 
-    assert told.read_text() == f"{code}\n"
+    assert told.read_text() == f"{code} 0\n"

@@ -32,11 +32,13 @@ def leave_exit_code(code: int) -> None:
     path = os.environ.get(EXIT_CODE_FILE)
     if not path or not (is_main_process() or code == _REFUSED):
         return
+    # torchrun begins all processes again where it may: the last time counts.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").encode()
     with suppress(OSError), open(path, "r+b", buffering=0) as file:
-        if file.read().strip() == b"%d" % _REFUSED:
+        if file.read().split() == [b"%d" % _REFUSED, attempt]:
             return
         file.seek(0)
-        file.truncate(file.write(b"%d\n" % code))
+        file.truncate(file.write(b"%d %s\n" % (code, attempt)))
 
 
 def end_at_once(code: int) -> NoReturn:

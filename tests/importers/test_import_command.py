@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from reading import pictures
+from reading import import_file, loaded, pictures
 
 from trainer.cli import run
 from trainer.config_files import parse_yaml
+from trainer.errors import InputError
 
 TEXT = 'network_module = "networks.lora"\nclip_skip = 2\nresolution = 512\ntrain_data_dir = "{}"\n'
 
@@ -89,3 +90,34 @@ def test_our_own_configuration_is_not_another_programs(
 
     assert run(["import", str(own)]) == 2
     assert "--from" in capsys.readouterr().err
+
+
+def test_options_in_a_variable_are_options(tmp_path: Path) -> None:
+    script = 'ARGS="--rank 64 --learning_rate 3e-3"\n'
+    script += "accelerate launch train_dreambooth_lora_sdxl.py --instance_data_dir=photos"
+    script += " --pretrained_model_name_or_path=base --instance_prompt 'a TOK' $ARGS\n"
+
+    config = loaded(import_file(tmp_path, "train.sh", script))
+
+    assert (config.leaf("rank"), config.leaf("learning_rate")) == (64, 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("me.toml", 'network_module = "networks.lora_sd3"\nclip_l = "clip.safetensors"\n'),
+        ("me.toml", 'network_module = "networks.lora_lumina"\nlearning_rate = 1e-4\n'),
+        ("me.sh", "python sd3_train_network.py --learning_rate=1e-4\n"),
+    ],
+)
+def test_models_that_do_not_train_here_are_refused(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not among the base models here"):
+        import_file(tmp_path, name, text, "kohya")
+
+
+def test_a_trigger_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    job = "job: extension\nconfig:\n  name: me\n  process:\n  - type: sd_trainer\n"
+    job += "    trigger_word: [1, 2]\n    datasets: [{folder_path: photos}]\n"
+    job += "    network: {type: lora, linear: 4}\n    model: {name_or_path: base}\n"
+    with pytest.raises(InputError, match="trigger_word"):
+        import_file(tmp_path, "job.yaml", job)

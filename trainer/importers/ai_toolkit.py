@@ -162,6 +162,8 @@ def _kind(given: Mapping[str, Any]) -> Kind | None:
 def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
     word = dataset.get("trigger_word", trigger)
     trigger_name = "datasets.trigger_word" if "trigger_word" in dataset else "trigger_word"
+    if not isinstance(word, str | None):
+        raise InputError.of(trigger_name, f"got {word!r}; allowed: text", "write it in quotes")
     caption = with_trigger(str(dataset.get("default_caption", "")), word)
     return Pictures(
         str(dataset.get("folder_path", dataset.get("dataset_path", ""))),

@@ -99,7 +99,7 @@ def _command(text: str, name: str, folder: Path) -> Document:
     for number, line in _lines(text):
         if ".py" not in line and not _SETS.match(line):
             continue
-        words = [_filled(word, variables) for word in _words(line, name, number)]
+        words = [part for word in _words(line, name, number) for part in _filled(word, variables)]
         assignments = _assignments(words)
         if assignments:
             variables |= assignments
@@ -159,9 +159,14 @@ def _words(line: str, name: str, number: int) -> list[str]:
         raise InputError.of(name, f"line {number}: a quotation does not end", _FIX) from None
 
 
-def _filled(word: str, variables: Mapping[str, str]) -> str:
-    """A word with the variables that the file sets before; others stay as they are written."""
-    return _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
+def _filled(word: str, variables: Mapping[str, str]) -> list[str]:
+    """A word with the variables that the file sets before; others stay as they are written.
+
+    A variable that stands alone and holds options gives a word for each of its own.
+    """
+    filled = _VARIABLE.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
+    holds_options = _VARIABLE.fullmatch(word) and filled.lstrip().startswith("--")
+    return shlex.split(filled) if holds_options else [filled]
 
 
 def _until_end(words: Sequence[str]) -> Sequence[str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import InputError
 from trainer.importers import folders, kohya_data
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document, read_document
@@ -42,6 +43,9 @@ DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 3.5,
     "model_prediction_type": "sigma_scaled",
 }
+# Beginnings of scripts and networks for models that do not train here.
+_NETWORK = "networks.lora_"
+_OTHER_MODELS = frozenset({"sd3", "lumina", "hunyuan", "anima"})
 # Side of the pictures of SDXL and FLUX.1.
 _NATIVE = 1024
 # Options that no other program's JSON has.
@@ -137,7 +141,16 @@ def _beside(document: Document, name: str, ending: str) -> Path:
 
 
 def _kind(given: Mapping[str, Any], script: str) -> Kind:
+    """The kind of base model.
+
+    Raises:
+        InputError: the script or the network is for a model that does not train here.
+    """
     module = str(given.get("network_module", ""))
+    for name, named in (("script", script), ("network_module", module.removeprefix(_NETWORK))):
+        if named.partition("_")[0] in _OTHER_MODELS:
+            message = f"`{named}` trains a model that is not among the base models here"
+            raise InputError.of(name, message, "docs/methods.md names those that are")
     is_flow = (
         bool(_FLOW & given.keys()) or script.startswith("flux_") or module == "networks.lora_flux"
     )

@@ -108,7 +108,7 @@ class SlurmBackend:
         if state.split()[0] in _PREEMPTED:
             return Standing("gone", PREEMPTED)
         number, _, ended_by = code.partition(":")
-        if ended_by not in ("", "0"):
+        if ended_by.isdigit() and ended_by != "0":
             # As a shell tells it.
             return Standing("gone", 128 + int(ended_by))
         return Standing("gone", int(number) if number.isdigit() else None)
