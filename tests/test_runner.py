@@ -482,5 +482,5 @@ def test_ctrl_c_while_the_program_loads_ends_it_with_one_line(tmp_path: Path) ->
 
     done = python("-m", "trainer", "version", **variables)
 
-    assert (done.returncode, told.read_text()) == (130, "130\n")
+    assert (done.returncode, told.read_text()) == (130, "130 0\n")
     assert done.stderr == "stopped at once; nothing was begun\n"

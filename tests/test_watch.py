@@ -206,7 +206,7 @@ def test_a_blocked_process_is_ended_even_if_its_last_words_fail(
     cause = watch.announce(ProcessError("lost"))
     with pytest.raises(SystemExit) as ended:
         watch._end(cause)
-    assert (ended.value.code, told.read_text()) == (7, "7\n")
+    assert (ended.value.code, told.read_text()) == (7, "7 0\n")
 
 
 def test_what_a_watch_does_not_expect_ends_the_training_and_not_the_watch(

@@ -13,9 +13,9 @@ from trainer.cli import run
 from trainer.config_files import parse_yaml
 from trainer.errors import InputError
 from trainer.importers import Imported, imported
-from trainer.importers.credentials import HIDDEN
 from trainer.importers.desk import Desk
 from trainer.importers.documents import read_document
+from trainer.importers.secret_names import HIDDEN
 
 XL = {"name_or_path": "base", "is_xl": True}
 FLUX = {"name_or_path": "base", "is_flux": True}

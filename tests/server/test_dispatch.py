@@ -669,6 +669,27 @@ def test_a_job_that_took_too_long_while_the_server_ends_goes_on_with_the_next(
     assert (world.state(job), world.starts()) == ("queued", ["begun", "TERM"])
 
 
+def test_a_job_that_does_not_hear_the_servers_end_is_told_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.command = (sys.executable, "-c", COUNTING + "raise SystemExit(75)")
+    world.restart()
+    job = world.submit()
+    world.until(lambda: world.starts() != [])
+    backend = world.dispatcher._lanes["training"].backend
+    stop, asked = backend.stop, []
+
+    def deaf_at_first(id: str, *, at_once: bool) -> bool:
+        asked.append(id)
+        return len(asked) > 1 and stop(id, at_once=at_once)
+
+    monkeypatch.setattr(backend, "stop", deaf_at_first)
+
+    world.dispatcher.close()
+
+    assert (world.state(job), world.starts(), len(asked)) == ("queued", ["begun", "TERM"], 2)
+
+
 def test_what_was_handed_over_goes_on_when_the_server_ends(world: World, engine: FarEngine) -> None:
     job = world.submit()
     world.dispatcher.tick()

@@ -103,6 +103,8 @@ def take_weighted_times(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, "is off", matters=False)
     else:
         desk.take(name, "timestep_density", "uniform")
+        if desk.kind == "flow":
+            desk.take(name, "timestep_shift", 1.0)
         desk.leave(name, _NO_WEIGHT)
 
 

@@ -54,6 +54,8 @@ _PICTURES = "pictures alone are trained"
 _PLAIN = "pictures and noise are taken as they are"
 _PRIOR = "what the base model knows is kept by class pictures: see --with-prior-preservation"
 
+# What even times are by here.
+_EVEN_TIMES = ("timestep_density", "timestep_shift")
 TABLE: Table = {
     "job": needless("`trainer train` is the job"),
     "meta": needless(_NAMES),
@@ -179,8 +181,8 @@ TABLE: Table = {
         "times are drawn for both; see --timestep-density", as_here=("balanced",)
     ),
     "train.timestep_type": computed(take_times, "timestep_density", "timestep_shift", only="flow"),
-    "train.linear_timesteps": computed(take_weighted_times, "timestep_density"),
-    "train.linear_timesteps2": computed(take_weighted_times, "timestep_density"),
+    "train.linear_timesteps": computed(take_weighted_times, *_EVEN_TIMES),
+    "train.linear_timesteps2": computed(take_weighted_times, *_EVEN_TIMES),
     "train.min_denoising_steps": without(
         "steps are counted from the most noise there: see --max-timestep-trained"
     ),

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from trainer.config import LEAVES
 from trainer.errors import InputError, Problem
-from trainer.importers.credentials import without_secrets
 from trainer.importers.lengths import Lengths
+from trainer.importers.secret_names import without_secrets
 from trainer.leaves import allowed, flag_value, leaf_schema, nearest, shown
 
 # What a base model learns by: a table of noise levels, or flow matching.

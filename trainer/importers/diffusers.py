@@ -12,11 +12,11 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
-from trainer.importers.credentials import is_secret
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.lengths import Lengths
+from trainer.importers.secret_names import is_secret
 from trainer.leaves import nearest
 
 

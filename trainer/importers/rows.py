@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.importers.credentials import HIDDEN
 from trainer.importers.desk import Act, Desk, Kind, Row
+from trainer.importers.secret_names import HIDDEN
 
 
 def is_true(value: Any) -> bool:

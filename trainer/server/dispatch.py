@@ -162,7 +162,10 @@ class Dispatcher:
             while self._awaited() and time.monotonic() < deadline and not hurry.wait(0.05):
                 for job in self._awaited():
                     with _trouble_logged(job):
-                        self._watch_of(job).looked = -math.inf
+                        watch = self._watch_of(job)
+                        if job.kind != "generation":
+                            self._tell_to_end(job, watch, at_once=False)
+                        watch.looked = -math.inf
                         self._look_at(job)
             # What was at work is idle now, and leaves.
             self._generators.close()
