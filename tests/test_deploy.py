@@ -21,6 +21,7 @@ from trainer import errors, presets
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "configs/deploy"
+SLURM = sorted(DEPLOY.rglob("*.sbatch"))
 PAGE = (ROOT / "docs/clusters.md").read_text()
 INTERRUPTED = errors.Interrupted.exit_code
 # What the same command meets again, by README's table of exit codes.
@@ -172,7 +173,7 @@ def test_a_launched_training_must_say_where_its_result_will_be(tmp_path: Path) -
     assert "--output" in said
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.sbatch")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SLURM, ids=lambda path: path.stem)
 def test_a_template_of_slurm_is_a_script_that_leaves_time_for_a_checkpoint(path: Path) -> None:
     text = path.read_text()
     options = re.findall(r"^#SBATCH (--[\w-]+)", text, re.M)
@@ -183,40 +184,80 @@ def test_a_template_of_slurm_is_a_script_that_leaves_time_for_a_checkpoint(path:
     assert not re.search(r"^[^#\n].*\n(.*\n)*#SBATCH", text, re.M)
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.sbatch")), ids=lambda path: path.stem)
-def test_a_job_of_slurm_that_is_stopped_before_it_began_is_queued_again(
-    path: Path, tmp_path: Path
-) -> None:
+def ran_by_slurm(
+    path: Path, folder: Path, *, srun: str, stands: str, first: str = ""
+) -> tuple[int, str]:
+    """Runs a template with programs that stand in for Slurm's; its exit code, what scontrol heard.
+
+    Args:
+        srun: what it does.
+        stands: how the job stands at the end.
+        first: what the shell does before the template.
+    """
     for name, does in {
-        "srun": "touch started",
-        "scontrol": 'echo "$1 Requeue=1" | tee -a told',
+        "srun": srun,
+        "scontrol": f'echo "$1" >>told; [ "$1" = show ] && echo "JobId=7 {stands}"',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / name).chmod(0o755)
-    # The signal comes while the template's first line of work is read.
-    (tmp_path / "first").write_text(
-        """trap 'case $BASH_COMMAND in "export SRUN"*) kill -TERM $$ ;; esac' DEBUG\n"""
-    )
-    search = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    (folder / "first").write_text(first)
+    search = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {
         "PATH": search,
         "PYTHONPATH": str(ROOT),
-        "BASH_ENV": str(tmp_path / "first"),
+        "BASH_ENV": str(folder / "first"),
         "SLURM_CPUS_PER_TASK": "8",
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_JOB_ID": "7",
     }
-
     done = subprocess.run(
-        ["bash", str(path), "trainer", "train", "--output", str(tmp_path)],
+        ["bash", str(path), "trainer", "train", "--output", str(folder)],
         env=os.environ | own,
-        cwd=tmp_path,
+        cwd=folder,
         check=False,
     )
+    return done.returncode, (folder / "told").read_text()
 
-    assert done.returncode == INTERRUPTED
+
+@pytest.mark.parametrize("path", SLURM, ids=lambda path: path.stem)
+def test_a_job_of_slurm_that_is_stopped_before_it_began_is_queued_again(
+    path: Path, tmp_path: Path
+) -> None:
+    # The signal comes while the template's first line of work is read.
+    first = """trap 'case $BASH_COMMAND in "export SRUN"*) kill -TERM $$ ;; esac' DEBUG\n"""
+
+    code, told = ran_by_slurm(
+        path, tmp_path, srun="touch started", stands="JobState=RUNNING Requeue=1", first=first
+    )
+
+    assert code == INTERRUPTED
     assert not (tmp_path / "started").exists()
-    assert "requeue" in (tmp_path / "told").read_text()
+    assert told == "show\nrequeue\n"
+
+
+# What `scontrol show job` says in Slurm 22.05 while a job ends, and whether it is to go on by its
+# own doing: not where somebody cancelled it or wants no more of it, or Slurm queues it again.
+STANDS = {
+    "told to stop": ("JobState=RUNNING Reason=None Requeue=1 PreemptTime=None", True),
+    "out of time": ("JobState=COMPLETING Reason=TimeLimit Requeue=1 PreemptTime=None", True),
+    "preempted": (
+        "JobState=COMPLETING Reason=None Requeue=1 PreemptTime=2026-11-22T19:13:55",
+        True,
+    ),
+    "cancelled": ("JobState=COMPLETING Reason=None Requeue=1 PreemptTime=None", False),
+    "not to be queued again": ("JobState=RUNNING Reason=None Requeue=0 PreemptTime=None", False),
+}
+
+
+@pytest.mark.parametrize(("stands", "goes_on"), STANDS.values(), ids=STANDS)
+@pytest.mark.parametrize("path", SLURM, ids=lambda path: path.stem)
+def test_an_interrupted_job_of_slurm_is_queued_again_unless_it_was_cancelled(
+    path: Path, stands: str, goes_on: bool, tmp_path: Path
+) -> None:
+    code, told = ran_by_slurm(path, tmp_path, srun=f"exit {INTERRUPTED}", stands=stands)
+
+    assert code == INTERRUPTED
+    assert told == ("show\nrequeue\n" if goes_on else "show\n")
 
 
 def job() -> dict[str, Any]:

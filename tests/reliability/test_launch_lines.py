@@ -40,7 +40,7 @@ wait $second
 exit $code
 """
 SCONTROL = """#!/bin/bash
-[ "$1" = show ] && echo "JobId=$3 Requeue=1"
+[ "$1" = show ] && echo "JobId=$3 JobState=RUNNING Reason=None Requeue=1"
 [ "$1" = requeue ] && echo "requeued $2"
 exit 0
 """

@@ -655,6 +655,19 @@ def test_a_job_elsewhere_is_asked_until_it_hears_and_after_its_grace_ended_until
     assert ways == [[False], [False], [], [True], [True], []]
 
 
+def test_a_job_that_waits_elsewhere_is_cancelled_at_once(
+    world: World, engine: FarEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "standing", lambda id: Standing("waiting"))
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+
+    world.dispatcher.tick()
+
+    assert engine.ways == [True]
+
+
 def test_a_job_that_took_too_long_while_the_server_ends_goes_on_with_the_next(
     world: World,
 ) -> None:

@@ -176,8 +176,25 @@ def test_a_job_whose_time_is_nearly_up_leaves_a_checkpoint_and_queues_itself_aga
     cluster.wait_for(lambda: "goes on after step" in said.read_text(), what="go on", log=said)
     cluster.run("scancel", job)
 
+    assert here.end(job, "run")["JobState"] == "CANCELLED"
     assert (result["status"], result["exit_code"]) == ("interrupted", 75)
     assert "DUE TO TIME LIMIT" not in said.read_text()
+
+
+@pytest.mark.parametrize("template", list(FEW))
+def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
+    template: str, place: Callable[..., Place], cluster: Cluster
+) -> None:
+    here = place()
+    job = here.submit(template, "run")
+    here.wait_for_step("run", 30)
+
+    cluster.run("scancel", job)
+    told = here.end(job, "run")
+
+    said = here.log("run").read_text()
+    assert (told["JobState"], told["Restarts"]) == ("CANCELLED", "0"), said
+    assert json.loads((here.folder / "run" / "result.json").read_text())["exit_code"] == 75, said
 
 
 def test_a_job_that_loses_a_process_queues_itself_again(
@@ -240,6 +257,17 @@ def test_a_job_of_the_server_that_is_interrupted_goes_on_by_way_of_its_queue_to_
     assert "goes on after step" in said, said
     assert left(runs[broken]) == left(runs[whole])
     assert processes_of(runs[broken]) == [PROCESSES[template or "one_gpu"]] * 2
+
+
+def test_a_job_of_the_server_that_waits_is_cancelled_at_once(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    backend = SlurmBackend([], environment=cluster.environment)
+    job = cluster.submit(tmp_path, "--hold", "--job-name=trainer-1f2e", "--wrap=exec sleep 600")
+
+    assert backend.stop("1f2e", at_once=True)
+
+    assert cluster.told(job)["JobState"] == "CANCELLED"
 
 
 def process_of_rank(rank: int, run: Path) -> int:

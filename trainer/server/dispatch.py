@@ -198,7 +198,7 @@ class Dispatcher:
         if standing.state in ("gone", "unknown") or (result and job.kind == "generation"):
             self._settle(job, result, standing)
         else:
-            self._limit(job, watch, has_result=result is not None)
+            self._limit(job, watch, standing, has_result=result is not None)
 
     def _watch_of(self, job: Job) -> _Watch:
         return self._watches.setdefault(job.id, _Watch())
@@ -208,7 +208,7 @@ class Dispatcher:
             return self._generators.standing(job)
         return self._lanes[job.kind].backend.standing(job.id)
 
-    def _limit(self, job: Job, watch: _Watch, *, has_result: bool) -> None:
+    def _limit(self, job: Job, watch: _Watch, standing: Standing, *, has_result: bool) -> None:
         """Stops a running job that somebody cancelled, or that takes too long, also to end."""
         now = time.monotonic()
         wall, since = self._limits.wall, watch.running_since
@@ -219,7 +219,9 @@ class Dispatcher:
             return
         if watch.asked_to_end is None:
             watch.asked_to_end = now
-        at_once = now - watch.asked_to_end > self._limits.grace
+        # One that waits elsewhere has no checkpoint to leave, and hears nothing that it is asked.
+        waits = standing.state == "waiting" and not has_result
+        at_once = waits or now - watch.asked_to_end > self._limits.grace
         if job.kind == "generation":
             self._generators.stop(job)
         elif at_once or not has_result:
