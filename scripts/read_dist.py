@@ -70,7 +70,7 @@ def faults_of_wheel(files: Files) -> Iterator[str]:
     missing |= {
         f"trainer/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / "configs").rglob("*")
-        if path.is_file()
+        if path.is_file() and path.parent.name != "__pycache__"
     }
     yield from (f"the wheel lacks `{name}`" for name in sorted(missing - files.keys()))
     if (size := sum(map(len, files.values()))) > LARGEST_WHEEL:
