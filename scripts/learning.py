@@ -25,7 +25,7 @@ from trainer import base_model, engine
 from trainer.base_model import BaseModel
 from trainer.config import ModelConfig
 from trainer.events import Event, StepEvent
-from trainer.families.base import Family
+from trainer.families.base import Family, text_options
 from trainer.generation import Trained
 from trainer.job import RunFolder
 from trainer.machine import inference_precision
@@ -71,7 +71,9 @@ class World:
     @cached_property
     def base(self) -> BaseModel:
         """The base model as it is found."""
-        return base_model.locate(ModelConfig(model_url=str(self.folder)), vae_is_explicit=False)
+        length = self.leaves.get("max_sequence_length")
+        settings = ModelConfig(model_url=str(self.folder), max_sequence_length=length)
+        return base_model.locate(settings, vae_is_explicit=False)
 
     @cached_property
     def family(self) -> Family:
@@ -121,7 +123,9 @@ class World:
     ) -> torch.Tensor:
         """Pictures (prompts, 3, 64, 64) from 0 to 1 by a run's files, or by the base model."""
         with self._with(run, strength) as replaced:
-            return sampled(self.family.pipeline, [replaced(text) for text in prompts], seed=seed)
+            told = [replaced(text) for text in prompts]
+            options = text_options(self.family)
+            return sampled(self.family.pipeline, told, seed=seed, **options)
 
     @contextmanager
     def _with(self, run: Path | None, strength: float) -> Iterator[Any]:
@@ -173,7 +177,9 @@ FLUX = COMMON | {
     "target_unet_modules": [
         *("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj"),
         *("to_add_out", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"),
-    ]
+    ],
+    # Captions have a dozen words; 512 places would make a step five times dearer.
+    "max_sequence_length": 64,
 }
 
 

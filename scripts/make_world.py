@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -31,8 +32,14 @@ ASKED = {"colour": 0.95, "shape": 0.90, "background": 0.95}
 CHECKED, GUIDANCE, SAMPLING_STEPS = 100, 2.0, 20
 
 
-def sampled(pipeline: DiffusionPipeline, prompts: Sequence[str], *, seed: int) -> torch.Tensor:
-    """Pictures (prompts, 3, 64, 64) from 0 to 1."""
+def sampled(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, seed: int, **options: Any
+) -> torch.Tensor:
+    """Pictures (prompts, 3, 64, 64) from 0 to 1.
+
+    Args:
+        options: of the pipeline's call, beside those of every picture.
+    """
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         list(prompts),
@@ -42,6 +49,7 @@ def sampled(pipeline: DiffusionPipeline, prompts: Sequence[str], *, seed: int) -
         num_inference_steps=SAMPLING_STEPS,
         generator=[torch.Generator().manual_seed(seed + n) for n in range(len(prompts))],
         output_type="pt",
+        **options,
     )
     pictures: torch.Tensor = made.images.float()
     return pictures

@@ -1,8 +1,8 @@
 """FLUX.1's structure at about 6 million parameters. Used by make_world.py.
 
-FLUX reads 512 places of T5 for each caption, nearly all of them padding. T5 is left as it is drawn,
-so that its states are known beforehand; of the padding a few places are taken at each step, each
-counted for as many as it stands for.
+FLUX reads 512 places of T5 for each caption, or fewer where it is asked to, nearly all of them
+padding: the model learns both. T5 is left as it is drawn, so that its states are known beforehand;
+of the padding a few places are taken at each step, each counted for as many as it stands for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from world_training import (
 )
 
 LEARNING = ("transformer", "text_encoder")
-# Places of T5 that the pipeline reads, those that may hold words, and those taken of the others.
-PLACES, WORDS, PADS = 512, 16, 4
+# Places of T5 that the pipeline may read, one length at each step; those of them that may hold
+# words, and those taken of the others.
+LENGTHS = (64, 512)
+WORDS, PADS = 16, 4
 CLIP_WIDTH, T5_WIDTH = 64, 96
 # Guidance that the model can be told.
 GUIDANCES = (1.0, 5.0)
@@ -65,7 +67,7 @@ def make_t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(
         vocab=[*pieces, *((f"\u2581{word}", -1.0) for word in words), *spelt],
         extra_ids=0,
-        model_max_length=PLACES,
+        model_max_length=max(LENGTHS),
     )
 
 
@@ -108,6 +110,7 @@ class _Lesson:
         bias: what to add to attention to each of these places.
         ids: CLIP's of these captions.
         velocity: to be predicted, as tokens.
+        length: of a caption in T5, of which these are some places.
     """
 
     noisy: torch.Tensor
@@ -116,6 +119,7 @@ class _Lesson:
     bias: torch.Tensor
     ids: torch.Tensor
     velocity: torch.Tensor
+    length: int
 
     def answer(self, parts: Mapping[str, Any], guidance: torch.Tensor) -> torch.Tensor:
         """The velocity (B, places, 64) that a model predicts."""
@@ -149,7 +153,7 @@ class _Lessons:
         told = [*captions, ""]
         self._untold = len(captions)
         self._ids = parts["tokenizer"](told, padding="max_length", return_tensors="pt").input_ids
-        self._states = _t5_states(parts, told)
+        self._states = {length: _t5_states(parts, told, length) for length in LENGTHS}
         number = {caption: place for place, caption in enumerate(told)}
         self._ways = torch.tensor([[number[text] for text in scene.captions] for scene in scenes])
 
@@ -165,13 +169,15 @@ class _Lessons:
         noise = torch.randn(clean.shape, generator=self._generator)
         times = torch.randn(self._batch, generator=self._generator).sigmoid()
         share = times.view(-1, 1, 1, 1)
-        words, bias = some_places(self._states[said], self._generator)
+        length = LENGTHS[int(torch.randint(len(LENGTHS), (), generator=self._generator))]
+        words, bias = some_places(self._states[length][said], self._generator)
         noisy = (1 - share) * clean + share * noise
-        return _Lesson(noisy, times, words, bias, self._ids[said], _packed(noise - clean))
+        ids, velocity = self._ids[said], _packed(noise - clean)
+        return _Lesson(noisy, times, words, bias, ids, velocity, length)
 
     def without(self, lesson: _Lesson, left_out: torch.Tensor) -> _Lesson:
         """A lesson in which some captions are empty: (B,), whether each is."""
-        empty, _ = some_places(self._states[[self._untold]], self._generator)
+        empty, _ = some_places(self._states[lesson.length][[self._untold]], self._generator)
         words = torch.where(left_out[:, None, None], empty, lesson.words)
         ids = torch.where(left_out[:, None], self._ids[self._untold], lesson.ids)
         return replace(lesson, words=words, ids=ids)
@@ -237,10 +243,10 @@ def _guided(teacher: torch.nn.ModuleDict, lessons: _Lessons, plan: Plan) -> torc
 
 
 @torch.no_grad()
-def _t5_states(parts: Mapping[str, Any], captions: Sequence[str]) -> torch.Tensor:
-    """What the pipeline reads of captions (captions, 512, width)."""
+def _t5_states(parts: Mapping[str, Any], captions: Sequence[str], length: int) -> torch.Tensor:
+    """What the pipeline reads of captions (captions, length, width)."""
     ids = parts["tokenizer_2"](
-        list(captions), padding="max_length", max_length=PLACES, return_tensors="pt"
+        list(captions), padding="max_length", max_length=length, return_tensors="pt"
     ).input_ids
     return torch.cat([parts["text_encoder_2"](some)[0] for some in ids.split(100)])
 
@@ -249,9 +255,10 @@ def some_places(
     states: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States of words and of some padding, and what to add to attention to each text place."""
-    pads = WORDS + torch.randperm(PLACES - WORDS, generator=generator)[:PADS]
+    others = states.shape[1] - WORDS
+    pads = WORDS + torch.randperm(others, generator=generator)[:PADS]
     bias = torch.zeros(WORDS + PADS)
-    bias[WORDS:] = math.log((PLACES - WORDS) / PADS)
+    bias[WORDS:] = math.log(others / PADS)
     return torch.cat([states[:, :WORDS], states[:, pads]], dim=1), bias
 
 

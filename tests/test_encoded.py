@@ -171,6 +171,17 @@ def test_what_decides_an_encoding_is_part_of_its_key_and_nothing_else(
     assert {kind for kind, tensors in found.items() if tensors is None} == lost
 
 
+def test_captions_of_another_length_have_a_key_of_their_own(flux_folder: Path) -> None:
+    base = base_model.locate(ModelConfig(model_url=str(flux_folder)))
+    family = base_model.load(base, FULL, without=("transformer", "vae"))
+    shelf_of_captions(family, CPU).put("words", TENSORS)
+    assert shelf_of_captions(family, CPU).get("words") is not None
+
+    family.max_sequence_length = 64
+
+    assert shelf_of_captions(family, CPU).get("words") is None
+
+
 def test_the_same_weights_in_another_number_format_have_a_key_of_their_own(
     family: Family,
 ) -> None:

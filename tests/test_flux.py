@@ -340,6 +340,20 @@ def test_a_caption_is_too_long_only_where_no_text_encoder_sees_its_end(flux_fold
     assert not torch.equal(seen["prompt_embeds"], shorter["prompt_embeds"])
 
 
+def test_a_shorter_length_cuts_what_t5_reads_and_not_what_clip_does(flux_folder: Path) -> None:
+    family = fresh(flux_folder)
+    family.max_sequence_length = 100
+    # Between what CLIP reads of it and what T5 does; T5 has its end mark and the word's beginning.
+    caption = "x" * 120
+    assert encoding.cut_off(family, caption, None) == "x" * (120 - 98)
+    assert encoded(family, caption)["prompt_embeds"].shape[1] == 100
+
+    family.max_sequence_length = 32
+    # Beyond 30 letters CLIP alone sees it.
+    assert encoding.cut_off(family, "x" * 75, None) == ""
+    assert encoding.cut_off(family, "x" * 76, None) == "x"
+
+
 # Text encoders by themselves
 
 

@@ -682,6 +682,22 @@ def test_a_negative_prompt_that_nothing_would_hear_is_refused(
             picture(tmp_path, wanted(model=model, **{field: value}))
 
 
+def test_pictures_are_of_prompts_as_long_as_the_base_model_is_told(
+    flux_folder: Path, sd15_folder: Path, tmp_path: Path
+) -> None:
+    model = {"model_url": str(flux_folder), "max_sequence_length": 32}
+    pipeline = DiffusionPipeline.from_pretrained(flux_folder, local_files_only=True)
+
+    short = picture(tmp_path, wanted(model=model))
+    of_32, of_512 = (stock(pipeline, width=64, height=64, max_sequence_length=n) for n in (32, 512))
+
+    assert np.abs(short - of_32).max() <= 1
+    assert np.abs(short - of_512).max() > 1
+    deaf = {"model_url": str(sd15_folder), "max_sequence_length": 32}
+    events = SHARED.generate(wanted(model=deaf), RunFolder(tmp_path), never)
+    assert [note[:2] for note in notes_of(events)] == [("ignored", "model.max_sequence_length")]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

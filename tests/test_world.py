@@ -103,13 +103,14 @@ def test_the_script_writes_a_model_that_diffusers_loads(
     assert pipeline.vae.config.scaling_factor != AutoencoderKL().config.scaling_factor
 
 
-def test_padding_that_stands_for_more_padding_is_what_flux_reads() -> None:
-    """A few places of T5, each counted for as many as it stands for, answer as all 512 do."""
+@pytest.mark.parametrize("length", world_flux.LENGTHS)
+def test_padding_that_stands_for_more_padding_is_what_flux_reads(length: int) -> None:
+    """A few places of T5, each counted for as many as it stands for, answer as all do."""
     torch.manual_seed(0)
     transformer = world_flux.new_transformer().eval()
     words = torch.randn(2, world_flux.WORDS, world_flux.T5_WIDTH)
     pads = torch.randn(2, 1, world_flux.T5_WIDTH)
-    states = torch.cat([words, pads.expand(-1, world_flux.PLACES - world_flux.WORDS, -1)], dim=1)
+    states = torch.cat([words, pads.expand(-1, length - world_flux.WORDS, -1)], dim=1)
     noisy, times = torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.9])
     pooled, guidance = torch.randn(2, world_flux.CLIP_WIDTH), torch.tensor([1.0, 4.0])
 
@@ -119,7 +120,7 @@ def test_padding_that_stands_for_more_padding_is_what_flux_reads() -> None:
             world_flux.velocity(transformer, noisy, times, places, pooled, guidance, counted)
             for places, counted in (
                 (some, bias),
-                (states, torch.zeros(world_flux.PLACES)),
+                (states, torch.zeros(length)),
                 (some, torch.zeros(len(bias))),
             )
         )

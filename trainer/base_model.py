@@ -206,7 +206,8 @@ def load(
             if component.dtype != wanted:
                 component.to(wanted)
     unread = {name: UnreadModel(contents, dtypes[name]) for name, contents in later.items()}
-    return base.family(pipeline, Unread(pipeline, unread, partial(_read, base, precision)))
+    left_in_files = Unread(pipeline, unread, partial(_read, base, precision))
+    return base.family(pipeline, left_in_files, settings.max_sequence_length)
 
 
 def _pipeline(base: BaseModel, precision: Precision, given: Mapping[str, Any]) -> Any:

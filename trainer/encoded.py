@@ -20,7 +20,7 @@ from trainer import tensorfile
 from trainer.cache import cache_folder
 from trainer.contents import contents_digest
 from trainer.data.store import Store, key_of
-from trainer.families.base import Family
+from trainer.families.base import Family, text_options
 from trainer.names import tokenizer_name
 
 Item = TypeVar("Item")
@@ -94,10 +94,21 @@ def shelf_of_captions(family: Family, device: torch.device) -> Shelf:
         family: with its text encoders as loaded, or unread: nothing in them learns.
         device: where they encode.
     """
-    return _shelf("caption", family, family.text_encoder_names, device)
+    return _shelf("caption", family, family.text_encoder_names, device, text_options(family))
 
 
-def _shelf(kind: str, family: Family, models: Sequence[str], device: torch.device) -> Shelf:
+def _shelf(
+    kind: str,
+    family: Family,
+    models: Sequence[str],
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
+) -> Shelf:
+    """Of what some models of a family make.
+
+    Args:
+        options: what else decides what they make.
+    """
     components = family.pipeline.components
     tokenizers = [tokenizer_name(name) for name in models if name in family.text_encoder_names]
     encoders = {
@@ -108,6 +119,7 @@ def _shelf(kind: str, family: Family, models: Sequence[str], device: torch.devic
         "templates": [str(components[name].chat_template) for name in tokenizers],
         "number formats": [str(family.unread.dtype_of(name)) for name in models],
         "arithmetic": _arithmetic(device),
+        **(options or {}),
         "libraries": [m.__version__ for m in (torch, diffusers, transformers, PIL)],
     }
     return Shelf(store_of_encodings(), kind, encoders)

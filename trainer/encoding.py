@@ -37,9 +37,6 @@ from trainer.transfers import moved
 
 Item = TypeVar("Item")
 
-# Tokens that the pipelines of transformers give their text encoders; tokenizers of language models
-# have room for more.
-_LONGEST_CAPTION = 512
 # Characters of a caption that a message shows.
 _SHOWN = 40
 
@@ -261,7 +258,8 @@ def cut_off(family: Family, caption: str, names: TokenNames | None) -> str:
     for text_encoder in family.text_encoder_names:
         tokenizer = tokenizer_of(family, text_encoder)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        length = min(tokenizer.model_max_length, _LONGEST_CAPTION)
+        is_told = text_encoder == family.checkpoints.language_model
+        length = family.max_sequence_length if is_told else tokenizer.model_max_length
         room = length - tokenizer.num_special_tokens_to_add()
         ends.append(tokenizer.decode(tokens[room:]).strip())
     return min(ends, key=len)

@@ -64,6 +64,8 @@ def _meaningless(base: BaseModel) -> dict[str, str]:
     reasons = dict.fromkeys(sorted(objective.unused), f"a `{base.family_name}` {objective.learns}")
     if not base.denoiser_config.get("guidance_embeds"):
         reasons["guidance_scale"] = "this denoiser is not told any guidance"
+    if not base.family.checkpoints.language_model:
+        reasons["max_sequence_length"] = f"CLIP alone reads the captions of a `{base.family_name}`"
     return reasons
 
 

@@ -378,8 +378,11 @@ def _layers_found(family: Family) -> Iterator[None]:
 
 
 def _unheard(request: GenerationRequest, base: BaseModel) -> Iterator[Event]:
-    """A note on guidance that the denoiser was not made to be told."""
+    """Notes on guidance and lengths of text that the base model was not made to be told."""
     told = base.denoiser_config.get("guidance_embeds")
     if request.guidance_scale is not None and told is False:
         message = "this base model is not told of guidance"
         yield NoteEvent("ignored", "guidance_scale", message)
+    if base.settings.max_sequence_length and not base.family.checkpoints.language_model:
+        message = "CLIP alone reads prompts here"
+        yield NoteEvent("ignored", "model.max_sequence_length", message)

@@ -33,6 +33,8 @@ class MeasurementKey:
         denoiser_waits: whether the denoiser learns in the other steps alone.
         width: in pixels.
         height: in pixels.
+        max_sequence_length: tokens of a caption that a language model reads; None: as many as it
+            usually does.
         examples_per_step: over all processes.
         batch_size: pictures of one forward pass.
         forward_examples: the same with the class pictures that may stand beside them.
@@ -71,6 +73,7 @@ class MeasurementKey:
     width: int | None
     height: int | None
     priority: str | None
+    max_sequence_length: int | None
     examples_per_step: int
     batch_size: int
     forward_examples: int
@@ -125,6 +128,7 @@ def measurement_key(
         width=config.data.resolution_width,
         height=config.data.resolution_height,
         priority=config.data.priority,
+        max_sequence_length=config.model.max_sequence_length,
         examples_per_step=run.batch_size * run.gradient_accumulation_steps * num_processes,
         batch_size=run.batch_size,
         forward_examples=run.batch_size * (2 if has_prior else 1),

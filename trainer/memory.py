@@ -183,7 +183,8 @@ class Forecast:
         give_tensors(denoiser, self._mode, self._device)
         pipeline = copy(self._once("pipeline", lambda: self._pipeline(parts)))
         pipeline.register_modules(**parts)
-        return Model(family(pipeline), stand_ins, self._outcomes)
+        made = family(pipeline, max_sequence_length=config.model.max_sequence_length)
+        return Model(made, stand_ins, self._outcomes)
 
     def _pipeline(self, parts: Mapping[str, torch.nn.Module]) -> Any:
         source, family = self._base.configurations, self._base.family

@@ -19,7 +19,7 @@ from PIL import Image
 
 from trainer import randomness
 from trainer.errors import NonFiniteError
-from trainer.families.base import Conditioning, Family
+from trainer.families.base import Conditioning, Family, text_options
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,11 @@ def drawn(
     decoding = _checked_vae(pipeline.vae, told or f"{prompt}")
     with _scheduler_of_its_own(pipeline), _one_number_format(family), decoding:
         pixels: torch.Tensor = pipeline(
-            prompt=prompt, generator=generator, output_type="pt", **options
+            prompt=prompt,
+            generator=generator,
+            output_type="pt",
+            **text_options(family),
+            **options,
         ).images
     return _picture(pixels[0])
 

@@ -61,6 +61,26 @@ def test_the_front_matter_is_what_the_hub_reads(
     assert {"text-to-image", "lora", "dora", "tiny"} <= set(found["tags"])
 
 
+@pytest.mark.parametrize("prompts", [("a TOK",), ("a TOK1", "a TOK2")])
+def test_prompts_are_as_long_as_captions_were(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts, prompts: tuple[str, ...]
+) -> None:
+    state = trained("flux", targets=("to_q",)).state
+    few = replace(facts, instance_prompts=prompts, settings={"max_sequence_length": 64})
+    usual = replace(facts, instance_prompts=prompts, settings={"max_sequence_length": None})
+
+    cards = [
+        model_card(
+            each, FILES, [], pipeline_class="FluxPipeline", names=TABLES["flux"], state=state
+        )
+        for each in (few, usual)
+    ]
+
+    assert len(re.findall(r"pipe\(.*, max_sequence_length=64\)\.images", cards[0])) == 1
+    assert "| max_sequence_length | 64 |" in cards[0]
+    assert "max_sequence_length" not in cards[1]
+
+
 def test_a_local_base_model_is_no_hub_id(facts: TrainingFacts) -> None:
     local = replace(facts, base_model="my-model")
 

@@ -100,6 +100,14 @@ def test_a_guides_flux_network_teaches_clip(tmp_path: Path) -> None:
     assert validates(found, tmp_path)
 
 
+def test_the_length_of_captions_is_taken_over(tmp_path: Path) -> None:
+    found = kohya(tmp_path, "flux_train_network.py", FLUX + "--t5xxl_max_token_length=256")
+
+    assert found.values["max_sequence_length"] == 256
+    assert "t5xxl_max_token_length" not in lost(found)
+    assert validates(found, tmp_path)
+
+
 def test_split_layers_are_as_here(tmp_path: Path) -> None:
     more = FLUX + "--network_train_unet_only --network_args split_qkv=True verbose=True in_dims=4,4"
     found = kohya(tmp_path, "flux_train_network.py", more)

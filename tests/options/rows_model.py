@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from options.bases import CLEAN
 from options.case import Case, near, same
-from options.matrix import DDPM, Place, acts, idle, refused
+from options.matrix import DDPM, FLOW, Place, acts, idle, meaningless, refused
 from options.probe import Probe
 from options.sums import clean_latents
 
@@ -61,6 +61,16 @@ def the_latents_are_of_half_precision(case: Case) -> None:
     near(full.noisy_latents, in_32_bits.noisy_latents)
     assert not torch.allclose(half.noisy_latents, full.noisy_latents, atol=1e-5)
     near(half.noisy_latents, full.noisy_latents, rtol=0.1, atol=0.1)
+
+
+def captions_have_as_many_tokens(case: Case) -> None:
+    usual, short = (p.seen.hidden_states for p in (case.before(), case.after()))
+    assert (usual.shape[1], short.shape[1]) == (512, 32)
+    # As the pipeline encodes them for pictures of that many.
+    pipeline, captions = case.pipeline().pipeline, list(case.after().batch.captions)
+    with torch.no_grad():
+        states = pipeline.encode_prompt(captions, device="cpu", max_sequence_length=32)[0]
+    near(states, short)
 
 
 MODEL = [
@@ -120,6 +130,25 @@ MODEL = [
         base={"mixed_precision": "bf16"},
         flipped={"upscale_vae_32bit": False},
     ),
+    acts(
+        "max_sequence_length",
+        ("conditioning", "gradient"),
+        "captions are so many tokens long, otherwise 512",
+        captions_have_as_many_tokens,
+        flipped={"max_sequence_length": 32},
+        families=FLOW,
+    ),
+    *[
+        row
+        for family in DDPM
+        for row in meaningless(
+            "max_sequence_length",
+            64,
+            f"CLIP alone reads the captions of a `{family}`",
+            families=(family,),
+        )
+    ],
+    refused("max_sequence_length", {"max_sequence_length": 513}, "at most 512", families=FLOW),
     *idle("model_url is local", revision="main"),
     *idle("model_url is not a single file", single_file_config=Place("model")),
     *idle(

@@ -36,6 +36,7 @@ _SHOWN_SETTINGS = (
     "timestep_density",
     "timestep_shift",
     "guidance_scale",
+    "max_sequence_length",
     "noise_offset",
     "caption_dropout",
     "mixed_precision",

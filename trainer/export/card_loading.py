@@ -131,7 +131,8 @@ def loading_sections(
             f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
         )
         prompts = facts.token_prompts if "embeddings" in found else facts.instance_prompts
-        sections.append(_diffusers_section(start + "".join(loads) + _pictures(prompts)))
+        code = start + "".join(loads) + _pictures(prompts, _told_beside_prompts(facts))
+        sections.append(_diffusers_section(code))
     if "kohya_lora" in found or "kohya_lora_comfyui" in found:
         sections.append(_interface_section(found, names, state))
     if "embeddings" in found:
@@ -139,12 +140,18 @@ def loading_sections(
     return sections
 
 
-def _pictures(prompts: Sequence[str]) -> str:
+def _told_beside_prompts(facts: TrainingFacts) -> str:
+    """Arguments that make prompts what captions were in training."""
+    length = facts.settings.get("max_sequence_length")
+    return "" if length is None else f", max_sequence_length={length}"
+
+
+def _pictures(prompts: Sequence[str], told: str) -> str:
     if len(prompts) <= 1:
         prompt = "".join(prompts)
-        return f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]"
+        return f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{told}).images[0]"
     lines = [f"    {json.dumps(prompt, ensure_ascii=False)},\n" for prompt in prompts]
-    return f"prompts = [\n{''.join(lines)}]\nimages = [pipe(p).images[0] for p in prompts]"
+    return f"prompts = [\n{''.join(lines)}]\nimages = [pipe(p{told}).images[0] for p in prompts]"
 
 
 def _whole_components(found: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,9 @@ from trainer.config import AdapterConfig
 from trainer.names import KohyaNames
 from trainer.objectives import PATCH, Ddpm, Objective
 
+# Tokens of a caption that language models among the text encoders read, unless told otherwise.
+MAX_SEQUENCE_LENGTH = 512
+
 # What a family makes of captions: tensors of shape (B, …), named as its pipeline's call takes them.
 Conditioning = Mapping[str, torch.Tensor]
 
@@ -69,6 +72,8 @@ class Checkpoints:
         file_config: hub repository with the configurations and tokenizers that such a file lacks.
         vaes: hub ids of well-known VAEs that speak of this family's latents.
         unused: components of the pipeline that no training needs.
+        language_model: the text encoder that can be told how many tokens of a caption it reads,
+            padding among them; empty: there is none.
         side_step: pixels; both sides of a trained picture are whole numbers of them.
         guided: what may guide a picture, such as `depth`, to the checkpoints for it.
     """
@@ -80,6 +85,7 @@ class Checkpoints:
     file_config: str = ""
     vaes: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
+    language_model: str = ""
     side_step: int = 8
     guided: Mapping[str, Guided] = field(default_factory=dict)
 
@@ -153,6 +159,7 @@ class Family(ABC):
     Args:
         pipeline: an instance of `pipeline_class`.
         unread: its models that were left in their files. None: none was.
+        max_sequence_length: tokens of a caption that its language model reads, if it has one.
     """
 
     pipeline_class: ClassVar[type[Any]]
@@ -163,10 +170,16 @@ class Family(ABC):
     checkpoints: ClassVar[Checkpoints]
     kohya: ClassVar[KohyaNames]
 
-    def __init__(self, pipeline: Any, unread: Unread | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        unread: Unread | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.denoiser: Any = pipeline.components[self.denoiser_name]
         self.unread = unread or Unread(pipeline)
+        self.max_sequence_length = max_sequence_length or MAX_SEQUENCE_LENGTH
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
@@ -216,6 +229,13 @@ def adapted_encoders(family: type[Family] | Family) -> tuple[str, ...]:
 def token_encoders(family: type[Family] | Family) -> tuple[str, ...]:
     """The text encoders of a family that may learn new tokens: other programs know the keys."""
     return tuple(n for n in family.text_encoder_names if n in family.kohya.embedding_keys)
+
+
+def text_options(family: Family) -> dict[str, int]:
+    """What the pipeline is told of the length of captions, in its call and where it encodes."""
+    if not family.checkpoints.language_model:
+        return {}
+    return {"max_sequence_length": family.max_sequence_length}
 
 
 def latents_of(vae: Any, pixels: torch.Tensor) -> LatentDistribution:

@@ -14,6 +14,7 @@ from trainer.families.base import (
     Geometry,
     Guided,
     packed,
+    text_options,
     unpacked,
 )
 from trainer.names import KohyaNames
@@ -90,6 +91,7 @@ class Flux1(Family):
         denoiser={"_class_name": _CLASS, "in_channels": 64},
         pipelines=frozenset({"FluxKontextPipeline"}),
         unused=("feature_extractor", "image_encoder"),
+        language_model="text_encoder_2",
         side_step=16,
         guided={"depth": _CONTROLLED, "canny": _CONTROLLED, "fill": _FILLED},
     )
@@ -114,9 +116,9 @@ class Flux1(Family):
     )
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """T5's last states (B, 512, 4096) and CLIP's pooled vector (B, 768)."""
+        """T5's last states (B, max_sequence_length, 4096) and CLIP's pooled vector (B, 768)."""
         states, pooled, _ = self.pipeline.encode_prompt(
-            list(captions), device=self.pipeline.text_encoder.device
+            list(captions), device=self.pipeline.text_encoder.device, **text_options(self)
         )
         return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 

@@ -14,6 +14,7 @@ from trainer.families.base import (
     Geometry,
     LatentDistribution,
     packed,
+    text_options,
     unpacked,
 )
 from trainer.names import KohyaNames
@@ -72,6 +73,7 @@ class Flux2Klein(Family):
     target_modules = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out")
     checkpoints = Checkpoints(
         denoiser={"_class_name": "Flux2Transformer2DModel", "in_channels": 128},
+        language_model="text_encoder",
         side_step=16,
     )
     # Version and architecture are musubi-tuner's without the number of weights.
@@ -95,9 +97,11 @@ class Flux2Klein(Family):
     )
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Three of the encoder's inner states side by side (B, 512, 3 * width)."""
+        """Three of the encoder's inner states side by side (B, max_sequence_length, 3 * width)."""
         encoder = self.pipeline.text_encoder
-        states, _ = self.pipeline.encode_prompt(list(captions), device=encoder.device)
+        states, _ = self.pipeline.encode_prompt(
+            list(captions), device=encoder.device, **text_options(self)
+        )
         return {"prompt_embeds": states}
 
     def encode_image(self, pixels: torch.Tensor) -> LatentDistribution:

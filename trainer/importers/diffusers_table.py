@@ -249,7 +249,7 @@ TABLE: Table = {
     "cache_latents": needless(reasons.KEPT),
     "pre_compute_text_embeddings": needless(reasons.KEPT),
     "tokenizer_max_length": without("a caption has at most 75 tokens", as_here=(77,)),
-    "max_sequence_length": without("T5 reads 512 tokens", as_here=(512,)),
+    "max_sequence_length": becomes("max_sequence_length"),
     "text_encoder_use_attention_mask": without("padding is read, as the pipeline does"),
     "rank": becomes("rank"),
     "lora_alpha": becomes("alpha"),

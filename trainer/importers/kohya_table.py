@@ -211,7 +211,7 @@ TABLE: Table = {
         as_here=("raw",),
         only="flow",
     ),
-    "t5xxl_max_token_length": without("T5 reads 512 tokens", as_here=(512,)),
+    "t5xxl_max_token_length": becomes("max_sequence_length", only="flow"),
     "apply_t5_attn_mask": without("T5's padding is read, as the base model's pipeline does"),
     "mixed_precision": chosen("mixed_precision", PRECISIONS, reasons.NO_NUMBERS),
     "full_fp16": without("what learns stays in 32 bits"),

@@ -37,6 +37,14 @@ class ModelConfig(Section):
         description="VAE to encode the pictures with: hub id, folder or .safetensors file. Must "
         "share the base model's latent space. None: the base model's own (fal).",
     )
+    max_sequence_length: int | None = Field(
+        None,
+        ge=16,
+        le=512,
+        description="Tokens of a caption that a language model reads, T5 of FLUX.1 or Qwen3 of "
+        "FLUX.2 [klein], padding among them. Fewer make steps faster; what is longer is cut off, "
+        "and pictures should be made with as many. None: 512 (diffusers).",
+    )
     quantization: Literal["none", "int8", "fp8", "nf4"] = Field(
         "none",
         description="Keep the linear layers of the denoiser's blocks in 8 bits, with a scale for "
