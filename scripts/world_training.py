@@ -94,6 +94,8 @@ def make_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
         min_frequency=1,
         show_progress=False,
         initial_alphabet=letters,
+        # Known from the start: else numbered as they are met, which differs from run to run.
+        special_tokens=[*letters, *(letter + "</w>" for letter in letters)],
         end_of_word_suffix="</w>",
     )
     tokenizer.train_from_iterator(corpus * 2, trainer)
