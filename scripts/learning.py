@@ -61,12 +61,14 @@ class World:
         work: a folder for photographs and runs.
         leaves: options of every training.
         draws_class: whether it draws the subject's class where no colour is told.
+        masked: options of trainings on pictures whose masks are tried.
     """
 
     folder: Path
     work: Path
     leaves: Mapping[str, Any] = field(default_factory=lambda: SDXL)
     draws_class: bool = True
+    masked: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> BaseModel:
@@ -169,17 +171,26 @@ COMMON: Mapping[str, Any] = {
     "checkpointing_steps": 10_000,
 }
 SDXL = COMMON | {
+    "text_encoder_lr": 5e-3,
     "target_unet_modules": ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"],
     # Guidance leads away from what is drawn without a caption: that has to learn, too.
     "caption_dropout": 0.1,
 }
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 FLUX = COMMON | {
+    "text_encoder_lr": 2e-2,
     "target_unet_modules": [
         *("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj"),
-        *("to_add_out", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out"),
+        *("to_add_out", *FEED_FORWARD),
     ],
     # Captions have a dozen words; 512 places would make a step five times dearer.
     "max_sequence_length": 64,
+}
+# Half of a token of 16 pixels is ground wherever the figure ends, and attention carries that on:
+# with masks only what each token makes of itself learns, most of all where there is much noise.
+FLUX_MASKED: Mapping[str, Any] = {
+    "target_unet_modules": list(FEED_FORWARD),
+    "timestep_shift": 3.0,
 }
 
 

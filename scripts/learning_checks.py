@@ -27,6 +27,7 @@ from faulty_loop import Course
 from learning import (
     CLASS,
     FLUX,
+    FLUX_MASKED,
     PLACES,
     SDXL,
     STYLE,
@@ -46,10 +47,10 @@ from world_pictures import BACKGROUNDS, COLOURS
 from trainer.job import RunFolder
 
 SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
-# Base models by family, the options of every training on them, and whether they draw a class alone.
-WORLDS: Mapping[str, tuple[Path, Mapping[str, Any], bool]] = {
-    "sdxl": (SAMPLES / "world", SDXL, True),
-    "flux": (SAMPLES / "flux_world", FLUX, False),
+# Who makes pictures by each family's base model, in a folder for photographs and runs.
+WORLDS: Mapping[str, Callable[[Path], World]] = {
+    "sdxl": lambda work: World(SAMPLES / "world", work, SDXL),
+    "flux": lambda work: World(SAMPLES / "flux_world", work, FLUX, False, FLUX_MASKED),
 }
 
 PRIOR: Mapping[str, Any] = {"with_prior_preservation": True, "class_prompt": f"a {CLASS}"}
@@ -58,7 +59,9 @@ MADE_IN_TRAINING: Mapping[str, Any] = {
     "class_inference_steps": 20,
     "class_guidance_scale": 3.0,
 }
-PIVOTAL: Mapping[str, Any] = {"train_text_encoder_ti": True, "text_encoder_lr": 5e-3}
+# Given class pictures show more than those of a prompt, and hold the subject back more.
+GIVEN: Mapping[str, Any] = {"prior_loss_weight": 0.5}
+PIVOTAL: Mapping[str, Any] = {"train_text_encoder_ti": True}
 WHOLE: Mapping[str, Any] = {"use_lora": False, "learning_rate": 1e-4}
 # Of class pictures that are given.
 CLASS_SEED = 77
@@ -142,12 +145,14 @@ class Bench:
         for number, (picture, caption) in enumerate(zip(pictures, told, strict=True)):
             save(folder / f"{number}.png", picture)
             (folder / f"{number}.txt").write_text(caption)
-        return {**PRIOR, "class_images_url": str(folder)}
+        return {**PRIOR, **GIVEN, "class_images_url": str(folder)}
 
     def shown(self, run: Path | None, **options: Any) -> Any:
         """What pictures with a run show; kept to be looked at."""
         learnt = measure(self.world, run, count=self.count, seed=1000 * self.seed, **options)
         name = "base" if run is None else run.name
+        if strength := options.get("strength"):
+            name = f"{name}-at-{strength:g}"
         sheet(learnt.pictures).save(self.world.work / f"{name}.png")
         return learnt
 
@@ -188,8 +193,8 @@ def of_masks(bench: Bench) -> Figures:
     plain = write_photos(bench.world.work / "ground", places, told=False)
     masked = write_photos(bench.world.work / "masked", places, told=False, masked=True)
     runs = {
-        "without": bench.train("unmasked", plain),
-        "with": bench.train("masked", masked),
+        "without": bench.train("unmasked", plain, bench.world.masked),
+        "with": bench.train("masked", masked, bench.world.masked),
     }
     seen = {
         name: untold(bench.world, run, GROUND, count=bench.count, seed=1000 * bench.seed)
@@ -287,7 +292,7 @@ def of_faults(bench: Bench) -> Figures:
         count=bench.count,
         seed=1000 * bench.seed,
     )
-    theirs = _by_loop(bench, bench.photos, token_rate=PIVOTAL["text_encoder_lr"])
+    theirs = _by_loop(bench, bench.photos, token_rate=SDXL["text_encoder_lr"])
     with_tokens = measure(theirs, None, count=bench.count, seed=1000 * bench.seed)
     sheet(with_tokens.pictures).save(bench.world.work / f"faults-{bench.seed}.png")
     their_ground, their_likeness = untold(
@@ -494,8 +499,7 @@ def main(
     if unknown := set(names) - set(possible):
         raise click.ClickException(f"not measured on {family}: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder, leaves, draws_class = WORLDS[family]
-        place = World(folder, work or Path(temporary), leaves, draws_class)
+        place = WORLDS[family](work or Path(temporary))
         place.work.mkdir(parents=True, exist_ok=True)
         numbers = range(1) if fast else range(seeds)
         figures = run_checks(names, numbers, world=place, count=count, steps=steps)
