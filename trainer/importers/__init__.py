@@ -47,6 +47,9 @@ PROGRAMS: Mapping[str, Program] = {
     ),
 }
 
+# Those that `read_document` is to look for.
+SCRIPTS = tuple(script for program in PROGRAMS.values() for script in program.scripts)
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -106,6 +109,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     desk = PROGRAMS[name].read(documents)
     desk.close()
     _refuse_wrong(desk)
+    desk.remarks += [_unread_others(document) for document in documents if document.others]
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
     found = Imported(
@@ -154,9 +158,21 @@ def _program_of(documents: Sequence[Document]) -> str:
 
 def _unread(document: Document) -> InputError:
     """What is said of a command line that runs a script whose options are not read."""
-    known = tuple(script for program in PROGRAMS.values() for script in program.scripts)
-    message = f"runs `{document.script}`, whose options are not read; read are {', '.join(known)}"
-    return InputError.of(document.name, message, nearest(document.script, known))
+    message = f"runs `{document.script}`, whose options are not read; read are {', '.join(SCRIPTS)}"
+    return InputError.of(document.name, message, nearest(document.script, SCRIPTS))
+
+
+def _unread_others(document: Document) -> str:
+    """What is said of further commands in a file, of which one is read."""
+    listed = [
+        f"`{other.script}` in line {other.line}" if other.script else f"line {other.line}"
+        for other in document.others
+    ]
+    return (
+        f"One command of {document.name} is read, `{document.script}`; not read: "
+        f"{', '.join(listed)}. Put each into a file of its own, with the variables that it uses, "
+        "and import that."
+    )
 
 
 def _refuse_wrong(desk: Desk) -> None:

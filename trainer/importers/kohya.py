@@ -70,7 +70,14 @@ def speaks(document: Document) -> bool:
 
 
 def read(documents: Sequence[Document]) -> Desk:
-    """Makes the desk of an import: training options and data sets together."""
+    """Makes the desk of an import: training options and data sets together.
+
+    Raises:
+        InputError: there are several command lines.
+    """
+    if sum(document.form == "command" for document in documents) > 1:
+        message = "got several command lines; allowed: one, with its files"
+        raise InputError.of("FILE", message, "give them one by one")
     training, data, script = _gathered(documents)
     has_training = bool(training)
     sets = kohya_data.read(training, data)
