@@ -22,6 +22,16 @@ _JOINT = "\0"
 _SEVERAL = re.compile(r"\$(?:[@*]|\{[@*]\}|\{\w+\[[@*]\]\})")
 _SETS = re.compile(r"(?:(?:export|set)\s+)?[\"']?[A-Za-z_]\w*=")
 _BETWEEN_COMMANDS = ("&&", "||", ";", ";;", "|", "&")
+# What starts scripts, by each of its names.
+_STARTERS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("accelerate", "accelerate-launch", "accelerate.commands.launch"), "accelerate"
+    ),
+    **dict.fromkeys(("torchrun", "torch.distributed.run", "torch.distributed.launch"), "torchrun"),
+    **{name: name for name in ("deepspeed", "srun", "mpirun", "mpiexec")},
+}
+# An option without a name, which could be taken for the value of one before it.
+_SHORT = re.compile(r"-[A-Za-z]")
 _REDIRECTION = re.compile(r"(?:\d|&)?>{1,2}(?:&\d|[\w./~${}-]+)?")
 
 
@@ -45,12 +55,14 @@ class Command:
     Args:
         script: that file, without its folder.
         options: of the script, without dashes.
-        launcher: options of what launches the script, such as accelerate's.
+        starter: the program that starts it, such as accelerate.
+        launcher: options of that program.
         others: further commands in the same text.
     """
 
     script: str
     options: Mapping[str, Any]
+    starter: str
     launcher: Mapping[str, Any]
     others: tuple[Other, ...]
 
@@ -86,10 +98,12 @@ def read_command(text: str, name: str, scripts: Collection[str]) -> Command:
     _refuse_nameless(own, name)
     others = [Other(call.line, call.script) for call in calls if call is not chosen]
     others += [Other(line, "") for line in unclosed]
+    starter, launching = _started(chosen.before)
     return Command(
         chosen.script,
         dict(_options(own, name)),
-        dict(_options(chosen.before, name)),
+        starter,
+        dict(_options(launching, name)),
         tuple(sorted(others, key=lambda other: other.line)),
     )
 
@@ -128,6 +142,17 @@ def _call(words: list[str], line: int, scripts: Collection[str]) -> _Call | None
     has_options = any(word.startswith("--") for word in own)
     is_known = script in scripts and bool(own)
     return _Call(line, words[:place], script, own) if has_options or is_known else None
+
+
+def _started(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The program that starts a script, and the words between both."""
+    programs = [PurePosixPath(w.replace("\\", "/")).name.removesuffix(".exe") for w in words]
+    for place, program in enumerate(programs):
+        if program in _STARTERS:
+            own = [word for word in words[place + 1 :] if not _SHORT.fullmatch(word)]
+            return _STARTERS[program], own
+    is_python = (place for place, program in enumerate(programs) if program.startswith("python"))
+    return "python", list(words[next(is_python, -1) + 1 :])
 
 
 def _assignments(words: Sequence[str]) -> dict[str, str]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders, reasons
+from trainer.importers import folders
 from trainer.importers.adapted import ATTENTION, JOINT
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
+from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
 from trainer.importers.secret_names import is_secret
 from trainer.leaves import nearest
@@ -59,6 +60,11 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
+_OPEN_PRECISION = (
+    "Neither the script nor its launcher is given --mixed_precision: there it is what `accelerate "
+    "config` wrote on that machine, else no. Give mixed_precision; without it bf16 is taken where "
+    "the GPU has it."
+)
 # Alpha in scripts that have an option for it; the others take the rank.
 _ALPHA = 4
 SCRIPTS: Mapping[str, Script] = {
@@ -103,10 +109,10 @@ def read(documents: Sequence[Document]) -> Desk:
         message = f"got `{document.script}`; allowed: {', '.join(SCRIPTS)}"
         raise InputError.of("script", message, nearest(document.script, SCRIPTS))
     given = {n: v for n, v in document.content.items() if v not in ("", [])}
-    launcher = dict(document.launcher or {})
-    if "mixed_precision" in launcher:
-        given.setdefault("mixed_precision", launcher.pop("mixed_precision"))
+    launcher = launcher_of(document)
     defaults = dict(script.defaults)
+    if not launcher.is_precision_open and "mixed_precision" not in launcher.options:
+        defaults["mixed_precision"] = "no"
     if script.kind == "flow":
         del defaults["snr_gamma"]
     desk = Desk(given, defaults, script.kind)
@@ -120,7 +126,10 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.assume("masks", "use_given_masks", False)
     if script.kind == "flow":
         desk.assume("shift of times", "timestep_shift", 1.0)
-    _say(desk, launcher)
+    _say(desk)
+    if launcher.is_precision_open and "mixed_precision" not in given:
+        desk.remarks.append(_OPEN_PRECISION)
+    tell_launcher(desk, launcher)
     return desk
 
 
@@ -173,13 +182,10 @@ def _take_form(desk: Desk, name: str, script: Script) -> None:
         )
 
 
-def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
+def _say(desk: Desk) -> None:
     place = desk.given.get("instance_data_dir")
     if place is not None and folders.has_captions(str(place)):
         desk.remarks.append(
             f"Captions lie in {place}: the script gives every picture --instance_prompt, here they "
             "are read."
         )
-    for name, value in launcher.items():
-        desk.given = {**desk.given, f"accelerate --{name}": value}
-        desk.leave(f"accelerate --{name}", reasons.GPUS, matters=False)

@@ -26,7 +26,8 @@ class Document:
         form: what it is written in.
         content: option to value; of a command line its options, without dashes.
         script: the file that a command line runs, without its folder.
-        launcher: options of what launches the script, such as accelerate's.
+        starter: the program that starts the script, such as accelerate.
+        launcher: options of that program.
         others: further commands in the same file, which are not read.
     """
 
@@ -35,6 +36,7 @@ class Document:
     form: Literal["toml", "yaml", "json", "command"]
     content: Mapping[str, Any]
     script: str = ""
+    starter: str = ""
     launcher: Mapping[str, Any] | None = None
     others: tuple[Other, ...] = ()
 
@@ -86,5 +88,12 @@ def _toml(text: str, name: str) -> Mapping[str, Any]:
 def _command(text: str, name: str, folder: Path, scripts: Collection[str]) -> Document:
     found = read_command(text, name, scripts)
     return Document(
-        name, folder, "command", found.options, found.script, found.launcher, found.others
+        name,
+        folder,
+        "command",
+        found.options,
+        script=found.script,
+        starter=found.starter,
+        launcher=found.launcher,
+        others=found.others,
     )

@@ -14,6 +14,7 @@ from trainer.importers import folders, kohya_data
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document, read_document
 from trainer.importers.kohya_table import DATA_FILE, TABLE
+from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
 from trainer.importers.pictures import Pictures, take_pictures, tell_others
 
@@ -43,6 +44,7 @@ DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 3.5,
     "model_prediction_type": "sigma_scaled",
 }
+_OWN_PRECISION = "the script's own option alone counts, which is `no` where it is not given"
 # Beginnings of scripts and networks for models that do not train here.
 _NETWORK = "networks.lora_"
 _OTHER_MODELS = frozenset({"sd3", "lumina", "hunyuan", "anima"})
@@ -95,6 +97,8 @@ def read(documents: Sequence[Document]) -> Desk:
     if has_training and "network_module" not in given:
         _take_all_weights(desk, script)
     desk.run(TABLE)
+    for document in documents:
+        tell_launcher(desk, launcher_of(document), own_precision=_OWN_PRECISION)
     if not data and DATA_FILE in given:
         desk.leave(DATA_FILE, "there is no such file: give it beside this one")
     for option, label, values in sets.differ:
@@ -118,9 +122,6 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
             file = _beside(document, str(own["config_file"]), ".toml")
             training.update(kohya_data.flattened(read_document(str(file)).content))
         training.update(own)
-        launcher = document.launcher or {}
-        if "mixed_precision" in launcher:
-            training.setdefault("mixed_precision", launcher["mixed_precision"])
         named = training.get(DATA_FILE)
         if named and not data:
             file = _beside(document, str(named), "")

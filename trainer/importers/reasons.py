@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+AS_HERE = "is as it is done here"
 ATTENTION = "attention is computed as is quickest here; see --attention"
 CAPTIONS = "captions are taken as they are written"
 CAPTIONS_DROPPED = "a caption is dropped as a whole, by chance: see --caption-dropout"
@@ -28,5 +29,6 @@ SAMPLING = "validation pictures are made as the base model's pipeline makes them
 SCHEDULE = "the schedule is that of the base model"
 SQUEEZED = "sizes of buckets follow from the trained area"
 TRACKERS = "curves go to TensorBoard or Weights & Biases"
+UNKNOWN = "is not known here: look whether it matters"
 WEIGHED = "the loss has no such weight here; by noise level it has --snr-gamma"
 WORKERS = "see --num-workers, where latents are not cached"
