@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from reading import filled, import_file, lost, taken, unneeded
+from reading import filled, import_file, lost, pictures, taken, unneeded
 from torch.distributed.run import get_args_parser
 
 from trainer.config import LEAVES
@@ -125,6 +125,44 @@ def test_torchrun_is_a_launcher() -> None:
 
     assert "torchrun --nproc_per_node" in lost(found)
     assert "torchrun --standalone" in unneeded(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "rate"),
+    [
+        ("accelerate launch --num_processes=3", 36e-4),
+        ("torchrun --nproc_per_node 2 --nnodes=2", 48e-4),
+        ("torchrun", 12e-4),
+        ("python -u", 12e-4),
+    ],
+)
+def test_a_scaled_rate_is_that_of_all_processes(line: str, rate: float) -> None:
+    scaled = "--scale_lr --learning_rate 1e-4 --train_batch_size 2 --gradient_accumulation_steps 6"
+    found = command(f"{line} {FLUX} {scaled}")
+
+    assert found.values["learning_rate"] == pytest.approx(rate)
+    assert not any("scale_lr" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("words", ["", "--num_processes=$GPUS"])
+def test_a_number_of_processes_that_is_not_said_is_assumed_aloud(words: str) -> None:
+    found = command(f"accelerate launch {words} {FLUX} --scale_lr --train_batch_size 3")
+
+    assert found.values["learning_rate"] == pytest.approx(3e-4)
+    assert any("one is assumed" in remark for remark in found.remarks)
+    plain = command(f"accelerate launch {words} {FLUX}")
+    assert not any("one is assumed" in remark for remark in plain.remarks)
+
+
+def test_an_epoch_has_fewer_steps_with_more_processes(tmp_path: Path) -> None:
+    here = pictures(tmp_path / "p", 12)
+    kohya = XL.replace("_dir p", f"_dir {here}") + " --train_batch_size 2 --save_every_n_epochs 1"
+    script = FLUX.replace("_dir p", f"_dir {here}") + " --train_batch_size 2 --validation_epochs 1"
+
+    for processes, steps in ((1, 6), (3, 2)):
+        launched = f"accelerate launch --num_processes {processes}"
+        assert command(f"{launched} {kohya}").values["checkpointing_steps"] == steps
+        assert command(f"{launched} {script}").values["sample_steps"] == steps
 
 
 def test_options_of_deepspeed_count_with_it_alone() -> None:

@@ -17,6 +17,7 @@ from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
+from trainer.importers.rows import is_true
 from trainer.importers.secret_names import is_secret
 from trainer.leaves import nearest
 
@@ -64,6 +65,10 @@ _OPEN_PRECISION = (
     "Neither the script nor its launcher is given --mixed_precision: there it is what `accelerate "
     "config` wrote on that machine, else no. Give mixed_precision; without it bf16 is taken where "
     "the GPU has it."
+)
+_ONE_PROCESS = (
+    "scale_lr multiplies the rate by the number of processes, too, which the command does not say: "
+    "one is assumed. With N of them, multiply learning_rate by N, and start as many here."
 )
 # Alpha in scripts that have an option for it; the others take the rank.
 _ALPHA = 4
@@ -117,7 +122,7 @@ def read(documents: Sequence[Document]) -> Desk:
         del defaults["snr_gamma"]
     desk = Desk(given, defaults, script.kind)
     _say_unset(desk)
-    desk.lengths = _lengths(desk)
+    desk.lengths = _lengths(desk, launcher.processes or 1)
     desk.run(TABLE)
     _take_form(desk, document.script, script)
     if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
@@ -129,6 +134,8 @@ def read(documents: Sequence[Document]) -> Desk:
     _say(desk)
     if launcher.is_precision_open and "mixed_precision" not in given:
         desk.remarks.append(_OPEN_PRECISION)
+    if launcher.processes is None and is_true(desk.setting("scale_lr")):
+        desk.remarks.append(_ONE_PROCESS)
     tell_launcher(desk, launcher)
     return desk
 
@@ -141,7 +148,7 @@ def _say_unset(desk: Desk) -> None:
         desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 
 
-def _lengths(desk: Desk) -> Lengths:
+def _lengths(desk: Desk, processes: int) -> Lengths:
     place = desk.given.get("instance_data_dir") or desk.given.get("dataset_name")
     found = folders.count(str(place)) if place else None
     repeats = desk.whole("repeats") if "repeats" in desk.given else 1
@@ -152,6 +159,7 @@ def _lengths(desk: Desk) -> Lengths:
         batch=max(1, batch) * max(1, accumulated),
         repeats=max(1, repeats),
         with_class="with_prior_preservation" in desk.given,
+        processes=processes,
     )
 
 

@@ -66,12 +66,11 @@ def _take_class_folder(desk: Desk, name: str, value: Any) -> None:
 
 
 def _take_rate(desk: Desk, name: str, value: Any) -> None:
-    """The rate, times batch and accumulation where it is said so."""
+    """The rate, times the pictures of a step where it is said so."""
     rate = desk.number(name)
     if is_true(desk.setting("scale_lr")):
-        rate *= desk.number("train_batch_size") * float(
-            desk.setting("gradient_accumulation_steps") or 1
-        )
+        accumulated = float(desk.setting("gradient_accumulation_steps") or 1)
+        rate *= desk.number("train_batch_size") * accumulated * desk.lengths.processes
     if is_prodigy(desk) and name not in desk.given:
         return
     desk.take(name, "learning_rate", rate)

@@ -93,12 +93,14 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.remarks += sets.remarks
     subjects = sets.subjects or _in_folders(desk)
     classes = sets.classes or _class_folder(desk)
-    desk.lengths = _lengths(desk, subjects, bool(classes))
+    launchers = [launcher_of(document) for document in documents]
+    processes = max((launcher.processes or 1 for launcher in launchers), default=1)
+    desk.lengths = _lengths(desk, subjects, bool(classes), processes)
     if has_training and "network_module" not in given:
         _take_all_weights(desk, script)
     desk.run(TABLE)
-    for document in documents:
-        tell_launcher(desk, launcher_of(document), own_precision=_OWN_PRECISION)
+    for launcher in launchers:
+        tell_launcher(desk, launcher, own_precision=_OWN_PRECISION)
     if not data and DATA_FILE in given:
         desk.leave(DATA_FILE, "there is no such file: give it beside this one")
     for option, label, values in sets.differ:
@@ -192,7 +194,7 @@ def _class_folder(desk: Desk) -> list[Pictures]:
     return [Pictures(str(place), prompt=captions.pop() if len(captions) == 1 else None)]
 
 
-def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengths:
+def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool, processes: int) -> Lengths:
     """How steps become ours: there, half of the pictures of a training are of the class."""
     found = [pictures.examples for pictures in subjects]
     counted = [n for n in found if n is not None]
@@ -205,6 +207,7 @@ def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengt
         batch=(batch // 2 if is_even else batch) * accumulated,
         repeats=subjects[0].repeats if len(subjects) == 1 else 1,
         with_class=has_class,
+        processes=processes,
         halved=has_class and not is_even,
     )
 
