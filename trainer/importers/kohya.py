@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders, kohya_data
+from trainer.importers import folders, kohya_data, reasons
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document, read_document
 from trainer.importers.kohya_table import DATA_FILE, TABLE
@@ -79,7 +79,7 @@ def read(documents: Sequence[Document]) -> Desk:
     """
     if sum(document.form == "command" for document in documents) > 1:
         message = "got several command lines; allowed: one, with its files"
-        raise InputError.of("FILE", message, "give them one by one")
+        raise InputError.of("FILE", message, reasons.ONE_BY_ONE)
     training, data, script = _gathered(documents)
     has_training = bool(training)
     sets = kohya_data.read(training, data)
@@ -189,8 +189,7 @@ def _class_folder(desk: Desk) -> list[Pictures]:
         return []
     captions = {folder.caption for folder in folders.kohya_folders(str(place))}
     if len(captions) != 1:
-        say = "No class is named for the class pictures: give class_prompt."
-        desk.remarks.append(say)
+        desk.remarks.append(reasons.NO_CLASS)
     return [Pictures(str(place), prompt=captions.pop() if len(captions) == 1 else None)]
 
 

@@ -127,7 +127,7 @@ def _leave_argument(desk: Desk, key: str, argument: Any) -> None:
         desk.leave(f"network_args: {key}", _NEEDLESS[key], matters=False, value=argument)
         return
     else:
-        reason = _WITHOUT.get(key, "is not known here")
+        reason = _WITHOUT.get(key, reasons.UNKNOWN)
     desk.leave(f"network_args: {key}", reason, matters=not is_off(argument), value=argument)
 
 
@@ -277,5 +277,5 @@ NETWORK: Table = {
     "base_weights_multiplier": without("merge them into the base model"),
     "dim_from_weights": without("give --rank"),
     "scale_weight_norms": without("adapters are not scaled down; see --adam-weight-decay"),
-    "network_train_text_encoder_only": without("the denoiser always learns"),
+    "network_train_text_encoder_only": without(reasons.DENOISER),
 }
