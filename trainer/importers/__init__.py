@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import LEAVES, SECTIONS
@@ -31,19 +31,25 @@ class Program:
         speaks: whether a document is one of its own.
         read: makes the desk of an import from its documents.
         scripts: the scripts of its that are read from command lines.
+        others: scripts with such names that are not, and why.
     """
 
     title: str
     speaks: Callable[[Document], bool]
     read: Callable[[Sequence[Document]], Desk]
     scripts: Sequence[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 PROGRAMS: Mapping[str, Program] = {
-    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read, kohya.SCRIPTS),
+    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read, kohya.SCRIPTS, kohya.OTHERS),
     "ai-toolkit": Program("ai-toolkit", ai_toolkit.speaks, ai_toolkit.read),
     "diffusers": Program(
-        "diffusers' training scripts", diffusers.speaks, diffusers.read, tuple(diffusers.SCRIPTS)
+        "diffusers' training scripts",
+        diffusers.speaks,
+        diffusers.read,
+        tuple(diffusers.SCRIPTS),
+        diffusers.OTHERS,
     ),
 }
 
@@ -102,6 +108,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     Raises:
         InputError: no program has such documents, or they hold what it could not take.
     """
+    _refuse_others(documents)
     name = program or _program_of(documents)
     if name not in PROGRAMS:
         message = f"got `{name}`; allowed: one of {', '.join(PROGRAMS)}"
@@ -154,6 +161,20 @@ def _program_of(documents: Sequence[Document]) -> str:
     names = ", ".join(document.name for document in documents)
     message = f"is no configuration of {', '.join(p.title for p in PROGRAMS.values())}"
     raise InputError.of(names, message, f"say whose it is: --from {'|'.join(PROGRAMS)}")
+
+
+def _refuse_others(documents: Sequence[Document]) -> None:
+    """Raises for a script that is known not to be read, although its name is near one that is.
+
+    Raises:
+        InputError: with what it trains.
+    """
+    for document in documents:
+        for program in PROGRAMS.values():
+            if document.script in program.others:
+                message = f"runs `{document.script}`, which {program.others[document.script]}"
+                hint = "docs/methods.md names the base models, docs/configuration.md what is read"
+                raise InputError.of(document.name, message, hint)
 
 
 def _unread(document: Document) -> InputError:

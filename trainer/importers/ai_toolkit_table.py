@@ -46,7 +46,6 @@ from trainer.importers.words import PRECISIONS, SAVED
 # Its `linear` rises from a third, and has no counterpart.
 _COURSES = {name: course for name, course in SCHEDULERS.items() if name != "linear"}
 _ALIKE = "every picture counts alike"
-_GUIDES = "pictures that guide are not trained with"
 _NAMES = "changes only what is written about the run"
 _PICTURES = "pictures alone are trained"
 _PLAIN = "pictures and noise are taken as they are"
@@ -128,11 +127,11 @@ TABLE: Table = {
     "datasets.mask_path": without(reasons.MASKS),
     "datasets.mask_min_value": belonging(reasons.MASKS, "datasets.mask_path"),
     "datasets.invert_mask": belonging(reasons.MASKS, "datasets.mask_path"),
-    "datasets.control_path": without(_GUIDES),
-    "datasets.inpaint_path": without(_GUIDES),
-    "datasets.clip_image_path": without(_GUIDES),
-    "datasets.unconditional_path": without(_GUIDES),
-    "datasets.controls": without(_GUIDES, as_here=([],)),
+    "datasets.control_path": without(reasons.GUIDES),
+    "datasets.inpaint_path": without(reasons.GUIDES),
+    "datasets.clip_image_path": without(reasons.GUIDES),
+    "datasets.unconditional_path": without(reasons.GUIDES),
+    "datasets.controls": without(reasons.GUIDES, as_here=([],)),
     "datasets.poi": without("windows lie in the middle; see --face-aware-cropping"),
     "datasets.standardize_images": without(_PLAIN),
     "datasets.network_weight": without(_ALIKE, as_here=(1,)),

@@ -6,13 +6,14 @@ Source: the argument parsers in `examples/dreambooth` and `examples/advanced_dif
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders
+from trainer.importers import diffusers_klein as klein
+from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
-from trainer.importers.desk import Desk, Kind
+from trainer.importers.desk import Desk, Kind, Table
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
 from trainer.importers.launcher import launcher_of, tell_launcher
@@ -31,12 +32,18 @@ class Script:
         defaults: of its options, where they are not ours.
         targets: layers that get an adapter; none where all weights are trained.
         one_decay: whether text encoders have the denoiser's weight decay, unless it is said.
+        rows: of options that mean something else than in the other scripts.
+        is_long: whether an epoch is as long as the class pictures are many.
+        remarks: what is to be known of its trainings.
     """
 
     kind: Kind
     defaults: Mapping[str, Any]
     targets: tuple[str, ...] = ()
     one_decay: bool = False
+    rows: Table = field(default_factory=dict)
+    is_long: bool = True
+    remarks: tuple[str, ...] = ()
 
 
 _ALL: Mapping[str, Any] = {
@@ -91,6 +98,32 @@ SCRIPTS: Mapping[str, Script] = {
     "train_dreambooth_lora_flux_advanced.py": Script(
         "flow", {**_LORA, **_FLOW, "enable_t5_ti": False}, JOINT
     ),
+    "train_dreambooth_lora_flux2_klein.py": Script(
+        "flow",
+        {
+            **{name: value for name, value in _LORA.items() if name != "text_encoder_lr"},
+            **{name: value for name, value in _FLOW.items() if name != "guidance_scale"},
+            **{"lora_alpha": _ALPHA, "text_encoder_out_layers": klein.OWN_LAYERS},
+        },
+        klein.TARGETS,
+        rows=klein.ROWS,
+        is_long=False,
+        remarks=klein.REMARKS,
+    ),
+}
+_GUIDED = f"trains on pairs of pictures: {reasons.GUIDES}"
+# Scripts whose names are near, and why they are not read.
+OTHERS: Mapping[str, str] = {
+    "train_dreambooth_lora_flux2.py": "trains FLUX.2 [dev]: of FLUX.2, [klein] trains here",
+    **dict.fromkeys(
+        (
+            "train_dreambooth_lora_flux2_img2img.py",
+            "train_dreambooth_lora_flux2_klein_img2img.py",
+            "train_dreambooth_lora_flux2_klein_kv_img2img.py",
+            "train_dreambooth_lora_flux_kontext.py",
+        ),
+        _GUIDED,
+    ),
 }
 
 
@@ -122,8 +155,9 @@ def read(documents: Sequence[Document]) -> Desk:
         del defaults["snr_gamma"]
     desk = Desk(given, defaults, script.kind)
     _say_unset(desk)
-    desk.lengths = _lengths(desk, launcher.processes or 1)
-    desk.run(TABLE)
+    desk.lengths = _lengths(desk, script, launcher.processes or 1)
+    desk.run({**TABLE, **script.rows})
+    desk.remarks += script.remarks
     _take_form(desk, document.script, script)
     if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
         decay = desk.setting("adam_weight_decay")
@@ -148,17 +182,19 @@ def _say_unset(desk: Desk) -> None:
         desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 
 
-def _lengths(desk: Desk, processes: int) -> Lengths:
+def _lengths(desk: Desk, script: Script, processes: int) -> Lengths:
     place = desk.given.get("instance_data_dir") or desk.given.get("dataset_name")
     found = folders.count(str(place)) if place else None
     repeats = desk.whole("repeats") if "repeats" in desk.given else 1
     batch = desk.whole("train_batch_size")
     accumulated = desk.whole("gradient_accumulation_steps") if _accumulates(desk) else 1
+    with_class = script.is_long and "with_prior_preservation" in desk.given
+    examples = None if found is None else found * max(1, repeats)
     return Lengths(
-        examples=None if found is None else _in_epoch(desk, found * max(1, repeats)),
+        examples=_in_epoch(desk, examples) if with_class and examples is not None else examples,
         batch=max(1, batch) * max(1, accumulated),
         repeats=max(1, repeats),
-        with_class="with_prior_preservation" in desk.given,
+        with_class=with_class,
         processes=processes,
     )
 
@@ -169,8 +205,6 @@ def _accumulates(desk: Desk) -> bool:
 
 def _in_epoch(desk: Desk, examples: int) -> int:
     """An epoch there is as long as the longer of the pictures and the class pictures."""
-    if "with_prior_preservation" not in desk.given:
-        return examples
     classes = desk.whole("num_class_images") if "num_class_images" in desk.given else 100
     return max(examples, classes)
 
@@ -182,8 +216,8 @@ def _take_form(desk: Desk, name: str, script: Script) -> None:
         desk.take("script", "use_lora", False)
     elif "lora_layers" not in desk.given:
         desk.assume("layers", "target_unet_modules", list(script.targets))
-    has_other_rank = desk.values.get("rank") != _ALPHA
-    if script.targets and "lora_alpha" not in desk.given and has_other_rank:
+    is_open = desk.setting("lora_alpha") is None and desk.values.get("rank") != _ALPHA
+    if script.targets and is_open:
         desk.remarks.append(
             "Alpha is the rank; scripts that know --lora_alpha (2025 and later) take "
             f"{_ALPHA} where it is not given: for those add alpha: {_ALPHA}."

@@ -125,7 +125,7 @@ def _take_eight_bits(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, "is off", matters=False)
 
 
-def _take_size(desk: Desk, name: str, value: Any) -> None:
+def take_size(desk: Desk, name: str, value: Any) -> None:
     side = desk.whole(name)
     desk.take(name, "resolution_width", side)
     desk.take(name, "resolution_height", side)
@@ -241,7 +241,7 @@ TABLE: Table = {
     "sample_batch_size": needless(_MADE),
     "prior_generation_precision": needless(_MADE),
     "class_labels_conditioning": without("the base models here know no class labels"),
-    "resolution": computed(_take_size, "resolution_width", "resolution_height"),
+    "resolution": computed(take_size, "resolution_width", "resolution_height"),
     "image_interpolation_mode": needless(reasons.RESIZED),
     "center_crop": becomes("center_crop", is_true),
     "random_flip": becomes("random_flip", is_true),

@@ -22,6 +22,10 @@ SCRIPTS = (
     *("train_network.py", "sdxl_train_network.py", "flux_train_network.py", "train_db.py"),
     *("fine_tune.py", "sdxl_train.py", "flux_train.py"),
 )
+# A script whose name is near, and why it is not read.
+OTHERS: Mapping[str, str] = {
+    "flux_2_train_network.py": "is musubi-tuner's, whose options are not read",
+}
 # What the scripts assume and this program does not. A seed is drawn there, and is 42 here.
 DEFAULTS: Mapping[str, Any] = {
     "network_alpha": 1.0,

@@ -16,6 +16,7 @@ EXTENSION = "captions are read from .txt and .caption files: rename them"
 FILES = "files are written for diffusers and for kohya-style programs"
 FIRST_PICTURE = "the base model's picture is always made first"
 GPUS = "several GPUs: see docs/processes.md"
+GUIDES = "pictures that guide are not trained with"
 HALVED = (
     "Every second step there is of class pictures; here they come beside each step, so all counts "
     "of steps are halved and the subject's pictures are seen as often."
