@@ -120,6 +120,12 @@ def test_several_processes_are_lost_by_name(line: str) -> None:
     assert "start as many" in lost(command(f"{line} {XL}"))["accelerate --num_processes"]
 
 
+def test_machines_share_out_processes_and_change_nothing() -> None:
+    for machines, reason in (("1", "as it is done here"), ("2", "several GPUs")):
+        found = command(f"accelerate launch --num_machines={machines} --num_processes=1 {XL}")
+        assert reason in unneeded(found)["accelerate --num_machines"]
+
+
 def test_torchrun_is_a_launcher() -> None:
     found = command(f"torchrun --standalone --nproc_per_node=4 {FLUX}")
 

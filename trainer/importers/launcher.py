@@ -146,11 +146,18 @@ def _take_number(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, f"{reason}docs/processes.md")
 
 
+def _take_machines(desk: Desk, name: str, value: Any) -> None:
+    """Machines share out the processes, of which there are as many all the same."""
+    is_one = str(value).strip() == "1"
+    desk.leave(name, reasons.AS_HERE if is_one else reasons.GPUS, matters=False)
+
+
 TABLE: Table = {
     _FILE: needless("is read, too, for numbers, processes and DeepSpeed"),
     _PRECISION: chosen("mixed_precision", PRECISIONS, reasons.NO_NUMBERS),
     **dict.fromkeys((*_PROCESSES, *_MACHINES), computed(_take_number)),
-    **dict.fromkeys(("multi_gpu", "num_machines"), needless(reasons.GPUS)),
+    "multi_gpu": needless(reasons.GPUS),
+    "num_machines": computed(_take_machines),
     **dict.fromkeys(("gpu_ids", "include", "exclude"), needless("CUDA_VISIBLE_DEVICES chooses")),
     **dict.fromkeys(("cpu", "use_cpu", "tpu", "downcast_bf16"), needless(_DEVICE)),
     **dict.fromkeys(
