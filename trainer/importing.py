@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trainer.durable import write_text
 from trainer.errors import InputError
-from trainer.importers import Imported, imported
+from trainer.importers import SCRIPTS, Imported, imported
 from trainer.importers.documents import read_document
 from trainer.leaves import shown
 from trainer.printing import json_option, paper, print_json
@@ -38,7 +38,7 @@ def import_(
     """
     if output is not None and output.exists():
         raise InputError.of("--output", f"`{output}` exists already", "give another file name")
-    found = imported([read_document(file) for file in files], program)
+    found = imported([read_document(file, SCRIPTS) for file in files], program)
     if output is not None:
         write_text(output, found.text)
     if as_json:

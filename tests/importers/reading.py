@@ -9,7 +9,7 @@ from PIL import Image
 
 from trainer.config import TrainingConfig
 from trainer.config_files import as_layers, parse_yaml
-from trainer.importers import Imported, imported
+from trainer.importers import SCRIPTS, Imported, imported
 from trainer.importers.documents import read_document
 from trainer.resolve import resolve
 
@@ -18,7 +18,7 @@ def import_file(folder: Path, name: str, text: str, program: str | None = None) 
     """The import of one file of this text."""
     file = folder / name
     file.write_text(text, encoding="utf-8")
-    return imported([read_document(str(file))], program)
+    return imported([read_document(str(file), SCRIPTS)], program)
 
 
 def loaded(found: Imported) -> TrainingConfig:

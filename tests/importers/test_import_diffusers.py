@@ -59,8 +59,8 @@ def test_a_shell_file_is_taken_over(tmp_path: Path) -> None:
     assert config.prior.num_class_images == 40
     assert (config.data.resolution_width, config.data.resolution_height) == (768, 768)
     assert (config.run.batch_size, config.run.gradient_accumulation_steps) == (2, 2)
-    # scale_lr: times batch and accumulation.
-    assert config.optim.learning_rate == pytest.approx(12e-4)
+    # scale_lr: times batch, accumulation and processes.
+    assert config.optim.learning_rate == pytest.approx(24e-4)
     assert config.optim.text_encoder_lr == 2e-4
     assert (config.optim.lr_scheduler, config.optim.lr_warmup_steps) == ("cosine", 30)
     assert config.optim.optimizer == "adamw8bit"
@@ -77,17 +77,15 @@ def test_epochs_of_validation_are_counted_with_the_class_pictures(tmp_path: Path
     here = pictures(tmp_path / "p", 5)
     found = import_file(tmp_path, "run.sh", SHELL.format(folder=here))
 
-    # An epoch is as long as 40 class pictures, of which a step has 2 x 2: 10 steps.
-    assert found.values["sample_steps"] == 20
+    # An epoch is as long as 40 class pictures, of which a step has 2 x 2 x 2: 5 steps.
+    assert found.values["sample_steps"] == 10
 
 
 def test_what_has_no_counterpart_is_told_and_keys_are_not_shown(tmp_path: Path) -> None:
     found = import_file(tmp_path, "run.sh", SHELL.format(folder="elsewhere"))
 
-    assert lost(found).keys() == {"lora_unet_blocks"}
-    assert {"num_validation_images", "accelerate --num_processes", "class_data_dir"} <= unneeded(
-        found
-    ).keys()
+    assert lost(found).keys() == {"lora_unet_blocks", "accelerate --num_processes"}
+    assert {"num_validation_images", "class_data_dir"} <= unneeded(found).keys()
     assert "hf_hidden" not in str(found)
 
 

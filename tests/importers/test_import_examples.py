@@ -314,7 +314,7 @@ def test_an_sdxl_job_adapts_convolutions_as_strongly(tmp_path: Path) -> None:
     for found in (even, odd):
         assert set(CONVOLUTIONS) <= set(found.values["target_unet_modules"])
     assert lost(even) == {}
-    assert "the alpha of all other layers, 8" in lost(odd)["network.conv_alpha"]
+    assert "alpha 8 over rank 16; there 16 over 16" in lost(odd)["network.conv_alpha"]
     assert validates(even, tmp_path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -11,13 +13,14 @@ import pytest
 from reading import import_file
 from test_import_kohya import NETWORK, PORTRAIT
 
-from trainer import base_model
+from trainer import base_model, importers
 from trainer.config import LEAVES, ModelConfig
 from trainer.errors import InputError
 from trainer.fitting import fitted
 from trainer.importers import PROGRAMS, ai_toolkit, diffusers, kohya
 from trainer.importers.ai_toolkit_table import TABLE as AI_TOOLKIT
 from trainer.importers.desk import Desk, Kind, Table
+from trainer.importers.diffusers_klein import ROWS as KLEIN
 from trainer.importers.diffusers_table import TABLE as DIFFUSERS
 from trainer.importers.kohya_table import TABLE as KOHYA
 from trainer.resolve import Layer, resolve
@@ -26,12 +29,16 @@ TABLES: dict[str, tuple[Table, dict[str, object]]] = {
     "kohya": (KOHYA, dict(kohya.DEFAULTS)),
     "ai-toolkit": (AI_TOOLKIT, dict(ai_toolkit.DEFAULTS)),
     "diffusers": (DIFFUSERS, dict(diffusers.SCRIPTS["train_dreambooth_lora.py"].defaults)),
+    "diffusers' script for [klein]": (
+        {**DIFFUSERS, **KLEIN},
+        dict(diffusers.SCRIPTS["train_dreambooth_lora_flux2_klein.py"].defaults),
+    ),
 }
 ROWS = [(program, name) for program, (table, _) in TABLES.items() for name in table]
 
 
 def test_every_program_has_a_table() -> None:
-    assert set(TABLES) == set(PROGRAMS)
+    assert set(PROGRAMS) < set(TABLES)
     assert len(ROWS) > 350
 
 
@@ -165,3 +172,31 @@ def test_diffusers_scripts_fit_their_base_models(
         ("train_dreambooth_lora_sdxl_advanced.py", sdxl_folder),
     ):
         fits(dict(import_file(tmp_path, "a.sh", f"python {script} --rank 4").values), folder)
+
+
+def sentences(module: Path) -> set[str]:
+    """What a module says in three words or more, outside of texts with values in them."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    filled = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in filled
+    }
+    return {text for text in texts if len(text.split()) > 2}
+
+
+def test_a_sentence_has_one_home() -> None:
+    homes = Counter(
+        sentence
+        for module in Path(importers.__file__).parent.glob("*.py")
+        for sentence in sentences(module)
+    )
+
+    assert len(homes) > 300
+    assert [sentence for sentence, count in homes.items() if count > 1] == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config import LEAVES, SECTIONS
@@ -31,21 +31,30 @@ class Program:
         speaks: whether a document is one of its own.
         read: makes the desk of an import from its documents.
         scripts: the scripts of its that are read from command lines.
+        others: scripts with such names that are not, and why.
     """
 
     title: str
     speaks: Callable[[Document], bool]
     read: Callable[[Sequence[Document]], Desk]
     scripts: Sequence[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 PROGRAMS: Mapping[str, Program] = {
-    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read, kohya.SCRIPTS),
+    "kohya": Program("kohya's sd-scripts", kohya.speaks, kohya.read, kohya.SCRIPTS, kohya.OTHERS),
     "ai-toolkit": Program("ai-toolkit", ai_toolkit.speaks, ai_toolkit.read),
     "diffusers": Program(
-        "diffusers' training scripts", diffusers.speaks, diffusers.read, tuple(diffusers.SCRIPTS)
+        "diffusers' training scripts",
+        diffusers.speaks,
+        diffusers.read,
+        tuple(diffusers.SCRIPTS),
+        diffusers.OTHERS,
     ),
 }
+
+# Those that `read_document` is to look for.
+SCRIPTS = tuple(script for program in PROGRAMS.values() for script in program.scripts)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     Raises:
         InputError: no program has such documents, or they hold what it could not take.
     """
+    _refuse_others(documents)
     name = program or _program_of(documents)
     if name not in PROGRAMS:
         message = f"got `{name}`; allowed: one of {', '.join(PROGRAMS)}"
@@ -106,6 +116,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     desk = PROGRAMS[name].read(documents)
     desk.close()
     _refuse_wrong(desk)
+    desk.remarks += [_unread_others(document) for document in documents if document.others]
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
     found = Imported(
@@ -152,11 +163,37 @@ def _program_of(documents: Sequence[Document]) -> str:
     raise InputError.of(names, message, f"say whose it is: --from {'|'.join(PROGRAMS)}")
 
 
+def _refuse_others(documents: Sequence[Document]) -> None:
+    """Raises for a script that is known not to be read, although its name is near one that is.
+
+    Raises:
+        InputError: with what it trains.
+    """
+    for document in documents:
+        for program in PROGRAMS.values():
+            if document.script in program.others:
+                message = f"runs `{document.script}`, which {program.others[document.script]}"
+                hint = "docs/methods.md names the base models, docs/configuration.md what is read"
+                raise InputError.of(document.name, message, hint)
+
+
 def _unread(document: Document) -> InputError:
     """What is said of a command line that runs a script whose options are not read."""
-    known = tuple(script for program in PROGRAMS.values() for script in program.scripts)
-    message = f"runs `{document.script}`, whose options are not read; read are {', '.join(known)}"
-    return InputError.of(document.name, message, nearest(document.script, known))
+    message = f"runs `{document.script}`, whose options are not read; read are {', '.join(SCRIPTS)}"
+    return InputError.of(document.name, message, nearest(document.script, SCRIPTS))
+
+
+def _unread_others(document: Document) -> str:
+    """What is said of further commands in a file, of which one is read."""
+    listed = [
+        f"`{other.script}` in line {other.line}" if other.script else f"line {other.line}"
+        for other in document.others
+    ]
+    return (
+        f"One command of {document.name} is read, `{document.script}`; not read: "
+        f"{', '.join(listed)}. Put each into a file of its own, with the variables that it uses, "
+        "and import that."
+    )
 
 
 def _refuse_wrong(desk: Desk) -> None:

@@ -10,9 +10,11 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 # Every linear layer and 1x1 convolution of a UNet's transformers.
 _TRANSFORMERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 # What else its other blocks have: with these, kohya's `conv_dim` and LyCORIS adapt everything.
+# The first two have the rank of linear layers there: they are linear, or 1 x 1.
+BESIDE_CONVOLUTIONS = ("conv_shortcut", "time_emb_proj")
 CONVOLUTIONS = (
-    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
-    *("downsamplers.0.conv", "upsamplers.0.conv"),
+    *BESIDE_CONVOLUTIONS,
+    *("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv"),
 )
 _JOINT_ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 _FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders
+from trainer.importers import folders, reasons
 from trainer.importers.ai_toolkit_network import LAYERS_KNOWN, OTHER_MODELS, model_says
 from trainer.importers.ai_toolkit_rows import with_trigger
 from trainer.importers.ai_toolkit_table import TABLE
@@ -75,7 +75,7 @@ def read(documents: Sequence[Document]) -> Desk:
         message = "is no job: a mapping `config` with a `process`"
         raise InputError.of(documents[0].name, message, "give the YAML file of a job")
     if len(documents) != 1:
-        raise InputError.of("FILE", "got several files; allowed: one job", "give them one by one")
+        raise InputError.of("FILE", "got several files; allowed: one job", reasons.ONE_BY_ONE)
     given, datasets = _flattened(documents[0])
     subjects = [d for d in datasets if not d.get("is_reg")]
     differ = _join(given, subjects)
@@ -182,7 +182,7 @@ def _say(desk: Desk, sets: Sequence[Pictures], classes: Sequence[Pictures]) -> N
             "A picture without a caption has an empty one there; here it has instance_prompt."
         )
     if any(pictures.prompt is None for pictures in classes):
-        desk.remarks.append("No class is named for the class pictures: give class_prompt.")
+        desk.remarks.append(reasons.NO_CLASS)
     gone = [p.folder for p in sets if p.folder and not folders.is_here(p.folder)]
     if gone:
         desk.remarks.append(f"Not on this machine: {', '.join(gone)}.")

@@ -9,6 +9,12 @@ from trainer.importers import reasons
 from trainer.importers.adapted import CONVOLUTIONS, LAST_LAYER, WHOLE_BLOCKS
 from trainer.importers.desk import Desk
 from trainer.importers.rows import is_true
+from trainer.importers.strengths import (
+    ALPHA_IS_RANK,
+    NO_CONVOLUTIONS,
+    Strength,
+    tell_convolutions,
+)
 
 # How a model says that it is FLUX.1, whose layers are known.
 LAYERS_KNOWN = (
@@ -20,6 +26,8 @@ OTHER_MODELS = (
     "is_vega",
 )
 _FORMS: Mapping[str, str] = {"lora": "lora", "locon": "lora", "lokr": "lokr", "dora": "lora"}
+_NO_RANK = "no convolutions get an adapter"
+_CONV_ALPHA = "network.conv_alpha"
 # A rank above that of any layer: then LoKr's second factor is whole.
 _WHOLE = 1_000_000
 
@@ -64,25 +72,35 @@ def take_network(desk: Desk, name: str, value: Any) -> None:
 
 
 def take_conv(desk: Desk, name: str, value: Any) -> None:
-    rank = desk.setting("network.linear") or desk.setting("network.rank")
+    """The rank of convolutions, with their alpha, which is their rank where nothing is said."""
     if desk.kind == "flow":
-        desk.leave(name, "the base model has no convolutions", matters=False)
-    elif float(value) != float(rank or 0):
-        desk.leave(name, f"convolutions get the rank of all other layers, {rank}")
-    else:
-        desk.leave(name, "convolutions get an adapter, too: see target_unet_modules", matters=False)
+        desk.leave(name, NO_CONVOLUTIONS, matters=False)
+        return
+    rank = desk.number(name)
+    if rank == 0:
+        desk.leave(name, _NO_RANK, matters=False)
+        return
+    alpha = desk.given.get(_CONV_ALPHA)
+    own = Strength(rank, rank if alpha is None else desk.number(_CONV_ALPHA))
+    others = _strength(desk)
+    tell_convolutions(desk, own, others, rank=(name, value), alpha=(_CONV_ALPHA, alpha))
 
 
 def take_conv_alpha(desk: Desk, name: str, value: Any) -> None:
-    """A strength of convolutions that is not that of all other layers is told."""
-    rank = desk.setting("network.linear") or desk.setting("network.rank")
-    alpha = desk.setting("network.linear_alpha")
+    del value
     if desk.kind == "flow" or not desk.setting("network.conv"):
-        desk.leave(name, "no convolutions get an adapter", matters=False)
-    elif float(value) * float(rank) == float(alpha) * float(desk.setting("network.conv")):
-        desk.leave(name, "convolutions are as strong as all other layers", matters=False)
+        desk.leave(name, _NO_RANK, matters=False)
     else:
-        desk.leave(name, f"convolutions get the alpha of all other layers, {alpha}")
+        desk.told[name] = ("network.conv", ())
+
+
+def _strength(desk: Desk) -> Strength:
+    """Rank and alpha of linear layers, each by the option that goes before the other."""
+    rank = "network.rank" if "network.rank" in desk.given else "network.linear"
+    is_alpha = "network.linear_alpha" not in desk.given and "network.alpha" in desk.given
+    return Strength(
+        desk.number(rank), desk.number("network.alpha" if is_alpha else "network.linear_alpha")
+    )
 
 
 def take_alpha(desk: Desk, name: str, value: Any) -> None:
@@ -97,6 +115,9 @@ def take_alpha(desk: Desk, name: str, value: Any) -> None:
         return
     elif name == "network.alpha" and "network.linear_alpha" in desk.given:
         desk.leave(name, "linear_alpha goes before it", matters=False)
+    elif (strength := _strength(desk)).alpha != strength.given_alpha:
+        desk.take(name, "alpha", strength.alpha)
+        desk.remarks.append(ALPHA_IS_RANK.format(name=name))
     else:
         desk.take(name, "alpha", value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.importers import reasons
 from trainer.importers.desk import Desk, Row
 from trainer.importers.pictures import take_sizes
 from trainer.importers.prompt_lines import parted
@@ -83,10 +84,7 @@ def steps_of(leaf: str) -> Row:
             return
         desk.take(name, leaf, desk.lengths.steps(steps))
         if is_length and desk.lengths.halved:
-            desk.remarks.append(
-                "Every second step there is of class pictures; here they come beside each step, "
-                "so all counts of steps are halved and the subject's are seen as often."
-            )
+            desk.remarks.append(reasons.HALVED)
 
     return computed(act, leaf)
 
@@ -122,9 +120,9 @@ def take_quantized(desk: Desk, name: str, value: Any) -> None:
 
 def take_kind_of_model(desk: Desk, name: str, value: Any) -> None:
     if desk.kind is None:
-        desk.leave(name, "is not among the base models here: see docs/methods.md")
+        desk.leave(name, reasons.NO_MODEL)
     else:
-        desk.leave(name, "the checkpoint tells what it is", matters=False)
+        desk.leave(name, reasons.CHECKPOINT, matters=False)
 
 
 def take_prompts(desk: Desk, name: str, value: Any) -> None:
@@ -163,14 +161,14 @@ def take_rate(desk: Desk, name: str, value: Any) -> None:
     elif _text_learns(desk) and "train.text_encoder_lr" not in desk.given:
         desk.take(name, "text_encoder_lr", value)
     else:
-        desk.leave(name, "the rates of the parts go before it", matters=False)
+        desk.leave(name, reasons.RATES_OF_PARTS, matters=False)
 
 
 def take_text_rate(desk: Desk, name: str, value: Any) -> None:
     if not _text_learns(desk):
-        desk.leave(name, "the text encoders do not learn", matters=False)
+        desk.leave(name, reasons.TEXTS, matters=False)
     elif desk.values.get("optimizer") == "prodigy":
-        desk.leave(name, "Prodigy has one rate for everything, there too", matters=False)
+        desk.leave(name, reasons.PRODIGY, matters=False)
     else:
         desk.take(name, "text_encoder_lr", value)
 

@@ -46,9 +46,6 @@ from trainer.importers.words import PRECISIONS, SAVED
 # Its `linear` rises from a third, and has no counterpart.
 _COURSES = {name: course for name, course in SCHEDULERS.items() if name != "linear"}
 _ALIKE = "every picture counts alike"
-_FIRST = "the base model's picture is always made first"
-_GUIDES = "pictures that guide are not trained with"
-_LOGS = "`events.jsonl` has everything"
 _NAMES = "changes only what is written about the run"
 _PICTURES = "pictures alone are trained"
 _PLAIN = "pictures and noise are taken as they are"
@@ -62,7 +59,7 @@ TABLE: Table = {
     "name": computed(take_file_name, "output_name"),
     "training_folder": needless(reasons.OUTPUT),
     "sqlite_db_path": needless("the run folder has everything"),
-    "performance_log_every": needless(_LOGS),
+    "performance_log_every": needless(reasons.LOGS),
     "device": needless("the GPU of this machine; CUDA_VISIBLE_DEVICES chooses"),
     "embedding": without("new words are learnt by --train-text-encoder-ti, see docs/methods.md"),
     "adapter": without("adapters for pictures that guide are not trained"),
@@ -84,7 +81,7 @@ TABLE: Table = {
     "save.dtype": chosen("save_dtype", SAVED, reasons.NO_NUMBERS),
     "save.save_every": steps_of("checkpointing_steps"),
     "save.max_step_saves_to_keep": becomes("checkpoints_total_limit"),
-    "save.save_format": needless("files are written for diffusers and for kohya-style programs"),
+    "save.save_format": needless(reasons.FILES),
     "save.push_to_hub": needless(reasons.HUB),
     "save.hf_repo_id": needless(reasons.HUB),
     "save.hf_private": needless(reasons.HUB),
@@ -130,11 +127,11 @@ TABLE: Table = {
     "datasets.mask_path": without(reasons.MASKS),
     "datasets.mask_min_value": belonging(reasons.MASKS, "datasets.mask_path"),
     "datasets.invert_mask": belonging(reasons.MASKS, "datasets.mask_path"),
-    "datasets.control_path": without(_GUIDES),
-    "datasets.inpaint_path": without(_GUIDES),
-    "datasets.clip_image_path": without(_GUIDES),
-    "datasets.unconditional_path": without(_GUIDES),
-    "datasets.controls": without(_GUIDES, as_here=([],)),
+    "datasets.control_path": without(reasons.GUIDES),
+    "datasets.inpaint_path": without(reasons.GUIDES),
+    "datasets.clip_image_path": without(reasons.GUIDES),
+    "datasets.unconditional_path": without(reasons.GUIDES),
+    "datasets.controls": without(reasons.GUIDES, as_here=([],)),
     "datasets.poi": without("windows lie in the middle; see --face-aware-cropping"),
     "datasets.standardize_images": without(_PLAIN),
     "datasets.network_weight": without(_ALIKE, as_here=(1,)),
@@ -151,7 +148,7 @@ TABLE: Table = {
     "train.start_step": needless(reasons.RESUMED),
     "train.gradient_accumulation": becomes("gradient_accumulation_steps"),
     "train.gradient_accumulation_steps": computed(take_accumulation, "gradient_accumulation_steps"),
-    "train.train_unet": without("the denoiser always learns", as_here=(True,)),
+    "train.train_unet": without(reasons.DENOISER, as_here=(True,)),
     "train.train_text_encoder": becomes("train_text_encoder", is_true),
     "train.gradient_checkpointing": becomes("gradient_checkpointing", is_true),
     "train.noise_scheduler": needless(reasons.SCHEDULE),
@@ -176,7 +173,7 @@ TABLE: Table = {
     "train.snr_gamma": without(reasons.WEIGHED),
     "train.learnable_snr_gos": without(reasons.WEIGHED),
     "train.noise_offset": becomes("noise_offset"),
-    "train.dynamic_noise_offset": without("the noise offset has one strength"),
+    "train.dynamic_noise_offset": without(reasons.ONE_OFFSET),
     "train.content_or_style": without(
         "times are drawn for both; see --timestep-density", as_here=("balanced",)
     ),
@@ -205,8 +202,8 @@ TABLE: Table = {
     "train.inverted_mask_prior_multiplier": needless("belongs to inverted_mask_prior"),
     "train.prompt_dropout_prob": without(reasons.CAPTIONS_DROPPED),
     "train.negative_prompt": without("captions alone are trained"),
-    "train.skip_first_sample": needless(_FIRST),
-    "train.force_first_sample": needless(_FIRST),
+    "train.skip_first_sample": needless(reasons.FIRST_PICTURE),
+    "train.force_first_sample": needless(reasons.FIRST_PICTURE),
     "train.disable_sampling": needless("no prompts are taken over"),
     "train.unload_text_encoder": needless(reasons.MEMORY),
     "train.cache_text_embeddings": needless(reasons.KEPT),
@@ -251,18 +248,15 @@ TABLE: Table = {
     "train.switch_boundary_every": needless("the base model has one part"),
     "model.name_or_path": becomes("model_url", str),
     "model.arch": computed(take_kind_of_model),
-    "model.is_flux": needless("the checkpoint tells what it is"),
-    "model.is_xl": needless("the checkpoint tells what it is"),
+    "model.is_flux": needless(reasons.CHECKPOINT),
+    "model.is_xl": needless(reasons.CHECKPOINT),
     **{f"model.{name}": computed(take_kind_of_model) for name in OTHER_MODELS},
-    "model.is_v_pred": without(
-        "is read from the base model: a folder's scheduler says it, or an entry `v_pred` in a "
-        "single file"
-    ),
+    "model.is_v_pred": without(reasons.PREDICTION),
     "model.quantize": computed(take_quantized, "quantization"),
     "model.qtype": needless("see model.quantize"),
     "model.quantize_te": needless("text encoders that do not learn leave the GPU before training"),
     "model.qtype_te": needless("text encoders that do not learn leave the GPU before training"),
-    "model.quantize_kwargs": needless("see --quantization"),
+    "model.quantize_kwargs": needless(reasons.QUANTIZED),
     "model.low_vram": needless(reasons.MEMORY),
     "model.layer_offloading": needless(reasons.MEMORY),
     "model.dtype": needless("frozen weights have the numbers of --mixed-precision"),
@@ -298,8 +292,8 @@ TABLE: Table = {
         )
     },
     "logging.use_wandb": becomes("wandb", is_true),
-    "logging.log_every": needless(_LOGS),
-    "logging.verbose": needless(_LOGS),
+    "logging.log_every": needless(reasons.LOGS),
+    "logging.verbose": needless(reasons.LOGS),
     "logging.use_ui_logger": needless("`trainer serve` shows every training"),
     "logging.project_name": needless(_NAMES),
     "logging.run_name": needless(_NAMES),

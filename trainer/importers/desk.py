@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from trainer.config import LEAVES
 from trainer.errors import InputError, Problem
+from trainer.importers import reasons
 from trainer.importers.lengths import Lengths
 from trainer.importers.secret_names import without_secrets
 from trainer.leaves import allowed, flag_value, leaf_schema, nearest, shown
@@ -182,8 +183,7 @@ class Desk:
             row = table.get(name)
             if row is None:
                 hint = nearest(name, table)
-                reason = "is not known here: look whether it matters"
-                self.leave(name, f"{reason}; {hint}" if hint else reason)
+                self.leave(name, f"{reasons.UNKNOWN}; {hint}" if hint else reasons.UNKNOWN)
         for name, row in table.items():
             if name in self.given or name in self.defaults:
                 self.act(name, row)

@@ -6,16 +6,19 @@ Source: the argument parsers in `examples/dreambooth` and `examples/advanced_dif
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.importers import diffusers_klein as klein
 from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
-from trainer.importers.desk import Desk, Kind
+from trainer.importers.desk import Desk, Kind, Table
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
+from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
+from trainer.importers.rows import is_true
 from trainer.importers.secret_names import is_secret
 from trainer.leaves import nearest
 
@@ -29,12 +32,18 @@ class Script:
         defaults: of its options, where they are not ours.
         targets: layers that get an adapter; none where all weights are trained.
         one_decay: whether text encoders have the denoiser's weight decay, unless it is said.
+        rows: of options that mean something else than in the other scripts.
+        is_long: whether an epoch is as long as the class pictures are many.
+        remarks: what is to be known of its trainings.
     """
 
     kind: Kind
     defaults: Mapping[str, Any]
     targets: tuple[str, ...] = ()
     one_decay: bool = False
+    rows: Table = field(default_factory=dict)
+    is_long: bool = True
+    remarks: tuple[str, ...] = ()
 
 
 _ALL: Mapping[str, Any] = {
@@ -59,6 +68,15 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
+_OPEN_PRECISION = (
+    "Neither the script nor its launcher is given --mixed_precision: there it is what `accelerate "
+    "config` wrote on that machine, else no. Give mixed_precision; without it bf16 is taken where "
+    "the GPU has it."
+)
+_ONE_PROCESS = (
+    "scale_lr multiplies the rate by the number of processes, too, which the command does not say: "
+    "one is assumed. With N of them, multiply learning_rate by N, and start as many here."
+)
 # Alpha in scripts that have an option for it; the others take the rank.
 _ALPHA = 4
 SCRIPTS: Mapping[str, Script] = {
@@ -79,6 +97,32 @@ SCRIPTS: Mapping[str, Script] = {
     ),
     "train_dreambooth_lora_flux_advanced.py": Script(
         "flow", {**_LORA, **_FLOW, "enable_t5_ti": False}, JOINT
+    ),
+    "train_dreambooth_lora_flux2_klein.py": Script(
+        "flow",
+        {
+            **{name: value for name, value in _LORA.items() if name != "text_encoder_lr"},
+            **{name: value for name, value in _FLOW.items() if name != "guidance_scale"},
+            **{"lora_alpha": _ALPHA, "text_encoder_out_layers": klein.OWN_LAYERS},
+        },
+        klein.TARGETS,
+        rows=klein.ROWS,
+        is_long=False,
+        remarks=klein.REMARKS,
+    ),
+}
+_GUIDED = f"trains on pairs of pictures: {reasons.GUIDES}"
+# Scripts whose names are near, and why they are not read.
+OTHERS: Mapping[str, str] = {
+    "train_dreambooth_lora_flux2.py": "trains FLUX.2 [dev]: of FLUX.2, [klein] trains here",
+    **dict.fromkeys(
+        (
+            "train_dreambooth_lora_flux2_img2img.py",
+            "train_dreambooth_lora_flux2_klein_img2img.py",
+            "train_dreambooth_lora_flux2_klein_kv_img2img.py",
+            "train_dreambooth_lora_flux_kontext.py",
+        ),
+        _GUIDED,
     ),
 }
 
@@ -103,16 +147,17 @@ def read(documents: Sequence[Document]) -> Desk:
         message = f"got `{document.script}`; allowed: {', '.join(SCRIPTS)}"
         raise InputError.of("script", message, nearest(document.script, SCRIPTS))
     given = {n: v for n, v in document.content.items() if v not in ("", [])}
-    launcher = dict(document.launcher or {})
-    if "mixed_precision" in launcher:
-        given.setdefault("mixed_precision", launcher.pop("mixed_precision"))
+    launcher = launcher_of(document)
     defaults = dict(script.defaults)
+    if not launcher.is_precision_open and "mixed_precision" not in launcher.options:
+        defaults["mixed_precision"] = "no"
     if script.kind == "flow":
         del defaults["snr_gamma"]
     desk = Desk(given, defaults, script.kind)
     _say_unset(desk)
-    desk.lengths = _lengths(desk)
-    desk.run(TABLE)
+    desk.lengths = _lengths(desk, script, launcher.processes or 1)
+    desk.run({**TABLE, **script.rows})
+    desk.remarks += script.remarks
     _take_form(desk, document.script, script)
     if script.one_decay and "adam_weight_decay_text_encoder" not in given and text_learns(desk):
         decay = desk.setting("adam_weight_decay")
@@ -120,7 +165,12 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.assume("masks", "use_given_masks", False)
     if script.kind == "flow":
         desk.assume("shift of times", "timestep_shift", 1.0)
-    _say(desk, launcher)
+    _say(desk)
+    if launcher.is_precision_open and "mixed_precision" not in given:
+        desk.remarks.append(_OPEN_PRECISION)
+    if launcher.processes is None and is_true(desk.setting("scale_lr")):
+        desk.remarks.append(_ONE_PROCESS)
+    tell_launcher(desk, launcher)
     return desk
 
 
@@ -132,17 +182,20 @@ def _say_unset(desk: Desk) -> None:
         desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 
 
-def _lengths(desk: Desk) -> Lengths:
+def _lengths(desk: Desk, script: Script, processes: int) -> Lengths:
     place = desk.given.get("instance_data_dir") or desk.given.get("dataset_name")
     found = folders.count(str(place)) if place else None
     repeats = desk.whole("repeats") if "repeats" in desk.given else 1
     batch = desk.whole("train_batch_size")
     accumulated = desk.whole("gradient_accumulation_steps") if _accumulates(desk) else 1
+    with_class = script.is_long and "with_prior_preservation" in desk.given
+    examples = None if found is None else found * max(1, repeats)
     return Lengths(
-        examples=None if found is None else _in_epoch(desk, found * max(1, repeats)),
+        examples=_in_epoch(desk, examples) if with_class and examples is not None else examples,
         batch=max(1, batch) * max(1, accumulated),
         repeats=max(1, repeats),
-        with_class="with_prior_preservation" in desk.given,
+        with_class=with_class,
+        processes=processes,
     )
 
 
@@ -152,8 +205,6 @@ def _accumulates(desk: Desk) -> bool:
 
 def _in_epoch(desk: Desk, examples: int) -> int:
     """An epoch there is as long as the longer of the pictures and the class pictures."""
-    if "with_prior_preservation" not in desk.given:
-        return examples
     classes = desk.whole("num_class_images") if "num_class_images" in desk.given else 100
     return max(examples, classes)
 
@@ -165,21 +216,18 @@ def _take_form(desk: Desk, name: str, script: Script) -> None:
         desk.take("script", "use_lora", False)
     elif "lora_layers" not in desk.given:
         desk.assume("layers", "target_unet_modules", list(script.targets))
-    has_other_rank = desk.values.get("rank") != _ALPHA
-    if script.targets and "lora_alpha" not in desk.given and has_other_rank:
+    is_open = desk.setting("lora_alpha") is None and desk.values.get("rank") != _ALPHA
+    if script.targets and is_open:
         desk.remarks.append(
             "Alpha is the rank; scripts that know --lora_alpha (2025 and later) take "
             f"{_ALPHA} where it is not given: for those add alpha: {_ALPHA}."
         )
 
 
-def _say(desk: Desk, launcher: Mapping[str, Any]) -> None:
+def _say(desk: Desk) -> None:
     place = desk.given.get("instance_data_dir")
     if place is not None and folders.has_captions(str(place)):
         desk.remarks.append(
             f"Captions lie in {place}: the script gives every picture --instance_prompt, here they "
             "are read."
         )
-    for name, value in launcher.items():
-        desk.given = {**desk.given, f"accelerate --{name}": value}
-        desk.leave(f"accelerate --{name}", reasons.GPUS, matters=False)

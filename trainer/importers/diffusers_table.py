@@ -66,12 +66,11 @@ def _take_class_folder(desk: Desk, name: str, value: Any) -> None:
 
 
 def _take_rate(desk: Desk, name: str, value: Any) -> None:
-    """The rate, times batch and accumulation where it is said so."""
+    """The rate, times the pictures of a step where it is said so."""
     rate = desk.number(name)
     if is_true(desk.setting("scale_lr")):
-        rate *= desk.number("train_batch_size") * float(
-            desk.setting("gradient_accumulation_steps") or 1
-        )
+        accumulated = float(desk.setting("gradient_accumulation_steps") or 1)
+        rate *= desk.number("train_batch_size") * accumulated * desk.lengths.processes
     if is_prodigy(desk) and name not in desk.given:
         return
     desk.take(name, "learning_rate", rate)
@@ -97,9 +96,9 @@ def _take_warmup(desk: Desk, name: str, value: Any) -> None:
 
 def _take_text_rate(desk: Desk, name: str, value: Any) -> None:
     if not text_learns(desk):
-        desk.leave(name, "the text encoders do not learn", matters=False)
+        desk.leave(name, reasons.TEXTS, matters=False)
     elif is_prodigy(desk):
-        desk.leave(name, "Prodigy has one rate for everything, there too", matters=False)
+        desk.leave(name, reasons.PRODIGY, matters=False)
     else:
         desk.take(name, "text_encoder_lr", value)
 
@@ -126,7 +125,7 @@ def _take_eight_bits(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, "is off", matters=False)
 
 
-def _take_size(desk: Desk, name: str, value: Any) -> None:
+def take_size(desk: Desk, name: str, value: Any) -> None:
     side = desk.whole(name)
     desk.take(name, "resolution_width", side)
     desk.take(name, "resolution_height", side)
@@ -192,7 +191,7 @@ def _with_less_noise(mean: Any) -> float:
 
 def _take_fraction(desk: Desk, name: str, value: Any) -> None:
     if float(value) == 1:
-        desk.leave(name, "is as it is done here", matters=False)
+        desk.leave(name, reasons.AS_HERE, matters=False)
     else:
         desk.leave(name, "the denoiser learns to the last step; no training is of new tokens alone")
 
@@ -216,7 +215,7 @@ TABLE: Table = {
     "pretrained_vae_model_name_or_path": becomes("vae_url", str),
     "revision": becomes("revision", str),
     "variant": becomes("variant", str),
-    "tokenizer_name": without("tokenizers are those of the base model"),
+    "tokenizer_name": without(reasons.TOKENIZERS),
     "instance_data_dir": computed(_take_data, "images_data_url"),
     "dataset_name": computed(_take_data, "images_data_url"),
     "dataset_config_name": without(_FOLDERS),
@@ -242,13 +241,13 @@ TABLE: Table = {
     "sample_batch_size": needless(_MADE),
     "prior_generation_precision": needless(_MADE),
     "class_labels_conditioning": without("the base models here know no class labels"),
-    "resolution": computed(_take_size, "resolution_width", "resolution_height"),
-    "image_interpolation_mode": needless("pictures are resized one way"),
+    "resolution": computed(take_size, "resolution_width", "resolution_height"),
+    "image_interpolation_mode": needless(reasons.RESIZED),
     "center_crop": becomes("center_crop", is_true),
     "random_flip": becomes("random_flip", is_true),
     "cache_latents": needless(reasons.KEPT),
     "pre_compute_text_embeddings": needless(reasons.KEPT),
-    "tokenizer_max_length": without("a caption has at most 75 tokens", as_here=(77,)),
+    "tokenizer_max_length": without(reasons.CAPTION_LENGTH, as_here=(77,)),
     "max_sequence_length": becomes("max_sequence_length"),
     "text_encoder_use_attention_mask": without("padding is read, as the pipeline does"),
     "rank": becomes("rank"),
@@ -300,15 +299,15 @@ TABLE: Table = {
     "enable_npu_flash_attention": needless(reasons.ATTENTION),
     "set_grads_to_none": needless("gradients are given up after each step"),
     "offload": needless(reasons.MEMORY),
-    "bnb_quantization_config_path": without("see --quantization"),
-    "do_fp8_training": without("see --quantization"),
+    "bnb_quantization_config_path": without(reasons.QUANTIZED),
+    "do_fp8_training": without(reasons.QUANTIZED),
     "dataloader_num_workers": needless(reasons.WORKERS),
     "output_dir": computed(_take_output, "output_name"),
-    "output_kohya_format": needless("files are written for diffusers and for kohya-style programs"),
+    "output_kohya_format": needless(reasons.FILES),
     "checkpointing_steps": becomes("checkpointing_steps"),
     "checkpoints_total_limit": becomes("checkpoints_total_limit"),
     "resume_from_checkpoint": needless(reasons.RESUMED),
-    "logging_dir": needless("curves lie in the run folder"),
+    "logging_dir": needless(reasons.CURVES),
     "report_to": chosen(
         "wandb",
         {"wandb": True, "all": True, "tensorboard": False},
@@ -325,5 +324,5 @@ TABLE: Table = {
     "local_rank": needless(_LAUNCH),
     "push_to_hub": needless(reasons.HUB),
     "hub_model_id": needless(reasons.HUB),
-    "hub_token": secret("`hf auth login` keeps it"),
+    "hub_token": secret(reasons.LOGIN),
 }

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders, kohya_data
+from trainer.importers import folders, kohya_data, reasons
 from trainer.importers.desk import Desk, Kind
 from trainer.importers.documents import Document, read_document
 from trainer.importers.kohya_table import DATA_FILE, TABLE
+from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
 from trainer.importers.pictures import Pictures, take_pictures, tell_others
 
@@ -21,6 +22,10 @@ SCRIPTS = (
     *("train_network.py", "sdxl_train_network.py", "flux_train_network.py", "train_db.py"),
     *("fine_tune.py", "sdxl_train.py", "flux_train.py"),
 )
+# A script whose name is near, and why it is not read.
+OTHERS: Mapping[str, str] = {
+    "flux_2_train_network.py": "is musubi-tuner's, whose options are not read",
+}
 # What the scripts assume and this program does not. A seed is drawn there, and is 42 here.
 DEFAULTS: Mapping[str, Any] = {
     "network_alpha": 1.0,
@@ -43,6 +48,7 @@ DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 3.5,
     "model_prediction_type": "sigma_scaled",
 }
+_OWN_PRECISION = "the script's own option alone counts, which is `no` where it is not given"
 # Beginnings of scripts and networks for models that do not train here.
 _NETWORK = "networks.lora_"
 _OTHER_MODELS = frozenset({"sd3", "lumina", "hunyuan", "anima"})
@@ -70,7 +76,14 @@ def speaks(document: Document) -> bool:
 
 
 def read(documents: Sequence[Document]) -> Desk:
-    """Makes the desk of an import: training options and data sets together."""
+    """Makes the desk of an import: training options and data sets together.
+
+    Raises:
+        InputError: there are several command lines.
+    """
+    if sum(document.form == "command" for document in documents) > 1:
+        message = "got several command lines; allowed: one, with its files"
+        raise InputError.of("FILE", message, reasons.ONE_BY_ONE)
     training, data, script = _gathered(documents)
     has_training = bool(training)
     sets = kohya_data.read(training, data)
@@ -84,10 +97,14 @@ def read(documents: Sequence[Document]) -> Desk:
     desk.remarks += sets.remarks
     subjects = sets.subjects or _in_folders(desk)
     classes = sets.classes or _class_folder(desk)
-    desk.lengths = _lengths(desk, subjects, bool(classes))
+    launchers = [launcher_of(document) for document in documents]
+    processes = max((launcher.processes or 1 for launcher in launchers), default=1)
+    desk.lengths = _lengths(desk, subjects, bool(classes), processes)
     if has_training and "network_module" not in given:
         _take_all_weights(desk, script)
     desk.run(TABLE)
+    for launcher in launchers:
+        tell_launcher(desk, launcher, own_precision=_OWN_PRECISION)
     if not data and DATA_FILE in given:
         desk.leave(DATA_FILE, "there is no such file: give it beside this one")
     for option, label, values in sets.differ:
@@ -111,9 +128,6 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
             file = _beside(document, str(own["config_file"]), ".toml")
             training.update(kohya_data.flattened(read_document(str(file)).content))
         training.update(own)
-        launcher = document.launcher or {}
-        if "mixed_precision" in launcher:
-            training.setdefault("mixed_precision", launcher["mixed_precision"])
         named = training.get(DATA_FILE)
         if named and not data:
             file = _beside(document, str(named), "")
@@ -179,12 +193,11 @@ def _class_folder(desk: Desk) -> list[Pictures]:
         return []
     captions = {folder.caption for folder in folders.kohya_folders(str(place))}
     if len(captions) != 1:
-        say = "No class is named for the class pictures: give class_prompt."
-        desk.remarks.append(say)
+        desk.remarks.append(reasons.NO_CLASS)
     return [Pictures(str(place), prompt=captions.pop() if len(captions) == 1 else None)]
 
 
-def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengths:
+def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool, processes: int) -> Lengths:
     """How steps become ours: there, half of the pictures of a training are of the class."""
     found = [pictures.examples for pictures in subjects]
     counted = [n for n in found if n is not None]
@@ -197,6 +210,7 @@ def _lengths(desk: Desk, subjects: Sequence[Pictures], has_class: bool) -> Lengt
         batch=(batch // 2 if is_even else batch) * accumulated,
         repeats=subjects[0].repeats if len(subjects) == 1 else 1,
         with_class=has_class,
+        processes=processes,
         halved=has_class and not is_even,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.importers import folders
+from trainer.importers import folders, reasons
 from trainer.importers.pictures import Pictures, joined, repeats_of
 from trainer.leaves import shown
 
@@ -69,7 +69,7 @@ def read(training: Mapping[str, Any], content: Mapping[str, Any]) -> Sets:
         {n: v for n, v in row.items() if n != "subsets" and v not in ("", None)} for row in rows
     ]
     for name in content.keys() - {"general", "datasets"}:
-        sets.left.append((name, "is not known here", content[name]))
+        sets.left.append((name, reasons.UNKNOWN, content[name]))
     for row in rows:
         _place(sets, row, training)
     sets.subjects, sets.classes = joined(sets.subjects), joined(sets.classes)
@@ -98,7 +98,7 @@ def _place(sets: Sets, row: Mapping[str, Any], training: Mapping[str, Any]) -> N
     )
     (sets.classes if row.get("is_reg") else sets.subjects).append(pictures)
     if row.get("is_reg") and prompt is None:
-        sets.remarks.append("No class is named for the class pictures: give class_prompt.")
+        sets.remarks.append(reasons.NO_CLASS)
 
 
 def _join(sets: Sets, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.errors import Problem
 from trainer.importers import reasons
-from trainer.importers.adapted import ATTENTION, CLIP, CONVOLUTIONS, LAST_LAYER, WHOLE_BLOCKS
+from trainer.importers.adapted import (
+    ATTENTION,
+    BESIDE_CONVOLUTIONS,
+    CLIP,
+    CONVOLUTIONS,
+    LAST_LAYER,
+    WHOLE_BLOCKS,
+)
 from trainer.importers.desk import Desk, Table
 from trainer.importers.optimizers import named_arguments
 from trainer.importers.rows import becomes, computed, is_off, is_true, told_with, without
+from trainer.importers.strengths import (
+    ALPHA_IS_RANK,
+    NO_CONVOLUTIONS,
+    Strength,
+    tell_convolutions,
+)
+from trainer.leaves import shown
 
 CACHED_TEXT = "cache_text_encoder_outputs"
 # Rates of text encoders: with a network, of which one may have several, and without one.
@@ -27,6 +42,9 @@ _FORMS: Mapping[str, str] = {
     "lokr": "lokr",
 }
 _PRESETS = ("full", "attn-mlp", "attn-only")
+# Those that adapt convolutions by themselves, and those that never do.
+_CONVOLVED = ("full", "unet-only")
+_LINEAR = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
 _ONE_RANK, _ONE_RATE = "an adapter has one rank", "all layers learn at one rate"
 _BOTH_HALVES = "both halves of an adapter learn at one rate"
 # Arguments of networks, and why there are none.
@@ -86,13 +104,12 @@ def _take_network(desk: Desk, name: str, value: Any) -> None:
     if is_lycoris:
         _take_form(desk, str(arguments.pop("algo", "lora")).lower(), arguments)
     preset = str(arguments.pop("preset", "full" if is_lycoris else "")).lower()
-    convolved = _with_convolutions(desk, arguments, is_lycoris and preset == "full")
+    convolutions = _convolutions(desk, arguments, preset, is_lycoris=is_lycoris)
     assert desk.kind is not None
     layers = WHOLE_BLOCKS[desk.kind] if preset != "attn-only" else ATTENTION
     if preset and preset not in _PRESETS:
         desk.leave("network_args: preset", reasons.LAYERS, value=preset)
-    targets = [*layers, *(CONVOLUTIONS if convolved and desk.kind == "table" else ())]
-    desk.take(name, "target_unet_modules", targets)
+    desk.take(name, "target_unet_modules", [*layers, *convolutions])
     if text_learns(desk):
         desk.take(name, "target_text_encoder_modules", list(CLIP))
     if desk.kind == "flow":
@@ -103,13 +120,14 @@ def _take_network(desk: Desk, name: str, value: Any) -> None:
 
 def _leave_argument(desk: Desk, key: str, argument: Any) -> None:
     if key == "rs_lora" and not is_off(argument):
-        alpha = desk.number("network_alpha") * math.sqrt(desk.number("network_dim"))
+        strength = network_strength(desk)
+        alpha = strength.alpha * math.sqrt(strength.rank)
         reason = f"an adapter's strength is alpha over rank: alpha {alpha:g} is as strong"
     elif key in _NEEDLESS:
         desk.leave(f"network_args: {key}", _NEEDLESS[key], matters=False, value=argument)
         return
     else:
-        reason = _WITHOUT.get(key, "is not known here")
+        reason = _WITHOUT.get(key, reasons.UNKNOWN)
     desk.leave(f"network_args: {key}", reason, matters=not is_off(argument), value=argument)
 
 
@@ -164,22 +182,66 @@ def _take_form(desk: Desk, algorithm: str, arguments: dict[str, Any]) -> None:
         _said(desk, "factor", "lokr_factor", factor, factor)
 
 
-def _with_convolutions(desk: Desk, arguments: dict[str, Any], by_itself: bool) -> bool:
-    """Whether convolutions get an adapter, too; it has the rank of all others here."""
-    rank, alpha = desk.setting("network_dim"), desk.setting("network_alpha")
-    own_rank = arguments.pop("conv_dim", None)
-    own_alpha = arguments.pop("conv_alpha", alpha if own_rank is None or by_itself else 1.0)
-    if own_rank is None:
-        return by_itself
-    if float(own_rank) == 0:
-        return False
-    if float(own_rank) != float(rank):
-        reason = f"convolutions get the rank of all other layers, {rank}"
-        desk.leave("network_args: conv_dim", reason, value=own_rank)
-    elif float(own_alpha) != float(alpha):
-        reason = f"convolutions get the alpha of all other layers, {alpha}"
-        desk.leave("network_args: conv_alpha", reason, value=own_alpha)
-    return True
+def _convolutions(
+    desk: Desk, arguments: dict[str, Any], preset: str, *, is_lycoris: bool
+) -> Sequence[str]:
+    """The layers that get an adapter where convolutions do, and what becomes of their own numbers.
+
+    LyCORIS gives them the numbers of all other layers by itself, sd-scripts an alpha of 1.
+    """
+    rank, alpha = arguments.pop("conv_dim", None), arguments.pop("conv_alpha", None)
+    none = _without_convolutions(desk, rank, preset, is_lycoris=is_lycoris)
+    if none:
+        given = {"conv_dim": rank, "conv_alpha": alpha}
+        for key, value in given.items():
+            if value is not None:
+                desk.leave(f"network_args: {key}", none, matters=False, value=value)
+        is_off_by_rank = desk.kind == "table" and rank is not None and preset not in _LINEAR
+        return BESIDE_CONVOLUTIONS if is_off_by_rank else ()
+    others = network_strength(desk)
+    own = Strength(
+        others.rank if rank is None else _number(desk, "conv_dim", rank),
+        _number(desk, "conv_alpha", alpha)
+        if alpha is not None
+        else others.given_alpha
+        if is_lycoris
+        else 1.0,
+    )
+    tell_convolutions(
+        desk,
+        own,
+        others,
+        rank=("network_args: conv_dim", rank),
+        alpha=("network_args: conv_alpha", alpha),
+    )
+    return CONVOLUTIONS
+
+
+def _without_convolutions(desk: Desk, rank: Any, preset: str, *, is_lycoris: bool) -> str:
+    """Why convolutions larger than 1 x 1 get no adapter; empty where they do."""
+    if desk.kind == "flow":
+        return NO_CONVOLUTIONS
+    if preset in _LINEAR:
+        return f"no convolutions get an adapter by preset {preset}"
+    if rank is None:
+        return "" if is_lycoris and preset in _CONVOLVED else "does nothing without conv_dim"
+    return "" if _number(desk, "conv_dim", rank) else "no convolutions get an adapter at rank 0"
+
+
+def _number(desk: Desk, key: str, value: Any) -> float:
+    """An argument as a number; 0 where it is none, which is a problem."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        message = f"got {shown(value)}; allowed: a number"
+        problem = Problem(f"network_args: {key}", message)
+        desk.problems += [problem] if problem not in desk.problems else []
+        return 0.0
+
+
+def network_strength(desk: Desk) -> Strength:
+    """Rank and alpha of a network's linear layers."""
+    return Strength(desk.number("network_dim"), desk.number("network_alpha"))
 
 
 def _said(desk: Desk, key: str, leaf: str, becomes_: Any, value: Any) -> None:
@@ -190,11 +252,12 @@ def _said(desk: Desk, key: str, leaf: str, becomes_: Any, value: Any) -> None:
 
 
 def _take_alpha(desk: Desk, name: str, value: Any) -> None:
-    """kohya takes 0 for the rank: a strength of 1."""
-    if desk.number(name) == 0:
-        desk.assume(name, "alpha", desk.number("network_dim"))
-    else:
+    strength = network_strength(desk)
+    if strength.alpha == strength.given_alpha:
         desk.take(name, "alpha", value)
+    else:
+        desk.take(name, "alpha", strength.alpha)
+        desk.remarks.append(ALPHA_IS_RANK.format(name=name))
 
 
 NETWORK: Table = {
@@ -214,5 +277,5 @@ NETWORK: Table = {
     "base_weights_multiplier": without("merge them into the base model"),
     "dim_from_weights": without("give --rank"),
     "scale_weight_norms": without("adapters are not scaled down; see --adam-weight-decay"),
-    "network_train_text_encoder_only": without("the denoiser always learns"),
+    "network_train_text_encoder_only": without(reasons.DENOISER),
 }

@@ -40,9 +40,9 @@ def take_model(desk: Desk, name: str, value: Any) -> None:
 
 def take_model_type(desk: Desk, name: str, value: Any) -> None:
     if str(value).lower() == "chroma":
-        desk.leave(name, "is not among the base models here: see docs/methods.md")
+        desk.leave(name, reasons.NO_MODEL)
     else:
-        desk.leave(name, "the checkpoint tells what it is", matters=False)
+        desk.leave(name, reasons.CHECKPOINT, matters=False)
 
 
 def take_size(desk: Desk, name: str, value: Any) -> None:
@@ -87,10 +87,7 @@ def take_steps(desk: Desk, name: str, value: Any) -> None:
         return
     desk.take(name, "max_train_steps", desk.lengths.steps(steps))
     if desk.lengths.halved:
-        desk.remarks.append(
-            "Every second step there is of class pictures; here they come beside each step, so all "
-            "counts of steps are halved and the subject's pictures are seen as often."
-        )
+        desk.remarks.append(reasons.HALVED)
 
 
 def take_epochs(desk: Desk, name: str, value: Any) -> None:
@@ -173,7 +170,7 @@ def take_rate(desk: Desk, name: str, value: Any) -> None:
     elif desk.values.get("train_text_encoder") and not text_rates(desk):
         desk.take(name, "text_encoder_lr", value)
     else:
-        desk.leave(name, "the rates of the parts go before it", matters=False)
+        desk.leave(name, reasons.RATES_OF_PARTS, matters=False)
 
 
 def take_text_rate(desk: Desk, name: str, value: Any) -> None:
@@ -187,9 +184,9 @@ def take_text_rate(desk: Desk, name: str, value: Any) -> None:
     elif not learning:
         desk.leave(name, "0: the text encoders do not learn", matters=False)
     elif not desk.values.get("train_text_encoder", "network_module" not in desk.given):
-        desk.leave(name, "the text encoders do not learn", matters=False)
+        desk.leave(name, reasons.TEXTS, matters=False)
     elif optimizer_for(str(desk.setting("optimizer_type"))) == "prodigy":
-        desk.leave(name, "Prodigy has one rate for everything, there too", matters=False)
+        desk.leave(name, reasons.PRODIGY, matters=False)
     else:
         first, rate = learning[0]
         if name == first:

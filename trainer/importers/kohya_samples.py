@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.importers import reasons
 from trainer.importers.desk import Desk
 from trainer.importers.prompt_lines import parted
 
@@ -60,7 +61,7 @@ def take_samples(desk: Desk, name: str, value: Any) -> None:
         _take_for_all(desk, name, key, leaf, [options.get(key) for _, options in lines])
     for key in dict.fromkeys(k for _, options in lines for k in options if k not in _FOR_ALL):
         given = [options[key] for _, options in lines if key in options]
-        reason = _OTHERS.get(key, "is not known here")
+        reason = _OTHERS.get(key, reasons.UNKNOWN)
         desk.leave(f"{name} --{key}", reason, matters=False, value=given[0])
 
 

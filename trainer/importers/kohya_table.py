@@ -50,7 +50,6 @@ DATA_FILE = "dataset_config"
 _NAMES = "changes only what is written about the file"
 _LEARNING = "weights that learn are whole and on the GPU; see --preset flux-full-80gb"
 _LIMIT = "see --checkpoints-total-limit"
-_LOGS = "`events.jsonl` has everything"
 _HELD_OUT = "pictures are held out by number: see --validation-images"
 _JSON = "captions in one JSON file are not read: write metadata.jsonl, see docs/pictures.md"
 _MOVING = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
@@ -66,12 +65,7 @@ TABLE: Table = {
     "vae": becomes("vae_url", str),
     "model_type": computed(take_model_type),
     "v2": without("Stable Diffusion 2 is not among the base models here"),
-    "v_parameterization": _of_tables(
-        without(
-            "is read from the base model: a folder's scheduler says it, or an entry `v_pred` in a "
-            "single file"
-        )
-    ),
+    "v_parameterization": _of_tables(without(reasons.PREDICTION)),
     "clip_l": needless("text encoders are those of the base model's folder"),
     "t5xxl": needless("text encoders are those of the base model's folder"),
     "ae": needless("the VAE is that of the base model's folder"),
@@ -106,7 +100,7 @@ TABLE: Table = {
     "token_warmup_min": belonging(reasons.CAPTIONS, "token_warmup_step"),
     "token_warmup_step": without(reasons.CAPTIONS),
     "weighted_captions": without("brackets in captions are text here"),
-    "max_token_length": _of_tables(without("a caption has at most 75 tokens", as_here=(75,))),
+    "max_token_length": _of_tables(without(reasons.CAPTION_LENGTH, as_here=(75,))),
     "clip_skip": _of_tables(
         without("captions are read from the layer that the pipeline reads", as_here=(1,))
     ),
@@ -117,7 +111,7 @@ TABLE: Table = {
     "max_bucket_reso": needless(reasons.SQUEEZED),
     "bucket_reso_steps": needless(reasons.SQUEEZED),
     "bucket_no_upscale": without("small pictures are brought to the trained size"),
-    "resize_interpolation": needless("pictures are resized one way"),
+    "resize_interpolation": needless(reasons.RESIZED),
     "flip_aug": becomes("random_flip", is_true),
     "color_aug": without("colours stay as they are"),
     "random_crop": becomes("center_crop", lambda on: not is_true(on)),
@@ -171,8 +165,8 @@ TABLE: Table = {
     "min_snr_gamma": becomes("snr_gamma", lambda gamma: gamma or None, only="table"),
     "noise_offset": _of_tables(becomes("noise_offset")),
     "noise_offset_type": needless("the scripts do not read it"),
-    "noise_offset_random_strength": _of_tables(without("the noise offset has one strength")),
-    "adaptive_noise_scale": _of_tables(without("the noise offset has one strength")),
+    "noise_offset_random_strength": _of_tables(without(reasons.ONE_OFFSET)),
+    "adaptive_noise_scale": _of_tables(without(reasons.ONE_OFFSET)),
     "multires_noise_iterations": _of_tables(
         without("noise of several resolutions is not drawn here")
     ),
@@ -244,7 +238,7 @@ TABLE: Table = {
     "output_name": becomes("output_name", str),
     "output_dir": needless(reasons.OUTPUT),
     "output_config": needless("the run folder has the configuration"),
-    "logging_dir": needless("curves lie in the run folder"),
+    "logging_dir": needless(reasons.CURVES),
     "log_with": chosen(
         "wandb",
         {"wandb": True, "all": True, "tensorboard": False},
@@ -261,7 +255,7 @@ TABLE: Table = {
     ),
     "sample_every_n_steps": every("sample_steps", "--sample-steps", is_epochs=False),
     "sample_every_n_epochs": every("sample_steps", "--sample-steps", is_epochs=True),
-    "sample_at_first": needless("the base model's picture is always made first"),
+    "sample_at_first": needless(reasons.FIRST_PICTURE),
     "sample_sampler": needless(reasons.SAMPLING),
     "xformers": needless(reasons.ATTENTION),
     "sdpa": needless(reasons.ATTENTION),
@@ -280,7 +274,7 @@ TABLE: Table = {
     "ddp_gradient_as_bucket_view": needless(reasons.GPUS),
     "ddp_static_graph": needless(reasons.GPUS),
     "deepspeed": without(reasons.GPUS),
-    "tokenizer_cache_dir": needless("tokenizers are those of the base model"),
+    "tokenizer_cache_dir": needless(reasons.TOKENIZERS),
     "debug_dataset": needless("`trainer prepare` shows the pictures as they are trained"),
     "training_comment": needless(_NAMES),
     "no_metadata": needless(_NAMES),
@@ -289,14 +283,14 @@ TABLE: Table = {
     "metadata_description": needless(_NAMES),
     "metadata_license": needless(_NAMES),
     "metadata_tags": needless(_NAMES),
-    "console_log_level": needless(_LOGS),
-    "console_log_file": needless(_LOGS),
-    "console_log_simple": needless(_LOGS),
+    "console_log_level": needless(reasons.LOGS),
+    "console_log_file": needless(reasons.LOGS),
+    "console_log_simple": needless(reasons.LOGS),
     "huggingface_repo_id": needless(reasons.HUB),
     "huggingface_repo_type": needless(reasons.HUB),
     "huggingface_path_in_repo": needless(reasons.HUB),
     "huggingface_repo_visibility": needless(reasons.HUB),
-    "huggingface_token": secret("`hf auth login` keeps it"),
+    "huggingface_token": secret(reasons.LOGIN),
     "save_state_to_huggingface": needless(reasons.HUB),
     "resume_from_huggingface": without("checkpoints of other programs cannot be gone on from"),
     "async_upload": needless(reasons.HUB),

@@ -12,9 +12,10 @@ class Lengths:
 
     Args:
         examples: pictures of the subject that an epoch shows; None where nobody can count them.
-        batch: pictures of a step here, with those that are accumulated.
+        batch: pictures of a step of one process here, with those that are accumulated.
         repeats: times that an epoch there shows a picture which an epoch here shows once.
         with_class: whether there are pictures of the class, too.
+        processes: that show a batch each in a step, as many here as there.
         halved: whether every second step there is of class pictures, which here are in every step.
     """
 
@@ -22,6 +23,7 @@ class Lengths:
     batch: int = 1
     repeats: int = 1
     with_class: bool = False
+    processes: int = 1
     halved: bool = False
 
     def steps(self, steps: float) -> int:
@@ -32,4 +34,5 @@ class Lengths:
         """Steps here that show what so many epochs show; None where nobody can count them."""
         if self.examples is None:
             return None
-        return max(1, round(epochs * math.ceil(self.examples / max(1, self.batch))))
+        shown = max(1, self.batch) * self.processes
+        return max(1, round(epochs * math.ceil(self.examples / shown)))

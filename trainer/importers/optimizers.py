@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.importers import reasons
 from trainer.importers.desk import Desk
 
 OPTIMIZERS: Mapping[str, str] = {
@@ -111,7 +112,7 @@ def _take_argument(desk: Desk, name: str, key: str, value: Any) -> None:
         desk.take(name, leaf, value)
     if key not in _ARGUMENTS:
         as_here = _AS_HERE.get(key, _Never) == value
-        reason = "is as it is done here" if as_here else "the optimizer takes no such argument"
+        reason = reasons.AS_HERE if as_here else "the optimizer takes no such argument"
         desk.leave(f"{name}: {key}", reason, matters=not as_here, value=value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from trainer.importers import reasons
 from trainer.importers.desk import Act, Desk, Kind, Row
 from trainer.importers.secret_names import HIDDEN
 
@@ -77,7 +78,7 @@ def without(
     def act(desk: Desk, name: str, value: Any) -> None:
         known = [] if as_here is None else as_here
         if any(_is_same(value, other) for other in known) or (as_here is None and is_off(value)):
-            desk.leave(name, "is as it is done here", matters=False)
+            desk.leave(name, reasons.AS_HERE, matters=False)
         else:
             desk.leave(name, reason)
 
