@@ -321,6 +321,17 @@ def test_whatever_decides_a_picture_changes_the_key(
     assert replace(WANTED, **change).key(family) != WANTED.key(family)  # type: ignore[arg-type]
 
 
+def test_the_length_of_prompts_changes_the_key_where_one_is_told(
+    flux_folder: Path, sd15_folder: Path
+) -> None:
+    for folder, changes in ((flux_folder, True), (sd15_folder, False)):
+        base = base_model.locate(ModelConfig(model_url=str(folder)))
+        family = base_model.load(base, FULL)
+        before = WANTED.key(family)
+        family.max_sequence_length = 64
+        assert (WANTED.key(family) != before) is changes
+
+
 def test_the_number_of_pictures_does_not_change_the_key(family: Family) -> None:
     assert replace(WANTED, count=9).key(family) == WANTED.key(family)
 

@@ -14,7 +14,7 @@ import torch
 from trainer import base_model, measurements, remedies
 from trainer.adapted.layers import Copies
 from trainer.base_model import Precision
-from trainer.config import OptimConfig, TrainingConfig
+from trainer.config import ModelConfig, OptimConfig, TrainingConfig
 from trainer.errors import InputError
 from trainer.estimate import Estimate, device_name, estimate
 from trainer.frozen import freeze
@@ -241,6 +241,22 @@ def test_making_class_pictures_may_be_the_peak(flux_folder: Path, photo_folder: 
     assert peak(offload_models=True) == given
 
 
+def test_shorter_captions_take_less_whatever_was_foreseen_before(
+    flux_folder: Path, photo_folder: Path
+) -> None:
+    base = base_model.locate(ModelConfig(model_url=str(flux_folder)))
+    forecast = Forecast(base, torch.device("cpu"))
+    sides = {"resolution_width": 64, "resolution_height": 64}
+    config = completed(configuration(flux_folder, photo_folder, **sides), base)
+
+    def steps(length: int | None) -> int:
+        other = config.with_leaf("max_sequence_length", length)
+        return forecast.footprint(other, precision_of(other)).stages[STEPS]
+
+    usual, short, usual_again = (steps(length) for length in (None, 64, 512))
+    assert short < usual == usual_again
+
+
 def test_tokens_that_learn_before_the_denoiser_take_less_than_both_at_once(
     sd15_folder: Path, photo_folder: Path
 ) -> None:
@@ -428,6 +444,7 @@ def some_key(**leaves: Any) -> measurements.MeasurementKey:
         {"cache_latents": False},
         {"optimizer": "adamw8bit"},
         {"quantization": "int8"},
+        {"max_sequence_length": 64},
         {"offload_blocks": 1},
         {"target_unet_modules": "to_q"},
         {"model_url": "other/model"},

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from trainer.durable import disk_errors, write_bytes
 from trainer.errors import DiskError
 from trainer.events import Event, StageEvent
-from trainer.families.base import Family
+from trainer.families.base import Family, text_options
 from trainer.sampling import Sampler, sample
 
 STAGE = "class images"
@@ -63,6 +63,7 @@ class ClassImages:
             "seed": self.seed,
             "number formats": {name: str(family.unread.dtype_of(name)) for name in names},
             **asdict(self.sampler),
+            **text_options(family),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -148,8 +148,8 @@ class Forecast:
     def _model(self, precision: Precision, config: TrainingConfig, *, learns: bool) -> Model:
         """The base model, made anew only where something of it differs."""
         able = able_encoders(self._base.family, config) if learns else ()
-        kept = config.model.quantization, config.run.offload_blocks
         # Sections hold lists. What recomputes in a text encoder cannot be undone.
+        kept = config.model.model_dump_json(), config.run.offload_blocks
         parts = config.adapter.model_dump_json(), config.token.model_dump_json()
         learnt = (*parts, config.run.gradient_checkpointing if able else None) if learns else ()
         return self._once(
@@ -226,7 +226,8 @@ class Forecast:
 
         if any(name in learning for name in family.text_encoder_names):
             return make()
-        return self._once(("captions", precision.frozen, precision.text_encoders), make)
+        formats = precision.frozen, precision.text_encoders
+        return self._once(("captions", *formats, family.max_sequence_length), make)
 
     def _pictures(
         self, model: Model, config: TrainingConfig, precision: Precision
