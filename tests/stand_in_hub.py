@@ -44,6 +44,7 @@ class Hub:
         requests: method and path of each, in order.
         refusing: the status of every commit, where none is to be made.
         slow: seconds that every large file takes.
+        private: whether a repository is, of which nobody says it, as an organisation may choose.
     """
 
     address: str
@@ -51,6 +52,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     refusing: int = 0
     slow: float = 0.0
+    private: bool = False
     stored: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, repository: Repository, lines: bytes) -> str:
@@ -137,8 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.address}/{name}"
         if name in self.hub.repositories:
             return self._answer(409, {"error": "You already created this model repo", "url": url})
-        # The hub makes a repository public unless it is asked not to.
-        is_private = asked.get("visibility") == "private" or asked.get("private") is True
+        by_default = "private" if self.hub.private else "public"
+        # Older clients say it by `private`.
+        said = {True: "private", False: "public", None: by_default}[asked.get("private")]
+        is_private = asked.get("visibility", said) == "private"
         self.hub.repositories[name] = Repository(is_private)
         return self._answer(200, {"url": url})
 
@@ -188,6 +192,7 @@ def stand_in_hub(home: Path, *, token: str | None = TOKEN) -> Iterator[Hub]:
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "NO_PROXY": "127.0.0.1",
     }
     thread = threading.Thread(target=server.serve_forever, daemon=True)

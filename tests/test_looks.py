@@ -12,13 +12,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from snapshots import composition, stopped_after
-from tiny import TWO_LAYERS, configuration, losses, never, train
+from tiny import TWO_LAYERS, configuration, digests, losses, never, train
 
-from trainer import sampling
+from trainer import engine, sampling
+from trainer.config import TrainingConfig
 from trainer.data.holding import held_out
-from trainer.errors import InputError, NonFiniteError
+from trainer.errors import InputError, Interrupted, NonFiniteError
 from trainer.estimate import estimate
-from trainer.events import Event, MeasuresEvent, NoteEvent, SampleEvent
+from trainer.events import Event, MeasuresEvent, NoteEvent, SampleEvent, StepEvent
 from trainer.inspection import inspect_pictures
 from trainer.job import RunFolder
 from trainer.listeners import EventLog
@@ -126,11 +127,135 @@ def test_a_run_that_goes_on_has_the_pictures_of_one_that_was_never_stopped(
         sdxl_folder, photo_folder, **LOOKED, train_text_encoder_ti=True, checkpointing_steps=1
     )
     train(config, tmp_path / "whole")
-    stopped_after(2, config, tmp_path / "stopped")
+    stopped_after(3, config, tmp_path / "stopped")
     again = train(config, tmp_path / "stopped")
 
     assert pixels(tmp_path / "stopped") == pixels(tmp_path / "whole")
     assert [e.step for e in again if isinstance(e, SampleEvent)] == [4]
+
+
+THREE = {**LOOKED, "validation_prompts": ("a TOK, at home", "a dog", "a cat")}
+ALL_TOLD = [(step, number) for step in (0, 2, 4) for number in range(3)]
+
+
+def until_told(
+    place: tuple[int, int] | None, config: TrainingConfig, folder: Path
+) -> tuple[list[tuple[int, int]], Interrupted | None]:
+    """Trains with a log of its events, and is stopped once this picture is told of.
+
+    Returns:
+        The pictures that were told of, step and number, and what it ended in.
+    """
+    told: list[tuple[int, int]] = []
+    RunFolder(folder).create()
+    try:
+        with EventLog(RunFolder(folder)) as log:
+            for event in engine.run(config, RunFolder(folder), lambda: place in told):
+                log.hear(event)
+                if isinstance(event, SampleEvent):
+                    told.append((event.step, event.number))
+    except Interrupted as ended:
+        return told, ended
+    return told, None
+
+
+def logged_pictures(folder: Path) -> list[tuple[int, int]]:
+    """Step and number of the pictures that a run's log tells of."""
+    events = RunFolder(folder).read_events()
+    return [(event["step"], event["number"]) for event in events if event["event"] == "sample"]
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What a training made, without what tells of time and place."""
+    return {n: d for n, d in digests(folder / "outputs").items() if n.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [{}, {"train_text_encoder_ti": True}, {"train_text_encoder_ti_frac": 0.25}],
+    ids=["frozen text", "text that learnt until the look", "text that learnt until before it"],
+)
+def test_a_wish_to_stop_is_heard_between_two_pictures_and_the_look_is_finished_afterwards(
+    text: dict[str, Any], sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    given = {**THREE, **({"train_text_encoder_ti": True, **text} if text else {})}
+    config = configuration(sdxl_folder, photo_folder, **given)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert until_told(None, config, whole) == (ALL_TOLD, None)
+
+    told, ended = until_told((2, 1), config, cut)
+
+    assert told == ALL_TOLD[:5]
+    assert [path.name for path in RunFolder(cut).checkpoints.iterdir()] == ["step-2"]
+    assert ended is not None
+    assert ended.message == "stopped after step 2 of 4; its checkpoint is kept"
+
+    assert until_told(None, config, cut) == (ALL_TOLD[5:], None)
+    assert logged_pictures(cut) == ALL_TOLD
+    assert pixels(cut) == pixels(whole)
+    assert results(cut) == results(whole) != {}
+
+
+def test_a_wish_to_stop_while_the_base_model_is_looked_at_begins_anew(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, **THREE)
+
+    told, ended = until_told((0, 0), config, tmp_path)
+
+    assert told == ALL_TOLD[:1]
+    assert ended is not None
+    assert ended.message == "stopped before the first step"
+    assert not RunFolder(tmp_path).checkpoints.exists()
+    assert until_told(None, config, tmp_path) == (ALL_TOLD, None)
+    assert logged_pictures(tmp_path) == ALL_TOLD
+
+
+def test_a_wish_to_stop_during_the_last_look_leaves_files_to_be_made(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, **THREE)
+
+    told, ended = until_told((4, 0), config, tmp_path)
+
+    assert told == ALL_TOLD[:7]
+    assert ended is not None
+    assert ended.message == "stopped after step 4 of 4; its checkpoint is kept"
+    assert until_told(None, config, tmp_path) == (ALL_TOLD[7:], None)
+    assert results(tmp_path)
+
+
+def test_a_look_that_is_cut_short_again_or_killed_has_each_picture_once(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, **THREE)
+    until_told((2, 0), config, tmp_path)
+
+    told, ended = until_told((2, 1), config, tmp_path)
+
+    assert told == [(2, 1)]
+    assert ended is not None
+    assert ended.message == "stopped after step 2 of 4; its checkpoint is kept"
+    with EventLog(RunFolder(tmp_path)) as log:
+        for event in engine.run(config, RunFolder(tmp_path), never):
+            log.hear(event)
+            if isinstance(event, StepEvent):
+                # Here it is killed: its step and all before it have no newer checkpoint.
+                break
+    assert until_told(None, config, tmp_path) == (ALL_TOLD[6:], None)
+    assert logged_pictures(tmp_path) == ALL_TOLD
+
+
+def test_a_wish_to_stop_that_came_with_a_step_begins_no_picture(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(sdxl_folder, photo_folder, **LOOKED)
+
+    events = stopped_after(2, config, tmp_path)
+
+    assert [event.step for event in events if isinstance(event, SampleEvent)] == [0]
+    again = train(config, tmp_path)
+    assert [event.step for event in again if isinstance(event, SampleEvent)] == [2, 4]
 
 
 def test_a_new_training_in_the_folder_leaves_no_picture_of_an_earlier_one(
@@ -229,7 +354,7 @@ def test_the_same_weights_have_the_same_held_out_loss(
     (look,) = looks_of(composed.config, training, composed.held_out, RunFolder(tmp_path))
     global_state = torch.get_rng_state()
 
-    values = {held_out_losses(list(look.at(0)))[0] for _ in range(3)}
+    values = {held_out_losses(list(look.at(0, never)))[0] for _ in range(3)}
 
     assert len(values) == 1
     assert torch.equal(torch.get_rng_state(), global_state)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,7 +232,10 @@ def test_a_hub_out_of_reach_is_told_before_and_after_the_training_and_loses_noth
     assert events[0] == before
     assert before.message.startswith("the hub could not be asked before the training: ")
     assert "its result is not on the hub" in after.message
-    assert f"hf upload me {tmp_path}/run/outputs . --private --exclude" in after.message
+    line = (
+        f"hf repos create me --private && hf upload me {tmp_path}/run/outputs . --private --exclude"
+    )
+    assert line in after.message
     assert (tmp_path / "run/outputs/lora.safetensors").read_bytes() == FILES["lora.safetensors"]
 
 
@@ -269,6 +276,57 @@ def test_a_failed_upload_leaves_the_run_done_and_says_what_to_do(hub: Hub, tmp_p
     assert "507" in note.message
     assert "to send it later: hf upload anna/me " in note.message
     assert hub.repositories["anna/me"].files == {}
+
+
+def send_later(events: list[Event]) -> subprocess.CompletedProcess[str]:
+    """Does what the warning at the end of a run says, in a shell."""
+    line = re.split(r"to send it later(?: \(.*\))?: ", remarks(events)[-1].message)[-1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["/bin/sh", "-c", line],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("is_made", [True, False], ids=["is there", "is not there"])
+def test_the_line_that_sends_later_makes_the_repository_that_was_asked_for(
+    private: bool, is_made: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As an organisation has it whose new repositories are of the other kind.
+    hub.private = not private
+    with monkeypatch.context() as patch:
+        if is_made:
+            hub.refusing = 507
+        else:
+            # Nobody listens at port 1.
+            patch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+        events = events_of(wanting(hub_private=private), tmp_path / "run")
+        hub.refusing = 0
+    assert ("anna/me" in hub.repositories) == is_made
+
+    done = send_later(events)
+
+    assert done.returncode == 0, done.stderr
+    assert {name: one.private for name, one in hub.repositories.items()} == {"anna/me": private}
+    assert hub.repositories["anna/me"].files == FILES
+
+
+def test_the_line_that_sends_later_sends_nothing_private_to_what_everybody_sees(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["anna/me"] = Repository(private=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+        events = events_of(wanting(), tmp_path / "run")
+
+    done = send_later(events)
+
+    assert done.returncode != 0
+    assert hub.repositories["anna/me"] == Repository(private=False)
 
 
 def test_a_wish_to_stop_ends_an_upload_of_which_nothing_is_seen(hub: Hub, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Answer(TypedDict, total=False):
 
     Args:
         status: `refused`: what was asked for cannot be; `failed`: the hub did not do it now.
-        repository: in full, `owner/name`, where it is known.
+        repository: in full, `owner/name`, where it is known; of an upload that failed: it is there,
+            and nobody else sees it, where that was asked for.
         url: of the commit.
         field: the option at fault.
         message: what is wrong.
@@ -104,7 +105,7 @@ def upload(api: HfApi, task: Task) -> Answer:
     """Sends all files as one commit: afterwards all are there, or none.
 
     Raises:
-        HfHubHTTPError: the hub does not take them.
+        HfHubHTTPError: the hub has no repository for them.
     """
     created = api.create_repo(task["repository"], private=task["private"], exist_ok=True)
     repository = created.repo_id
@@ -114,7 +115,10 @@ def upload(api: HfApi, task: Task) -> Answer:
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(task["folder"], name))
         for name in task["files"]
     ]
-    commit = api.create_commit(repository, operations, commit_message=task["message"])
+    try:
+        commit = api.create_commit(repository, operations, commit_message=task["message"])
+    except HfHubHTTPError as error:
+        return Answer(status="failed", repository=repository, message=_in_one_line(error))
     return Answer(status="ok", repository=repository, url=commit.commit_url)
 
 
@@ -130,6 +134,10 @@ def _seen_by_others(api: HfApi, repository: str) -> Answer | None:
     return _refusal("hub_private", message, hint)
 
 
+def _in_one_line(error: HfHubHTTPError) -> str:
+    return " ".join(str(error).split())
+
+
 def _refusal(field: str, message: str, hint: str) -> Answer:
     return Answer(status="refused", field=field, message=message, hint=hint)
 
@@ -143,7 +151,7 @@ def main() -> None:
     try:
         answer = _DOES[task["kind"]](HfApi(), task)
     except HfHubHTTPError as error:
-        answer = Answer(status="failed", message=" ".join(str(error).split()))
+        answer = Answer(status="failed", message=_in_one_line(error))
     print(json.dumps(answer))
 
 

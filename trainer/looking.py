@@ -62,7 +62,9 @@ def looks_of(
             )
         )
     if prompts := prompts_of(config):
-        looks.append(_previews(config, training, prompts, folder))
+        previews = _previews(config, training, prompts, folder)
+        previews.is_cut = training.look_is_cut
+        looks.append(previews)
     return looks
 
 

@@ -6,17 +6,22 @@ A look changes nothing of a training: it draws from keys of its own, and leaves 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from trainer.events import Event, MeasuresEvent
+from trainer.pace import Pace, arithmetic
 from trainer.tokens import NewTokens, TokenNames
 
 # About so many times in a run the numbers of what learns are told.
 _TIMES = 100
+
+
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,42 @@ NEVER = Moments(every=1, total_steps=0)
 
 
 class Look(Protocol):
-    """Something to be looked at between steps, by all processes alike."""
+    """Something to be looked at between steps, by all processes alike.
+
+    `is_cut`: whether a wish to stop cut it short, so that it has to be finished at the same step.
+    """
 
     moments: Moments
+    is_cut: bool
 
-    def at(self, step: int) -> Iterator[Event]:
-        """What is seen after so many steps; the main process's events are told."""
+    def at(self, step: int, stop: Stop) -> Iterator[Event]:
+        """What is seen after so many steps; the main process's events are told.
+
+        Args:
+            stop: a wish that a look which takes long heeds.
+        """
+
+
+def taken(
+    looks: Sequence[Look], step: int, stop: Stop, pace: Pace, *, finishing: bool
+) -> Generator[Event, None, bool]:
+    """Takes the looks that are due after so many steps.
+
+    Args:
+        stop: a wish that those which take long heed.
+        pace: of the training's steps.
+        finishing: take those that were cut short instead.
+
+    Returns:
+        Whether a wish to stop cut one short.
+    """
+    due = [look for look in looks if (look.is_cut if finishing else look.moments.include(step))]
+    for look in due:
+        # Compiled for training, blocks would be compiled once more for each kind of look.
+        plainly = torch.compiler.set_stance("force_eager")
+        with arithmetic(pace), plainly if pace.compile_blocks else nullcontext():
+            yield from look.at(step, stop)
+    return any(look.is_cut for look in due)
 
 
 class Gauges:
@@ -63,6 +98,8 @@ class Gauges:
         names: of these tokens.
         total_steps: of the run.
     """
+
+    is_cut = False
 
     def __init__(
         self,
@@ -79,7 +116,7 @@ class Gauges:
         """Whether there is anything to tell."""
         return bool(self._values())
 
-    def at(self, step: int) -> Iterator[Event]:
+    def at(self, step: int, _: Stop) -> Iterator[Event]:
         """Tells the numbers."""
         yield MeasuresEvent(step, self._values())
 

@@ -20,7 +20,7 @@ from trainer.errors import NonFiniteError
 from trainer.events import Event, NoteAtStep, SampleEvent
 from trainer.families.base import Family
 from trainer.job import RunFolder
-from trainer.looks import NEVER, Moments
+from trainer.looks import NEVER, Moments, Stop
 from trainer.out_of_memory import ran_out_of_memory
 from trainer.sampling import Sampler, sample_encoded
 from trainer.spread import Spread
@@ -61,31 +61,53 @@ class Previews:
         self._family, self._text, self._prompts = family, text, tuple(prompts)
         self._sampler, self._seed, self.moments = sampler, seed, moments
         self._folder, self._spread = folder, spread
+        self.is_cut = False
 
-    def at(self, step: int) -> Iterator[Event]:
-        """Makes a picture of each prompt.
+    def at(self, step: int, stop: Stop) -> Iterator[Event]:
+        """Makes a picture of each prompt; of a look that was cut short, those that are missing.
 
         Where memory does not allow one, or it overflows, the training goes on without any. In
         shards no process can go on alone, and that ends the training.
 
+        Args:
+            stop: asked before each, or before as many as processes make at once.
+
         Raises:
             DiskError: a picture cannot be written.
         """
-        for number, picture in self._pictures():
-            if isinstance(picture, str):
-                message = f"{picture}; the training goes on without pictures on the way"
-                yield NoteAtStep("warning", "validation_prompts", message, step)
-                self.moments = NEVER
+        processes = self._spread.processes
+        made = self._told(step) if self.is_cut else ()
+        missing = [number for number in range(len(self._prompts)) if number not in made]
+        self.is_cut = False
+        together = processes.count if self._spread.sharding is None else 1
+        for start in range(0, len(missing), together):
+            if processes.any(stop()):
+                self.is_cut = True
                 return
-            path = self._folder.samples / f"{step:06d}" / f"{number}.png"
-            if self._spread.processes.is_main:
-                write_bytes(path, _png(picture))
-            place = path.relative_to(self._folder.root).as_posix()
-            yield SampleEvent(step, number, self._prompts[number], place)
+            for number, picture in self._pictures(missing[start : start + together]):
+                if isinstance(picture, str):
+                    message = f"{picture}; the training goes on without pictures on the way"
+                    yield NoteAtStep("warning", "validation_prompts", message, step)
+                    self.moments = NEVER
+                    return
+                path = self._folder.samples / f"{step:06d}" / f"{number}.png"
+                if processes.is_main:
+                    write_bytes(path, _png(picture))
+                place = path.relative_to(self._folder.root).as_posix()
+                yield SampleEvent(step, number, self._prompts[number], place)
 
-    def _pictures(self) -> Iterator[tuple[int, Image.Image | str]]:
-        """Number and picture of each prompt, or why there is none."""
-        numbers = range(len(self._prompts))
+    def _told(self, step: int) -> Sequence[int]:
+        """The numbers of the pictures after so many steps that the main process has told of."""
+
+        def read(step: int) -> list[int]:
+            told = [e for e in self._folder.read_events() if e.get("event") == SampleEvent.kind]
+            return [event["number"] for event in told if event["step"] == step]
+
+        ((_, numbers),) = self._spread.processes.shared([step], read)
+        return numbers
+
+    def _pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image | str]]:
+        """Number and picture of each of these prompts, or why there is none."""
         if self._spread.sharding is None:
             return self._spread.processes.shared(numbers, self._picture_if_possible)
         return ((number, self._picture(number)) for number in numbers)

@@ -115,7 +115,7 @@ def _sent(task: Task, stop: Stop) -> Iterator[Event]:
         yield StageEvent(STAGE, count, count)
         yield PublishedEvent(answer["repository"], answer["url"], task["private"])
         return
-    remedy = answer.get("hint") or f"to send it later: {_by_hand(task)}"
+    remedy = answer.get("hint") or _by_hand(task, answer.get("repository"))
     message = f"the run is done, but its result is not on the hub: {answer['message']}; {remedy}"
     yield NoteEvent("warning", answer.get("field", FIELD), message)
 
@@ -130,11 +130,25 @@ def _upload_seconds(task: Task) -> float:
     return UPLOAD_SECONDS + size / UPLOAD_BYTES_PER_SECOND
 
 
-def _by_hand(task: Task) -> str:
-    """The hub's own command for the same upload."""
-    words = ["hf", "upload", task["repository"], task["folder"], "."]
-    words += ["--private"] if task["private"] else []
-    return shlex.join([*words, *(word for role in STAYING for word in ("--exclude", f"{role}*"))])
+def _by_hand(task: Task, there: str | None) -> str:
+    """The hub's own commands for the same upload, which sends nothing private where others see it.
+
+    Args:
+        task: the upload.
+        there: the repository in full, where it is known to be there as it was asked for.
+    """
+    privacy = "--private" if task["private"] else "--no-private"
+    repository = there or task["repository"]
+    words = ["hf", "upload", repository, task["folder"], ".", privacy]
+    upload = shlex.join([*words, *(w for role in STAYING for w in ("--exclude", f"{role}*"))])
+    if there or not task["private"]:
+        return f"to send it later: {upload}"
+    # Of a repository that is there, `hf upload` says nothing, whoever sees it.
+    create = shlex.join(["hf", "repos", "create", repository, privacy])
+    return (
+        "to send it later (by the second command alone, where the repository is there and "
+        f"private): {create} && {upload}"
+    )
 
 
 def _task(
@@ -200,6 +214,7 @@ def _answer_in(said: str, kind: Kind) -> Answer:
         needed = _PARTS[answer["status"]]
         if kind == "upload" and answer["status"] == "ok":
             needed = needed | {"url"}
+        needed = needed | answer.keys() & {"repository"}
         whole = all(isinstance(answer[name], str) for name in needed)
     except (ValueError, LookupError, TypeError):
         whole = False

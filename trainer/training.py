@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from trainer.events import CheckpointEvent, Event, NoteEvent, PhaseEvent, StepEv
 from trainer.families.base import Family
 from trainer.identity import identity_of_contents
 from trainer.job import RunFolder
-from trainer.looks import Look
+from trainer.looks import Look, taken
 from trainer.machine import precision_of
 from trainer.measures import Smoothed
 from trainer.pace import Pace, Work, pace_of
@@ -100,6 +99,7 @@ class Training:
         self.base_contents = base_contents
         self.step = 0
         self.last_checkpoint: int | None = None
+        self.look_is_cut = False
         self.losses, self._smoothed = list[float](), Smoothed()
         self.denoiser = family.denoiser
         self.notes = self._long_warm_up()
@@ -212,9 +212,9 @@ class Training:
 
         Args:
             folder: of the run.
-            stop: asked after each step.
+            stop: asked after each step, and by looks that take long.
             looks: taken between steps, before a checkpoint of the same step: one that goes on from
-                there has been looked at.
+                there has been looked at, or finishes the look that was cut short.
 
         Raises:
             Interrupted: `stop` said so; the checkpoint of the last step is published.
@@ -225,8 +225,10 @@ class Training:
         every = self.config.run.checkpointing_steps
         loading = self._batches()
         parts: frozenset[Part] | None = None
-        if self.step == 0:
-            yield from self._look(looks)
+        if self.step == 0 or self.look_is_cut:
+            yield from self._look(looks, stop)
+            if self.look_is_cut:
+                raise self._interrupted()
         started, warm_at = time.perf_counter(), self.step
         while self.step < self.total_steps:
             earlier, parts = parts, self.schedule.parts_at(self.step)
@@ -243,29 +245,25 @@ class Training:
                 started = time.perf_counter()
             if any(look.moments.include(self.step) for look in looks):
                 yield from self._read(started)
-                yield from self._look(looks)
+                yield from self._look(looks, stop)
                 started = time.perf_counter()
-            stopping = self.step < self.total_steps and self.processes.any(stop())
-            if stopping or self.step % every == 0 or self.step == self.total_steps:
+            is_last = self.step == self.total_steps
+            stopping = self.look_is_cut or (not is_last and self.processes.any(stop()))
+            if stopping or self.step % every == 0 or is_last:
                 yield from self._read(started)
                 yield from self._publish(folder)
                 started = time.perf_counter()
             if stopping:
-                raise Interrupted(
-                    f"stopped after step {self.step} of {self.total_steps}; its checkpoint is kept",
-                    "run the same command to go on from there",
-                )
+                raise self._interrupted()
 
-    def _look(self, looks: Sequence[Look]) -> Iterator[Event]:
-        for look in looks:
-            if look.moments.include(self.step):
-                # Compiled for training, blocks would be compiled once more for each kind of look.
-                plainly = torch.compiler.set_stance("force_eager")
-                with (
-                    pace.arithmetic(self.pace),
-                    plainly if self.pace.compile_blocks else nullcontext(),
-                ):
-                    yield from look.at(self.step)
+    def _look(self, looks: Sequence[Look], stop: Callable[[], bool]) -> Iterator[Event]:
+        finishing = self.look_is_cut
+        self.look_is_cut = yield from taken(looks, self.step, stop, self.pace, finishing=finishing)
+
+    def _interrupted(self) -> Interrupted:
+        after = f"after step {self.step} of {self.total_steps}; its checkpoint is kept"
+        place = "before the first step" if self.step == 0 else after
+        return Interrupted(f"stopped {place}", "run the same command to go on")
 
     def _batches(self) -> Iterator[list[Batch]]:
         """The batches of the remaining steps; their pictures are read ahead."""
@@ -418,6 +416,7 @@ class Training:
                             "lr_scheduler": self.course.state_dict(),
                             "scaler": scaler.state_dict() if scaler else None,
                             "losses": self.losses,
+                            "look_is_cut": self.look_is_cut,
                         },
                     ),
                     config_values=self._identity(),
@@ -446,4 +445,5 @@ class Training:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.losses = list(saved.state["losses"])
         self._smoothed = Smoothed(self.losses)
+        self.look_is_cut = bool(saved.state.get("look_is_cut"))
         self.step = self.last_checkpoint = saved.step

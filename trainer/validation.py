@@ -16,7 +16,7 @@ import torch
 
 from trainer.data.dataset import Dataset
 from trainer.events import VALIDATION_LOSS, Event, MeasuresEvent, NoteAtStep
-from trainer.looks import NEVER, Moments
+from trainer.looks import NEVER, Moments, Stop
 from trainer.out_of_memory import ran_out_of_memory
 from trainer.passes import Passes
 from trainer.spread import Spread
@@ -107,6 +107,8 @@ class HeldOut:
         history: earlier looks of a training that goes on.
     """
 
+    is_cut = False
+
     def __init__(
         self,
         passes: Passes,
@@ -123,7 +125,7 @@ class HeldOut:
         self._dataset, self._numbers, self._spread = dataset, tuple(numbers), spread
         self._warned = bool(over_fitting(self._history))
 
-    def at(self, step: int) -> Iterator[Event]:
+    def at(self, step: int, _: Stop) -> Iterator[Event]:
         """Tells the mean loss over all pictures and draws.
 
         Where memory does not allow it, the training goes on without; in shards, where no process

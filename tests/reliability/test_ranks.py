@@ -186,6 +186,12 @@ def test_one_process_writes_and_each_encodes_its_share(
     figure(f"encoded {shares[0]} captions, {shares[1]} pictures")
 
 
+def pictures_told(folder: Path) -> list[tuple[int, int]]:
+    """Step and number of the pictures on the way, as a run's log tells of them."""
+    told = [event for event in RunFolder(folder).read_events() if event["event"] == "sample"]
+    return [(event["step"], event["number"]) for event in told]
+
+
 def test_processes_share_the_pictures_on_the_way(
     zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
@@ -211,10 +217,7 @@ previews.sample_encoded = counted
     samples = RunFolder(tmp_path / "run").samples
     pictures = {path.relative_to(samples).as_posix() for path in samples.rglob("*.png")}
     assert pictures == {f"{step}/{n}.png" for step in ("000000", "000002") for n in range(3)}
-    told = [e for e in RunFolder(tmp_path / "run").read_events() if e["event"] == "sample"]
-    assert [(event["step"], event["number"]) for event in told] == [
-        (step, number) for step in (0, 2) for number in range(3)
-    ]
+    assert pictures_told(tmp_path / "run") == [(step, n) for step in (0, 2) for n in range(3)]
     figure(f"pictures {len(made[0])} and {len(made[1])}")
 
 
@@ -235,6 +238,42 @@ def test_a_wish_to_stop_of_any_process_leaves_a_checkpoint(
     assert (result["status"], result["exit_code"]) == ("interrupted", 75)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{result['step']}"]
     figure("exit 75, checkpoint of the last step")
+
+
+# Is asked to stop while it makes its first picture after step 2: before it, two of the base model.
+ASKED = """
+import os, signal
+from trainer import previews
+made, calls = previews.sample_encoded, []
+def asked(*given, **named):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return made(*given, **named)
+previews.sample_encoded = asked
+"""
+
+
+@pytest.mark.slow
+def test_a_wish_to_stop_of_one_process_cuts_the_pictures_of_all_short(
+    zygote: Zygote, arguments: list[str], tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    short = [word if word != "400" else "4" for word in arguments]
+    prompts = ["--validation-prompts", json.dumps(["a TOK", "a dog", "a cat", "a cup", "a car"])]
+    looked = [*short, *prompts, "--sample-inference-steps", "2", "--sample-steps", "2"]
+    job = starting(zygote, looked, tmp_path / "run", hooks={1: ASKED})
+    assert job.ended() == [75, 75], job.said()
+    assert job.result()["error"] == "stopped after step 2 of 4; its checkpoint is kept"
+    places = [(step, number) for step in (0, 2, 4) for number in range(5)]
+    assert pictures_told(tmp_path / "run") == places[:7]
+
+    for name in ("run", "whole"):
+        done = starting(zygote, looked, tmp_path / name)
+        assert done.ended() == [0, 0], done.said()
+        assert pictures_told(tmp_path / name) == places
+    for folder in ("outputs", "samples"):
+        assert digests(tmp_path / "run" / folder) == digests(tmp_path / "whole" / folder) != {}
+    figure("2 of 5 pictures, then the others, equal bytes")
 
 
 # Ends its process when it opens what lies below a folder.

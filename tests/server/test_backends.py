@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,6 +174,31 @@ def test_a_controller_that_does_not_answer_has_told_no_job_to_stop(
     slurm.prints("scancel", "", exit_code=1)
 
     assert not slurm.backend.stop(JOB, at_once=at_once)
+
+
+def test_what_srun_started_is_told_only_where_the_shell_was(slurm: FakeSlurm) -> None:
+    slurm.prints("scancel", "", exit_code=1)
+
+    assert not slurm.backend.stop(JOB, at_once=False)
+
+    assert slurm.said().count("scancel") == 1
+
+
+def test_a_shell_that_was_told_is_not_told_again_for_want_of_an_answer_about_the_rest(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked = slurm.backend._run, []
+
+    def silent_at_second(*command: str) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if len(asked) == 2:
+            raise BackendError("`scancel` does not end within 30 seconds")
+        return ask(*command)
+
+    monkeypatch.setattr(slurm.backend, "_run", silent_at_second)
+
+    assert slurm.backend.stop(JOB, at_once=False)
+    assert len(asked) == 2
 
 
 def test_a_machine_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

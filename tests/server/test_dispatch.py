@@ -314,6 +314,19 @@ def test_a_job_is_asked_once_to_end(world: World, closes: bool) -> None:
     assert world.starts() == ["begun", "TERM"]
 
 
+def test_a_job_that_begins_again_is_asked_again_to_end(world: World) -> None:
+    world.command = (sys.executable, "-c", COUNTING + "raise SystemExit(75)")
+    world.restart()
+    job = world.submit()
+    for starts in (1, 2):
+        world.until(lambda starts=starts: world.starts().count("begun") == starts)  # type: ignore[misc]
+        world.dispatcher.close()
+        assert world.state(job) == "queued"
+        world.restart()
+
+    assert world.starts() == ["begun", "TERM"] * 2
+
+
 def test_a_job_that_takes_too_long_fails(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,6 +714,133 @@ def test_a_job_that_does_not_hear_the_servers_end_is_told_again(
     world.dispatcher.close()
 
     assert (world.state(job), world.starts(), len(asked)) == ("queued", ["begun", "TERM"], 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("tick", "wind_down"), ("wind_down", "tick")],
+    ids=["a tick first", "the end first"],
+)
+def test_a_job_is_told_once_to_end_by_a_tick_and_the_end_of_the_server_beside_it(
+    first: str, second: str, world: World, engine: FarEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "runs_here", True)
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    stop, asked = engine.stop, []
+
+    def while_another_thread_is_at_it(id: str, *, at_once: bool) -> bool:
+        asked.append(at_once)
+        if len(asked) == 1:
+            other = threading.Thread(target=getattr(world.dispatcher, second))
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        return stop(id, at_once=at_once)
+
+    monkeypatch.setattr(engine, "stop", while_another_thread_is_at_it)
+
+    getattr(world.dispatcher, first)()
+    world.dispatcher.tick()
+
+    assert asked == [False]
+
+
+def test_a_job_that_the_engine_did_not_answer_about_is_told_at_the_next_look(
+    world: World, engine: FarEngine
+) -> None:
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    engine.trouble = "stop"
+    world.dispatcher.tick()
+    engine.trouble = ""
+
+    world.dispatcher.tick()
+    world.dispatcher.tick()
+
+    assert engine.ways == [False]
+
+
+def test_a_restarted_server_does_not_tell_again_a_job_that_was_told_to_end(
+    world: World, engine: FarEngine
+) -> None:
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    world.dispatcher.tick()
+    assert engine.ways == [False]
+
+    for _ in range(2):
+        world.restart()
+        world.dispatcher.tick()
+        world.dispatcher.tick()
+
+    assert engine.ways == [False]
+
+
+def test_a_restarted_server_tells_a_job_that_did_not_hear_the_earlier_one(
+    world: World, engine: FarEngine
+) -> None:
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    engine.hears = False
+    world.dispatcher.tick()
+    engine.hears = True
+
+    world.restart()
+    world.dispatcher.tick()
+    world.dispatcher.tick()
+
+    assert engine.ways == [False, False]
+
+
+def test_the_grace_of_a_job_goes_on_while_the_server_is_restarted(
+    world: World, engine: FarEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = world.submit()
+    world.dispatcher.tick()
+    world.queue.request_cancel(job.id)
+    world.dispatcher.tick()
+    told_at = world.queue.told(job)[False]
+    ways = []
+    for later in (USUAL.grace - 5, USUAL.grace + 5, USUAL.grace + 10):
+        monkeypatch.setattr(dispatch.time, "time", lambda later=later: told_at + later)
+        engine.ways.clear()
+        world.restart()
+        world.dispatcher.tick()
+        ways.append(engine.ways.copy())
+
+    assert ways == [[], [True], []]
+
+
+def test_a_job_that_an_earlier_server_told_to_end_is_not_told_again_when_this_one_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = "trap '' TERM; echo begun >>$FAKE_LOG; until test -e ../end; do sleep 0.05; done"
+    world.command = ("/bin/sh", "-c", deaf + "; exit 75")
+    world.restart()
+    job = world.submit()
+    world.until(lambda: world.starts() != [])
+    hurry = threading.Event()
+    hurry.set()
+    world.dispatcher.close(hurry)
+    assert set(world.queue.told(job)) == {False}
+
+    world.restart()
+    asked: list[bool] = []
+
+    def listen(id: str, *, at_once: bool) -> bool:
+        asked.append(at_once)
+        return True
+
+    monkeypatch.setattr(world.backends[-1], "stop", listen)
+    (world.root / "jobs" / "end").touch()
+    world.dispatcher.close()
+
+    assert (world.state(job), asked) == ("queued", [])
 
 
 def test_what_was_handed_over_goes_on_when_the_server_ends(world: World, engine: FarEngine) -> None:

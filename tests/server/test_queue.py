@@ -213,6 +213,30 @@ def test_only_ended_jobs_are_forgotten(queue: Queue) -> None:
     assert queue.find(waits.id) is not None
 
 
+def test_what_a_job_was_told_is_known_until_it_begins_again_or_is_forgotten(
+    queue: Queue, database: Database
+) -> None:
+    job, other = queue.submit(asked("a")), queue.submit(asked("b"))
+    queue.start(job)
+    queue.start(other)
+    queue.note_told(other, at_once=False)
+    queue.note_told(job, at_once=False)
+    first = queue.told(job)[False]
+    queue.note_told(job, at_once=False)
+    queue.note_told(job, at_once=True)
+    assert queue.told(job) == {False: first, True: queue.told(job)[True]}
+
+    queue.requeue(job, counts=False)
+    queue.start(job)
+    assert (queue.told(job), set(queue.told(other))) == ({}, {False})
+
+    queue.forget([other.id])
+    assert set(queue.told(other)) == {False}
+    queue.settle(other, "cancelled")
+    queue.forget([other.id])
+    assert database.rows("SELECT * FROM told") == []
+
+
 def test_a_transaction_that_fails_leaves_nothing(queue: Queue, database: Database) -> None:
     job = queue.submit(asked())
 

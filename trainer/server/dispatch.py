@@ -73,6 +73,8 @@ class _Watch:
     asked_to_end: float | None = None
     # That it is to end, False, and that at once, True.
     told: set[bool] = field(default_factory=set)
+    # Held by the thread that tells it: a tick, or the end of the server beside it.
+    telling: threading.Lock = field(default_factory=threading.Lock)
     is_overtime: bool = False
 
 
@@ -201,7 +203,17 @@ class Dispatcher:
             self._limit(job, watch, standing, has_result=result is not None)
 
     def _watch_of(self, job: Job) -> _Watch:
-        return self._watches.setdefault(job.id, _Watch())
+        watch = self._watches.get(job.id)
+        # Where another thread makes one too, the first counts for both.
+        return watch or self._watches.setdefault(job.id, self._remembered(job))
+
+    def _remembered(self, job: Job) -> _Watch:
+        """The watch over a job that this server has not looked at yet, or an earlier one told."""
+        told = self._queue.told(job)
+        if False not in told:
+            return _Watch(told=set(told))
+        asked_to_end = time.monotonic() - max(0.0, time.time() - told[False])
+        return _Watch(told=set(told), asked_to_end=asked_to_end)
 
     def _standing(self, job: Job) -> Standing:
         if job.kind == "generation":
@@ -228,11 +240,20 @@ class Dispatcher:
             self._tell_to_end(job, watch, at_once=at_once)
 
     def _tell_to_end(self, job: Job, watch: _Watch, *, at_once: bool) -> None:
-        """Tells a job once to end: a launcher that is told again waits for no checkpoint."""
-        if at_once in watch.told:
+        """Tells a job once to end: a launcher that is told again waits for no checkpoint.
+
+        Whom another thread is just telling is left to it, and told later where that is not heard.
+        """
+        if not watch.telling.acquire(blocking=False):
             return
-        if self._lanes[job.kind].backend.stop(job.id, at_once=at_once):
-            watch.told.add(at_once)
+        try:
+            if at_once in watch.told:
+                return
+            if self._lanes[job.kind].backend.stop(job.id, at_once=at_once):
+                watch.told.add(at_once)
+                self._queue.note_told(job, at_once=at_once)
+        finally:
+            watch.telling.release()
 
     def _settle(self, job: Job, result: Result | None, standing: Standing) -> None:
         job = self._queue.find(job.id) or job

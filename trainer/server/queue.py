@@ -53,6 +53,12 @@ CREATE TABLE IF NOT EXISTS outbox (
     next_try REAL NOT NULL,
     state TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS told (
+    job TEXT NOT NULL,
+    at_once INTEGER NOT NULL,
+    moment REAL NOT NULL,
+    PRIMARY KEY (job, at_once)
+);
 """
 
 
@@ -270,7 +276,23 @@ class Queue:
                 " WHERE id = ? AND state = 'queued'",
                 (time.time(), slot, job.id),
             )
+            if cursor.rowcount == 1:
+                # What an earlier start was told, this one has not heard.
+                connection.execute("DELETE FROM told WHERE job = ?", (job.id,))
             return cursor.rowcount == 1
+
+    def note_told(self, job: Job, *, at_once: bool) -> None:
+        """Remembers, past a restart of the server, that this start of a job was told to end."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO told (job, at_once, moment) VALUES (?, ?, ?)",
+                (job.id, at_once, time.time()),
+            )
+
+    def told(self, job: Job) -> dict[bool, float]:
+        """When this start of a job was told to end: False, with a checkpoint, or True, at once."""
+        rows = self._database.rows("SELECT at_once, moment FROM told WHERE job = ?", (job.id,))
+        return {bool(row["at_once"]): row["moment"] for row in rows}
 
     def requeue(self, job: Job, *, counts: bool) -> None:
         """Puts a started job back to its old place.
@@ -327,6 +349,7 @@ class Queue:
                 connection.execute(
                     "DELETE FROM jobs WHERE id = ? AND state NOT IN ('queued', 'running')", (id,)
                 )
+            connection.execute("DELETE FROM told WHERE job NOT IN (SELECT id FROM jobs)")
 
 
 def _post(connection: sqlite3.Connection, id: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.server.backends import PREEMPTED, BackendError, Handover, Standing
@@ -17,8 +18,7 @@ _SECONDS = 30
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 # Ends that say nothing about the training: it goes on elsewhere.
 _PREEMPTED = ("PREEMPTED", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "REVOKED")
-# The shell alone, then all else.
-_TERMINATED = (["--signal=TERM", "--batch"], ["--signal=TERM"])
+_TO_THE_SHELL, _TO_ALL_ELSE = ("--signal=TERM", "--batch"), ("--signal=TERM",)
 
 
 class SlurmBackend:
@@ -80,11 +80,16 @@ class SlurmBackend:
 
     def stop(self, id: str, *, at_once: bool) -> bool:
         """Sends SIGTERM to its shell and to what srun started, or cancels it."""
-        # All at once, by `--full`, would reach srun too, which then kills what it started.
-        ways = ([],) if at_once else _TERMINATED
-        sent = [self._run("scancel", *how, f"--name={_name(id)}").returncode == 0 for how in ways]
-        # The shell may be all that there is.
-        return sent[0]
+        name = f"--name={_name(id)}"
+        if at_once:
+            return self._run("scancel", name).returncode == 0
+        # All together, by `--full`, would reach srun too, which then kills what it started.
+        if self._run("scancel", *_TO_THE_SHELL, name).returncode != 0:
+            return False
+        # The shell may be all that there is, and it was told, whatever becomes of the rest.
+        with suppress(BackendError):
+            self._run("scancel", *_TO_ALL_ELSE, name)
+        return True
 
     def _work(self, job: Handover) -> Sequence[str]:
         if self._script is not None:
