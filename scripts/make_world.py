@@ -56,10 +56,14 @@ def sampled(
 
 
 def check(
-    pipeline: DiffusionPipeline, scenes: Sequence[Scene], *, seed: int
+    pipeline: DiffusionPipeline, scenes: Sequence[Scene], *, seed: int, **options: Any
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Of each thing that was asked for, the share of pictures that show it; and the pictures."""
-    pictures = sampled(pipeline, [scene.caption for scene in scenes], seed=seed)
+    """Of each thing that was asked for, the share of pictures that show it; and the pictures.
+
+    Args:
+        options: as for `sampled`.
+    """
+    pictures = sampled(pipeline, [scene.caption for scene in scenes], seed=seed, **options)
     answers = [look(picture).agrees(scene) for picture, scene in zip(pictures, scenes, strict=True)]
     return {name: sum(a[name] for a in answers) / len(answers) for name in answers[0]}, pictures
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,6 +41,21 @@ def test_what_is_cut_off_makes_no_difference_to_the_text_encoders(family: Family
     for name, states in whole.items():
         assert torch.equal(states, kept[name])
     assert not torch.equal(whole["prompt_embeds"], shorter["prompt_embeds"])
+
+
+def test_the_words_in_which_a_language_model_is_asked_take_room(flux2_folder: Path) -> None:
+    family = base_model.load(base_model.locate(ModelConfig(model_url=str(flux2_folder))), FULL)
+    family.max_sequence_length = 16
+    tokenizer = encoding.tokenizer_of(family, "text_encoder")
+    whole = "a" * 10 + "zzz"
+    rest = encoding.cut_off(family, whole, None)
+    seen = len(tokenizer(whole).input_ids) - len(tokenizer(rest).input_ids)
+
+    assert rest
+    states = [family.encode_text([text])["prompt_embeds"] for text in (whole, whole[:seen])]
+    shorter = family.encode_text([whole[: seen - 1]])["prompt_embeds"]
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], shorter)
 
 
 def test_a_caption_that_is_too_long_is_named_with_what_is_cut_off(family: Family) -> None:

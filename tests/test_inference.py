@@ -698,6 +698,22 @@ def test_pictures_are_of_prompts_as_long_as_the_base_model_is_told(
     assert [note[:2] for note in notes_of(events)] == [("ignored", "model.max_sequence_length")]
 
 
+def test_prompts_are_as_long_as_a_run_s_captions_on_whatever_base_model(
+    flux_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    leaves = {"target_unet_modules": ["x_embedder"], "max_sequence_length": 32}
+    run = finished(tmp_path / "short", flux_folder, photo_folder, **leaves)
+    named = {"model_url": str(flux_folder)}
+
+    ours, elsewhere = picture(tmp_path, wanted(run)), picture(tmp_path, wanted(run, model=named))
+    other = wanted(run, model=named | {"max_sequence_length": 512})
+    notes = notes_of(list(SHARED.generate(other, RunFolder(tmp_path), never)))
+
+    assert np.array_equal(ours, elsewhere)
+    assert [note[:2] for note in notes] == [("warning", "model.max_sequence_length")]
+    assert "captions of 32 tokens; prompts have 512" in notes[0][2]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -16,6 +16,7 @@ import learning
 import make_learning_tables
 import pytest
 import torch
+import world_flux
 from faulty_loop import FAULTS, Course
 from learning import World
 from learning_checks import BOUNDS, WORLDS, Bench, Bound, kept, worse_than_with_faults
@@ -80,10 +81,16 @@ def test_a_base_model_is_small_and_in_half_precision(family: str) -> None:
     assert sum(path.stat().st_size for path in files) < 20e6
 
 
-@pytest.mark.parametrize("family", WORLDS)
-def test_a_base_model_draws_what_it_is_told(family: str, tmp_path: Path) -> None:
+LENGTHS = [("flux", {"max_sequence_length": length}) for length in world_flux.LENGTHS]
+
+
+@pytest.mark.parametrize(("family", "options"), [("sdxl", {}), *LENGTHS])
+def test_a_base_model_draws_what_it_is_told(
+    family: str, options: dict[str, int], tmp_path: Path
+) -> None:
     scenes = SCENES[7::50]
-    shares, _ = check(WORLDS[family](tmp_path).family.pipeline, scenes, seed=SEED)
+    pipeline = WORLDS[family](tmp_path).family.pipeline
+    shares, _ = check(pipeline, scenes, seed=SEED, **options)
     assert len(scenes) == 8
     assert all(shares[name] >= least for name, least in ASKED.items()), shares
 

@@ -34,7 +34,10 @@ INDEX = "comparison.json"
 # What `{subject}` stands for with a run and with its base model; nothing where no prompt has it.
 _Subject = tuple[str | None, str | None]
 # What makes base models two: how their numbers are kept does not.
-_PLACES = ("model_url", "revision", "variant", "single_file_config", "vae_url")
+_PLACES = (
+    *("model_url", "revision", "variant", "single_file_config", "vae_url"),
+    "max_sequence_length",
+)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from trainer.transfers import moved
 
 Item = TypeVar("Item")
 
+# What stands for a caption in a template.
+_MARK = "caption"
 # Characters of a caption that a message shows.
 _SHOWN = 40
 
@@ -260,9 +262,20 @@ def cut_off(family: Family, caption: str, names: TokenNames | None) -> str:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         is_told = text_encoder == family.checkpoints.language_model
         length = family.max_sequence_length if is_told else tokenizer.model_max_length
-        room = length - tokenizer.num_special_tokens_to_add()
+        room = length - tokenizer.num_special_tokens_to_add() - _tokens_before(tokenizer)
         ends.append(tokenizer.decode(tokens[room:]).strip())
     return min(ends, key=len)
+
+
+def _tokens_before(tokenizer: Any) -> int:
+    """Tokens with which the template of a language model begins, in front of every caption."""
+    if tokenizer.chat_template is None:
+        return 0
+    marked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    before, _, _ = marked.partition(_MARK)
+    return len(tokenizer(before, add_special_tokens=False).input_ids)
 
 
 def _cut_caption(caption: str, rest: str, instance_prompt: str) -> NoteEvent:

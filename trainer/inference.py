@@ -25,7 +25,7 @@ from trainer.config import ModelConfig
 from trainer.durable import write_bytes
 from trainer.errors import InputError, Interrupted, OutOfMemoryError
 from trainer.events import Event, FileEvent, NoteEvent, StageEvent
-from trainer.families.base import Family
+from trainer.families.base import MAX_SEQUENCE_LENGTH, Family
 from trainer.generation import GenerationRequest, problems_of
 from trainer.guides import Guiding, guiding
 from trainer.job import RunFolder
@@ -142,6 +142,7 @@ class Worker:
             message = f"`{name}` has another shape in this base model, and keeps its weights"
             yield NoteEvent("warning", "trained", message)
         yield from _unheard(request, base)
+        yield from _of_other_lengths(runs, base)
         pipeline = loaded.family.pipeline
         chosen, notes = _scheduler(pipeline, request)
         yield from notes
@@ -220,6 +221,9 @@ def _base_of(request: GenerationRequest, runs: Sequence[FinishedRun]) -> BaseMod
         config = runs[0].config
         is_explicit = is_explicit or config.is_explicit("vae_url")
         given = config.model.model_dump() | given
+    elif runs:
+        # What captions were in training, prompts are on any base model.
+        given = {"max_sequence_length": runs[0].config.model.max_sequence_length} | given
     try:
         # Bits are saved for what a training keeps beside the weights; here nothing else is.
         settings = ModelConfig(**given | {"quantization": "none"})
@@ -375,6 +379,17 @@ def _layers_found(family: Family) -> Iterator[None]:
     finally:
         for encoder in without:
             del vars(encoder)["text_model"]
+
+
+def _of_other_lengths(runs: Sequence[FinishedRun], base: BaseModel) -> Iterator[Event]:
+    """Warnings of runs that learnt from captions of another length than prompts have."""
+    length = base.settings.max_sequence_length or MAX_SEQUENCE_LENGTH
+    for run in runs if base.family.checkpoints.language_model else ():
+        learnt = run.config.model.max_sequence_length or MAX_SEQUENCE_LENGTH
+        if learnt != length:
+            name = run.folder.root.name
+            message = f"`{name}` learnt from captions of {learnt} tokens; prompts have {length}"
+            yield NoteEvent("warning", "model.max_sequence_length", message)
 
 
 def _unheard(request: GenerationRequest, base: BaseModel) -> Iterator[Event]:

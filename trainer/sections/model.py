@@ -42,8 +42,9 @@ class ModelConfig(Section):
         ge=16,
         le=512,
         description="Tokens of a caption that a language model reads, T5 of FLUX.1 or Qwen3 of "
-        "FLUX.2 [klein], padding among them. Fewer make steps faster; what is longer is cut off, "
-        "and pictures should be made with as many. None: 512 (diffusers).",
+        "FLUX.2 [klein], padding among them and the dozen in which Qwen3 is asked. Fewer make "
+        "steps faster; what is longer is cut off, and pictures should be made with as many. None: "
+        "512 (diffusers).",
     )
     quantization: Literal["none", "int8", "fp8", "nf4"] = Field(
         "none",
