@@ -62,6 +62,7 @@ class World:
         leaves: options of every training.
         draws_class: whether it draws the subject's class where no colour is told.
         masked: options of trainings on pictures whose masks are tried.
+        few: what the steps of a training are divided by to be too few for it.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class World:
     leaves: Mapping[str, Any] = field(default_factory=lambda: SDXL)
     draws_class: bool = True
     masked: Mapping[str, Any] = field(default_factory=dict)
+    few: int = 4
 
     @cached_property
     def base(self) -> BaseModel:

@@ -50,7 +50,7 @@ SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
 # Who makes pictures by each family's base model, in a folder for photographs and runs.
 WORLDS: Mapping[str, Callable[[Path], World]] = {
     "sdxl": lambda work: World(SAMPLES / "world", work, SDXL),
-    "flux": lambda work: World(SAMPLES / "flux_world", work, FLUX, False, FLUX_MASKED),
+    "flux": lambda work: World(SAMPLES / "flux_world", work, FLUX, False, FLUX_MASKED, few=8),
 }
 
 PRIOR: Mapping[str, Any] = {"with_prior_preservation": True, "class_prompt": f"a {CLASS}"}
@@ -211,15 +211,15 @@ def of_masks(bench: Bench) -> Figures:
 
 def of_tokens(bench: Bench) -> Figures:
     """New words learn the subject faster than an old one, and by themselves."""
-    few = {"max_train_steps": bench.steps // 4}
+    few = {"max_train_steps": bench.steps // bench.world.few}
     plain = bench.shown(bench.train("plain", bench.photos, few))
     pivotal = bench.shown(bench.train("pivotal", bench.photos, few, PIVOTAL))
     alone = {"train_text_encoder_ti_frac": 1.0, "learning_rate": 1e-9}
     words = bench.shown(bench.train("words", bench.photos, PIVOTAL, alone))
     base = bench.shown(None)
     return {
-        "a quarter of the steps: mean likeness by a plain trigger": plain.mean_likeness,
-        "a quarter of the steps: mean likeness by pivotal tuning": pivotal.mean_likeness,
+        "few steps: mean likeness by a plain trigger": plain.mean_likeness,
+        "few steps: mean likeness by pivotal tuning": pivotal.mean_likeness,
         "pivotal tuning: gain over a plain trigger": pivotal.mean_likeness - plain.mean_likeness,
         "new words alone: gain of mean likeness over the base model": (
             words.mean_likeness - base.mean_likeness
