@@ -328,6 +328,15 @@ def test_class_pictures_change_nothing_of_the_steps_and_are_left_out_of_the_time
     assert not [note for note in answer.notes if "class pictures" in note]
 
 
+def test_pictures_on_the_way_are_counted_and_left_out_of_the_time(photo_folder: Path) -> None:
+    prompts = {"validation_prompts": ("a TOK", "a dog"), "max_train_steps": 100}
+    # Two by the base model, two after the last step, and two every 30.
+    for every, count in ((None, 4), (30, 10), (100, 4)):
+        config = configuration("nowhere", photo_folder, **prompts, sample_steps=every)
+        words = f"{count} pictures on the way: their time is left out"
+        assert words in estimate(config).notes
+
+
 def test_class_pictures_that_concepts_share_are_counted_once(photo_folder: Path) -> None:
     concept = {"images_data_url": str(photo_folder), "with_prior_preservation": True}
     concepts = [

@@ -271,6 +271,23 @@ def test_people_are_told_the_loss_of_held_out_pictures(terminal: bool) -> None:
     assert "held-out pictures after step 2: loss 0.5000" in shown(console)
 
 
+@pytest.mark.parametrize(
+    ("terminal", "words"), [(True, "+ 2 min 0 s for pictures"), (False, "2 min 3 s left")]
+)
+def test_people_are_told_of_the_time_that_pictures_still_take(terminal: bool, words: str) -> None:
+    begun = RunEvent(0, 4, 2, 4, {})
+    picture = SampleEvent(0, 0, "a TOK", "samples/000000/0.png", seconds=60.0, left=2)
+    none = NoteEvent("warning", "validation_prompts", "too little memory")
+    first, second = (StepEvent(n, 0, 0.5, 1e-4, 1.0, 1.0, 0.5) for n in (1, 2))
+    told = screen(terminal=terminal)
+    tell(progress_for(told), [begun, picture, first])
+    ended = screen(terminal=terminal)
+    tell(progress_for(ended), [begun, picture, none, first, second])
+
+    assert words in shown(told)
+    assert words not in shown(ended)
+
+
 def test_a_missing_wandb_is_said_with_the_line_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_look_is_taken_every_so_many_steps_and_after_the_last() -> None:
     moments = Moments(every=3, total_steps=7, from_base=True)
     assert [step for step in range(9) if moments.include(step)] == [0, 3, 6, 7]
     assert not any(NEVER.include(step) for step in range(9))
+    assert [moments.after(step) for step in range(8)] == [3, 3, 3, 2, 2, 2, 1, 0]
 
 
 # Pictures on the way
@@ -83,6 +84,8 @@ def test_pictures_on_the_way_change_no_byte_of_the_result(
     told = [event for event in events if isinstance(event, SampleEvent)]
     assert [(event.step, event.number) for event in told] == [(0, 0), (2, 0), (4, 0)]
     assert all((tmp_path / "with" / event.path).exists() for event in told)
+    assert [event.left for event in told] == [2, 1, 0]
+    assert all(event.seconds > 0 for event in told)
 
 
 def test_the_first_picture_is_what_the_base_model_makes(
@@ -161,8 +164,9 @@ def until_told(
 
 def logged_pictures(folder: Path) -> list[tuple[int, int]]:
     """Step and number of the pictures that a run's log tells of."""
-    events = RunFolder(folder).read_events()
-    return [(event["step"], event["number"]) for event in events if event["event"] == "sample"]
+    told = [event for event in RunFolder(folder).read_events() if event["event"] == "sample"]
+    assert [event["left"] for event in told] == list(range(len(ALL_TOLD)))[::-1]
+    return [(event["step"], event["number"]) for event in told]
 
 
 def results(folder: Path) -> dict[str, str]:

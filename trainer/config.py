@@ -110,6 +110,13 @@ class TrainingConfig(Section):
         """Every concept with all its options; pictures without concepts are one concept."""
         return subjects_of({name: self.leaf(name) for name in LEAVES})
 
+    def preview_prompts(self) -> tuple[str, ...]:
+        """The prompts that pictures are made of on the way: none where none are asked for."""
+        if self.sample.validation_prompts or self.sample.sample_steps is None:
+            return self.sample.validation_prompts
+        instance_prompts = (subject.instance_prompt for subject in self.subjects())
+        return tuple(dict.fromkeys(prompt for prompt in instance_prompts if prompt))
+
     def with_leaf(self, name: str, value: Any, note: Note | None = None) -> TrainingConfig:
         """A copy in which one leaf has another value, and a note says so."""
         section = LEAVES[name].section

@@ -51,7 +51,7 @@ from trainer.errors import Interrupted
 from trainer.events import Event, NoteEvent, PhaseEvent, RunEvent, StepEvent
 from trainer.families.base import Family, token_encoders
 from trainer.job import RunFolder
-from trainer.looking import looks_of, prompts_of
+from trainer.looking import looks_of
 from trainer.machine import (
     accelerator_of,
     completed,
@@ -227,7 +227,7 @@ def _composed(
         shelf=None if learns_text else shelf_of_captions(family, accelerator.device),
         lends=config.adapter.use_lora and config.adapter.adapter_layers == "ours",
     )
-    if prompts := prompts_of(config):
+    if prompts := config.preview_prompts():
         text.add((*prompts, EMPTY))
     if not schedule.text_learns_at(0):
         yield from text.keep()
@@ -257,7 +257,12 @@ def _pictures(
     shelf = shelf_of_pictures(family, device)
     return (
         yield from encode_pictures(
-            family, dataset, device, spread.processes, shelf, keeps_vae=bool(prompts_of(config))
+            family,
+            dataset,
+            device,
+            spread.processes,
+            shelf,
+            keeps_vae=bool(config.preview_prompts()),
         )
     )
 

@@ -6,6 +6,7 @@ measurement of the same training on this machine. What is not known stays unknow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Estimate:
         device: what the figures hold for.
         footprint: memory on that device and trained parameters, of each process.
         advice: what would save memory, where the device has too little.
-        seconds: for all steps, without loading, class pictures, encoding and writing.
+        seconds: for all steps, without loading, class pictures, encoding, looks and writing.
         hourly: price of this machine per hour, where it was given.
         notes: why something is unknown or left out.
     """
@@ -109,6 +110,10 @@ def estimate(config: TrainingConfig, *, hourly: float | None = None) -> Estimate
         notes.append(f"memory and time are unknown: {reason}")
     plan = _plan(config)
     steps = plan.total_steps(config.run.max_train_steps, config.run.num_train_epochs)
+    # By the base model, every so many steps, and after the last.
+    looks = 1 + math.ceil(steps / (config.sample.sample_steps or steps))
+    if prompts := config.preview_prompts():
+        notes.append(f"{looks * len(prompts)} pictures on the way: their time is left out")
     if base is not None and footprint is not None:
         key = measurement_key(
             config, family=base.family_name, device=device_name(), num_processes=1

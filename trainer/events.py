@@ -108,6 +108,8 @@ class SampleEvent(Event):
             same noise.
         prompt: as the user wrote it.
         path: relative to the run folder.
+        seconds: time it took; as that of a step it differs between equal runs.
+        left: pictures that are still to be made on the way.
     """
 
     kind = "sample"
@@ -115,6 +117,8 @@ class SampleEvent(Event):
     number: int
     prompt: str
     path: str
+    seconds: float = 0.0
+    left: int = 0
 
 
 @dataclass(frozen=True)

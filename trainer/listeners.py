@@ -45,6 +45,8 @@ from trainer.events import (
 from trainer.job import Result, RunFolder
 
 TRAINING = "train"
+# The option of pictures on the way: a note on it tells that no more are made.
+PICTURES = "validation_prompts"
 
 
 class Listener(Protocol):
@@ -140,6 +142,7 @@ class ProgressBar:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._looking = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -162,7 +165,13 @@ class ProgressBar:
 
     @hear.register
     def _(self, event: StepEvent) -> None:
-        self._move(TRAINING, event.step, None, figures(event))
+        self._move(TRAINING, event.step, None, f"{figures(event)}{self._looking}")
+
+    @hear.register
+    def _(self, event: SampleEvent) -> None:
+        # The bar's own column knows of steps alone.
+        seconds = event.seconds * event.left
+        self._looking = f"  + {duration(seconds)} for pictures" if seconds else ""
 
     @hear.register
     def _(self, event: PhaseEvent) -> None:
@@ -179,6 +188,8 @@ class ProgressBar:
 
     @hear.register
     def _(self, event: NoteEvent) -> None:
+        if event.field == PICTURES:
+            self._looking = ""
         if deserves_a_line(event.note, event.field, self._explicit):
             self._progress.console.print(note_line(event), markup=False, highlight=False)
 
@@ -202,6 +213,7 @@ class ProgressLines(Quiet):
         self._total = 0
         self._start = 0
         self._seconds = 0.0
+        self._looking = 0.0
 
     @singledispatchmethod
     def hear(self, event: Event) -> None:
@@ -227,7 +239,7 @@ class ProgressLines(Quiet):
         interval = max(1, self._total // 20)
         if event.step % interval == 0 or event.step in (self._start + 1, self._total):
             mean = self._seconds / max(1, event.step - self._start)
-            left = duration(mean * (self._total - event.step))
+            left = duration(mean * (self._total - event.step) + self._looking)
             self._print(f"step {event.step}/{self._total}  {figures(event)}  {left} left")
 
     @hear.register
@@ -241,6 +253,7 @@ class ProgressLines(Quiet):
 
     @hear.register
     def _(self, event: SampleEvent) -> None:
+        self._looking = event.seconds * event.left
         self._print(f"picture: {event.path}")
 
     @hear.register
@@ -253,6 +266,8 @@ class ProgressLines(Quiet):
 
     @hear.register
     def _(self, event: NoteEvent) -> None:
+        if event.field == PICTURES:
+            self._looking = 0.0
         if deserves_a_line(event.note, event.field, self._explicit):
             self._print(note_line(event))
 

@@ -20,15 +20,6 @@ from trainer.validation import HeldOut, history_of
 _HELD_OUT_LOOKS = 10
 
 
-def prompts_of(config: TrainingConfig) -> tuple[str, ...]:
-    """The prompts that pictures are made of on the way: none where none are asked for."""
-    sample = config.sample
-    if sample.validation_prompts or sample.sample_steps is None:
-        return sample.validation_prompts
-    instance_prompts = (subject.instance_prompt for subject in config.subjects())
-    return tuple(dict.fromkeys(prompt for prompt in instance_prompts if prompt))
-
-
 def looks_of(
     config: TrainingConfig, training: Training, held_out: Sequence[int], folder: RunFolder
 ) -> list[Look]:
@@ -61,7 +52,7 @@ def looks_of(
                 history=history_of(folder.read_events(), training.step),
             )
         )
-    if prompts := prompts_of(config):
+    if prompts := config.preview_prompts():
         previews = _previews(config, training, prompts, folder)
         previews.is_cut = training.look_is_cut
         looks.append(previews)

@@ -46,6 +46,10 @@ class Moments:
             return False
         return step % self.every == 0 or step == self.total_steps
 
+    def after(self, step: int) -> int:
+        """How many looks come after the one at a step."""
+        return sum(map(self.include, range(step + 1, self.total_steps + 1)))
+
 
 NEVER = Moments(every=1, total_steps=0)
 

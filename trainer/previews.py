@@ -6,6 +6,7 @@ needed: prompts were encoded with the captions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -80,21 +81,32 @@ class Previews:
         missing = [number for number in range(len(self._prompts)) if number not in made]
         self.is_cut = False
         together = processes.count if self._spread.sharding is None else 1
+        later = len(self._prompts) * self.moments.after(step)
         for start in range(0, len(missing), together):
             if processes.any(stop()):
                 self.is_cut = True
                 return
-            for number, picture in self._pictures(missing[start : start + together]):
-                if isinstance(picture, str):
-                    message = f"{picture}; the training goes on without pictures on the way"
-                    yield NoteAtStep("warning", "validation_prompts", message, step)
-                    self.moments = NEVER
-                    return
-                path = self._folder.samples / f"{step:06d}" / f"{number}.png"
-                if processes.is_main:
-                    write_bytes(path, _png(picture))
-                place = path.relative_to(self._folder.root).as_posix()
-                yield SampleEvent(step, number, self._prompts[number], place)
+            left = later + len(missing) - start
+            yield from self._made(step, missing[start : start + together], left)
+            if self.moments is NEVER:
+                return
+
+    def _made(self, step: int, numbers: Sequence[int], left: int) -> Iterator[Event]:
+        """Makes these pictures, at once where several processes do; so many are left with them."""
+        began = time.perf_counter()
+        pictures = list(self._pictures(numbers))
+        seconds = (time.perf_counter() - began) / len(numbers)
+        for place, (number, picture) in enumerate(pictures, start=1):
+            if isinstance(picture, str):
+                message = f"{picture}; the training goes on without pictures on the way"
+                yield NoteAtStep("warning", "validation_prompts", message, step)
+                self.moments = NEVER
+                return
+            path = self._folder.samples / f"{step:06d}" / f"{number}.png"
+            if self._spread.processes.is_main:
+                write_bytes(path, _png(picture))
+            name = path.relative_to(self._folder.root).as_posix()
+            yield SampleEvent(step, number, self._prompts[number], name, seconds, left - place)
 
     def _told(self, step: int) -> Sequence[int]:
         """The numbers of the pictures after so many steps that the main process has told of."""

@@ -102,6 +102,25 @@ def test_share_and_time_left_follow_the_steps(events: Path) -> None:
     assert progress.seconds_left == 1500.0, "750 steps of 2 s"
 
 
+def test_the_time_left_counts_the_pictures_that_are_still_to_be_made(events: Path) -> None:
+    reader = ProgressReader()
+    sample = {"event": "sample", "step": 0, "number": 0, "prompt": "a cup", "path": "p", "time": 0}
+    say(events, RUN, {**sample, "seconds": 4.0, "left": 5}, step(250, seconds=2.0))
+    assert reader.read(events).seconds_left == 1520.0, "750 steps of 2 s, 5 pictures of 4 s"
+
+    note = {"note": "warning", "field": "validation_prompts", "message": "no memory", "time": 0}
+    say(events, {"event": "note", **note})
+
+    assert reader.read(events).seconds_left == 1500.0
+
+
+def test_a_log_that_does_not_tell_how_long_pictures_take_has_steps_alone(events: Path) -> None:
+    sample = {"event": "sample", "step": 0, "number": 0, "prompt": "a cup", "path": "p", "time": 0}
+    say(events, RUN, sample, step(250, seconds=2.0))
+
+    assert ProgressReader().read(events).seconds_left == 1500.0
+
+
 def test_lines_have_their_time_in_utc_and_warnings_their_level(events: Path) -> None:
     note = {"event": "note", "note": "warning", "field": "rank", "message": "is large", "time": 60}
     say(events, note)

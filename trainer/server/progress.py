@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -46,18 +46,26 @@ class Progress:
         lines: of its log.
         step: optimizer steps done, or pictures made.
         total: of all.
-        seconds_left: by the pace of the latest steps. None: not known yet.
+        seconds_of_steps: that are left, by the pace of the latest. None: not known yet.
+        seconds_of_pictures: that are left on the way, by the pace of the latest.
     """
 
     lines: list[LogLine] = field(default_factory=list)
     step: int = 0
     total: int = 0
-    seconds_left: float | None = None
+    seconds_of_steps: float | None = None
+    seconds_of_pictures: float = 0.0
 
     @property
     def share(self) -> float:
         """What is done of all, 0 to 1."""
         return min(1.0, self.step / self.total) if self.total else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, with the pictures on the way. None: not known yet."""
+        steps = self.seconds_of_steps
+        return None if steps is None else steps + self.seconds_of_pictures
 
 
 @dataclass
@@ -94,10 +102,7 @@ class ProgressReader:
             if len(self._readings) > _REMEMBERED:
                 self._readings.popitem(last=False)
             self._follow(events, reading)
-            progress = reading.progress
-            return Progress(
-                list(progress.lines), progress.step, progress.total, progress.seconds_left
-            )
+            return replace(reading.progress, lines=list(reading.progress.lines))
 
     def _follow(self, events: Path, reading: _Reading) -> None:
         try:
@@ -163,12 +168,18 @@ def _of_step(event: Event, reading: _Reading) -> str:
     if seconds is not None:
         # The pace changes at the pivot and when other programs come and go: the latest counts.
         left = seconds * (progress.total - step)
-        before = progress.seconds_left
-        progress.seconds_left = left if before is None else 0.9 * before + 0.1 * left
+        before = progress.seconds_of_steps
+        progress.seconds_of_steps = left if before is None else 0.9 * before + 0.1 * left
     every = max(1, progress.total // _LINES_OF_STEPS)
     if step % every and step not in (1, progress.total):
         return ""
     return f"step {step} of {progress.total}, loss {event['loss'] or 0:.4f}"
+
+
+def _of_sample(event: Event, reading: _Reading) -> str:
+    # A log of an earlier version does not tell them.
+    reading.progress.seconds_of_pictures = event.get("seconds", 0.0) * event.get("left", 0)
+    return ""
 
 
 def _of_phase(event: Event, reading: _Reading) -> str:
@@ -178,6 +189,9 @@ def _of_phase(event: Event, reading: _Reading) -> str:
 
 def _of_note(event: Event, reading: _Reading) -> str:
     field, chosen = event["field"], reading.chosen
+    if field == "validation_prompts":
+        # It tells that no more pictures are made on the way.
+        reading.progress.seconds_of_pictures = 0.0
     is_wanted = chosen is None or field in chosen or field.startswith("request.")
     if event["note"] == "ignored" and not is_wanted:
         return ""
@@ -196,6 +210,7 @@ _TEXTS: Mapping[str, Callable[[Event, _Reading], str]] = {
     "run": _of_run,
     "stage": _of_stage,
     "step": _of_step,
+    "sample": _of_sample,
     "phase": _of_phase,
     "note": _of_note,
     "file": _of_file,
