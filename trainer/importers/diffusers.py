@@ -13,6 +13,7 @@ from trainer.errors import InputError
 from trainer.importers import diffusers_klein as klein
 from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
+from trainer.importers.command_lines import UNSET
 from trainer.importers.desk import Desk, Kind, Table
 from trainer.importers.diffusers_table import TABLE, text_learns
 from trainer.importers.documents import Document
@@ -177,7 +178,7 @@ def read(documents: Sequence[Document]) -> Desk:
 def _say_unset(desk: Desk) -> None:
     """A remark on variables that the file does not set."""
     given = {n: v for n, v in desk.given.items() if not is_secret(n)}
-    unset = [n for n, v in given.items() if isinstance(v, str) and v.startswith("$")]
+    unset = [n for n, v in given.items() if isinstance(v, str) and UNSET.match(v)]
     if unset:
         desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 

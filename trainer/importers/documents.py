@@ -10,10 +10,8 @@ from typing import Any, Literal
 
 from trainer.config_files import parse_json, parse_yaml
 from trainer.errors import InputError
-from trainer.importers.command_lines import FIX, Other, joined_lines, read_command
-
-# Where paths have backslashes, which a shell would take away.
-_WINDOWS = (".bat", ".cmd", ".ps1")
+from trainer.importers.command_lines import FIX, Other, read_command
+from trainer.importers.shell_text import Shell, shell_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,10 @@ def read_document(source: str, scripts: Collection[str] = ()) -> Document:
         return Document(source, path.parent, "yaml", parse_yaml(text, source))
     if ending == ".json":
         return Document(source, path.parent, "json", parse_json(text, source))
-    if ending in _WINDOWS:
-        text = joined_lines(text).replace("\\", "/")
-    return _command(text, source, path.parent, scripts)
+    shell = shell_of(ending)
+    # Where paths have backslashes.
+    text = text if shell == "sh" else text.replace("\\", "/")
+    return _command(text, source, path.parent, scripts, shell)
 
 
 def _toml(text: str, name: str) -> Mapping[str, Any]:
@@ -85,8 +84,10 @@ def _toml(text: str, name: str) -> Mapping[str, Any]:
         raise InputError.of(name, f"is no TOML: {error}", FIX) from error
 
 
-def _command(text: str, name: str, folder: Path, scripts: Collection[str]) -> Document:
-    found = read_command(text, name, scripts)
+def _command(
+    text: str, name: str, folder: Path, scripts: Collection[str], shell: Shell = "sh"
+) -> Document:
+    found = read_command(text, name, scripts, shell)
     return Document(
         name,
         folder,
