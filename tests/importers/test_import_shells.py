@@ -114,3 +114,12 @@ def test_a_quotation_may_go_over_lines_and_a_joint_may_be_the_last(tmp_path: Pat
 def test_what_no_shell_reads_as_an_option_is_refused(words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="by name|word processor"):
         import_file(tmp_path, "a.sh", f"{LINE} --instance_prompt {words}\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [(SCRIPT, "instance_prompt"), ("train_network.py", "output_name")],
+)
+def test_a_value_of_several_words_is_refused(script: str, option: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="several words: `a`, `dog`"):
+        import_file(tmp_path, "a.sh", f"python {script} --{option} a dog --seed 3\n")

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config import LEAVES, SECTIONS
 from trainer.config_files import dump_yaml, parse_yaml
 from trainer.errors import InputError
-from trainer.importers import ai_toolkit, diffusers, kohya
+from trainer.importers import ai_toolkit, diffusers, kohya, reasons
 from trainer.importers.desk import Desk, Left, Taken
 from trainer.importers.documents import Document
 from trainer.leaves import nearest, shown
@@ -155,6 +155,14 @@ def _program_of(documents: Sequence[Document]) -> str:
     ]
     if len(found) == 1:
         return found[0]
+    owners = [
+        next((p.title for p in PROGRAMS.values() if p.speaks(document)), "")
+        for document in documents
+    ]
+    if not found and all(owners):
+        message = "are files of several programs: "
+        message += "; ".join(f"{d.name} of {o}" for d, o in zip(documents, owners, strict=True))
+        raise InputError.of("FILE", message, reasons.ONE_BY_ONE)
     for document in documents:
         if document.script and not found:
             raise _unread(document)

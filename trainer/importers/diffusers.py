@@ -16,7 +16,7 @@ from trainer.importers.adapted import ATTENTION, JOINT
 from trainer.importers.command_lines import UNSET
 from trainer.importers.desk import Desk, Kind, Table
 from trainer.importers.diffusers_table import TABLE, text_learns
-from trainer.importers.documents import Document
+from trainer.importers.documents import Document, refuse_several
 from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
 from trainer.importers.rows import is_true
@@ -69,6 +69,8 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
+# Options with several values; the layers are also read from several words.
+_LISTS = ("text_encoder_out_layers", "validation_images", "lora_layers")
 _OPEN_PRECISION = (
     "Neither the script nor its launcher is given --mixed_precision: there it is what `accelerate "
     "config` wrote on that machine, else no. Give mixed_precision; without it bf16 is taken where "
@@ -148,6 +150,7 @@ def read(documents: Sequence[Document]) -> Desk:
         message = f"got `{document.script}`; allowed: {', '.join(SCRIPTS)}"
         raise InputError.of("script", message, nearest(document.script, SCRIPTS))
     given = {n: v for n, v in document.content.items() if v not in ("", [])}
+    refuse_several(document, TABLE, _LISTS)
     launcher = launcher_of(document)
     defaults = dict(script.defaults)
     if not launcher.is_precision_open and "mixed_precision" not in launcher.options:

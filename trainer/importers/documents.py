@@ -84,6 +84,25 @@ def _toml(text: str, name: str) -> Mapping[str, Any]:
         raise InputError.of(name, f"is no TOML: {error}", FIX) from error
 
 
+def refuse_several(document: Document, known: Collection[str], lists: Collection[str]) -> None:
+    """Raises where an option of a command line that has one value is given several words.
+
+    Args:
+        known: options of the script.
+        lists: those of them that may have several values.
+
+    Raises:
+        InputError: with the words.
+    """
+    if document.form != "command":
+        return
+    for option, value in document.content.items():
+        if isinstance(value, list) and option in set(known) - set(lists):
+            words = ", ".join(f"`{word}`" for word in value)
+            message = f"`--{option}` has one value, and got several words: {words}"
+            raise InputError.of(document.name, message, "put the value in double quotes")
+
+
 def _command(
     text: str, name: str, folder: Path, scripts: Collection[str], shell: Shell = "sh"
 ) -> Document:
