@@ -133,6 +133,14 @@ def test_torchrun_is_a_launcher() -> None:
     assert "torchrun --standalone" in unneeded(found)
 
 
+def test_the_launcher_next_to_the_script_is_read_and_outer_ones_are_told() -> None:
+    found = command(f"srun --nodes 2 accelerate launch --mixed_precision fp16 {FLUX}")
+
+    assert found.values["mixed_precision"] == "fp16"
+    assert any("started by srun" in remark for remark in found.remarks)
+    assert not any("srun" in entry.name for entry in found.left)
+
+
 @pytest.mark.parametrize(
     ("line", "rate"),
     [

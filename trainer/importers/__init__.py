@@ -117,6 +117,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     desk.close()
     _refuse_wrong(desk)
     desk.remarks += [_unread_others(document) for document in documents if document.others]
+    desk.remarks += [_unread_outer(document) for document in documents if document.outer]
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
     found = Imported(
@@ -201,6 +202,14 @@ def _unread_others(document: Document) -> str:
         f"One command of {document.name} is read, `{document.script}`; not read: "
         f"{', '.join(listed)}. Put each into a file of its own, with the variables that it uses, "
         "and import that."
+    )
+
+
+def _unread_outer(document: Document) -> str:
+    """What is said of programs that start the one whose options are read."""
+    return (
+        f"{document.starter} is started by {' and '.join(document.outer)} there, whose options are "
+        "not read: the processes that they start are not counted, see docs/processes.md."
     )
 
 

@@ -61,6 +61,7 @@ class Command:
         options: of the script, without dashes.
         starter: the program that starts it, such as accelerate.
         launcher: options of that program.
+        outer: programs that start the starter, the first of them first.
         others: further commands in the same text.
     """
 
@@ -68,6 +69,7 @@ class Command:
     options: Mapping[str, Any]
     starter: str
     launcher: Mapping[str, Any]
+    outer: tuple[str, ...]
     others: tuple[Other, ...]
 
 
@@ -98,12 +100,13 @@ def read_command(text: str, name: str, scripts: Collection[str], shell: Shell = 
     _refuse_nameless(own, name)
     others = [Other(call.line, call.script) for call in calls if call is not chosen]
     others += [Other(line, "") for line in unclosed]
-    starter, launching = _started(chosen.before)
+    starter, launching, outer = _started(chosen.before)
     return Command(
         chosen.script,
         dict(_options(own, name)),
         starter,
         dict(_options(launching, name)),
+        outer,
         tuple(sorted(others, key=lambda other: other.line)),
     )
 
@@ -142,15 +145,16 @@ def _call(words: list[str], line: int, scripts: Collection[str]) -> _Call | None
     return _Call(line, words[:place], script, own) if has_options or is_known else None
 
 
-def _started(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The program that starts a script, and the words between both."""
+def _started(words: Sequence[str]) -> tuple[str, list[str], tuple[str, ...]]:
+    """The program that starts a script, the words between both, and what starts that program."""
     programs = [PurePosixPath(w.replace("\\", "/")).name.removesuffix(".exe") for w in words]
-    for place, program in enumerate(programs):
-        if program in _STARTERS:
-            own = [word for word in words[place + 1 :] if not _SHORT.fullmatch(word)]
-            return _STARTERS[program], own
+    starters = [place for place, program in enumerate(programs) if program in _STARTERS]
+    if starters:
+        *before, last = starters
+        own = [word for word in words[last + 1 :] if not _SHORT.fullmatch(word)]
+        return _STARTERS[programs[last]], own, tuple(_STARTERS[programs[n]] for n in before)
     is_python = (place for place, program in enumerate(programs) if program.startswith("python"))
-    return "python", list(words[next(is_python, -1) + 1 :])
+    return "python", list(words[next(is_python, -1) + 1 :]), ()
 
 
 def _assignments(words: Sequence[str], shell: Shell) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Document:
         script: the file that a command line runs, without its folder.
         starter: the program that starts the script, such as accelerate.
         launcher: options of that program.
+        outer: programs that start the starter.
         others: further commands in the same file, which are not read.
     """
 
@@ -36,6 +37,7 @@ class Document:
     script: str = ""
     starter: str = ""
     launcher: Mapping[str, Any] | None = None
+    outer: tuple[str, ...] = ()
     others: tuple[Other, ...] = ()
 
 
@@ -115,5 +117,6 @@ def _command(
         script=found.script,
         starter=found.starter,
         launcher=found.launcher,
+        outer=found.outer,
         others=found.others,
     )
