@@ -108,6 +108,21 @@ def test_the_length_of_captions_is_taken_over(tmp_path: Path) -> None:
     assert validates(found, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "tokens"),
+    [
+        ("flux1-schnell.safetensors", "", 256),
+        ("flux1-schnell.safetensors", "--t5xxl_max_token_length=128", 128),
+        ("flux1-dev.safetensors", "", None),
+    ],
+)
+def test_schnell_reads_shorter_captions(name: str, more: str, tokens: int | None) -> None:
+    line = "python flux_train_network.py --network_module networks.lora_flux --train_data_dir p"
+    found = imported([read_document(f"{line} --pretrained_model_name_or_path {name} {more}")])
+
+    assert found.values.get("max_sequence_length") == tokens
+
+
 def test_split_layers_are_as_here(tmp_path: Path) -> None:
     more = FLUX + "--network_train_unet_only --network_args split_qkv=True verbose=True in_dims=4,4"
     found = kohya(tmp_path, "flux_train_network.py", more)

@@ -107,10 +107,31 @@ def test_the_largest_of_listed_buckets_is_the_trained_size() -> None:
     assert "goes before it" in unneeded(found)["resolution"]
 
 
-@pytest.mark.parametrize("buckets", ["768", "768,640,2", "wide,high"])
+@pytest.mark.parametrize("buckets", ["768", "768,640,2", "wide,high", "'512,512;'"])
 def test_buckets_of_another_form_are_refused(buckets: str) -> None:
-    with pytest.raises(InputError, match="aspect_ratio_buckets"):
+    with pytest.raises(InputError, match="aspect_ratio_buckets.*HEIGHT,WIDTH"):
         command(f"--aspect_ratio_buckets={buckets}")
+
+
+def test_layers_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="numbers of layers"):
+        command("--text_encoder_out_layers a b c")
+
+
+@pytest.mark.parametrize(("tokens", "is_taken"), [("8", False), ("256", True), ("1024", False)])
+def test_a_length_of_captions_that_is_not_here_is_lost(tokens: str, is_taken: bool) -> None:
+    found = command(f"--max_sequence_length {tokens}")
+
+    assert (found.values.get("max_sequence_length") == int(tokens)) is is_taken
+    assert ("max_sequence_length" in lost(found)) is not is_taken
+
+
+def test_sdxl_reads_captions_without_a_language_model() -> None:
+    words = "train_dreambooth_lora_sdxl.py --instance_data_dir p --max_sequence_length 256"
+    found = imported([read_document(f"python {words}")])
+
+    assert "max_sequence_length" not in found.values
+    assert "max_sequence_length" in unneeded(found)
 
 
 # Lengths.

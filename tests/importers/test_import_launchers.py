@@ -133,12 +133,21 @@ def test_torchrun_is_a_launcher() -> None:
     assert "torchrun --standalone" in unneeded(found)
 
 
+def test_the_launcher_next_to_the_script_is_read_and_outer_ones_are_told() -> None:
+    found = command(f"srun --nodes 2 accelerate launch --mixed_precision fp16 {FLUX}")
+
+    assert found.values["mixed_precision"] == "fp16"
+    assert any("started by srun" in remark for remark in found.remarks)
+    assert not any("srun" in entry.name for entry in found.left)
+
+
 @pytest.mark.parametrize(
     ("line", "rate"),
     [
         ("accelerate launch --num_processes=3", 36e-4),
         ("torchrun --nproc_per_node 2 --nnodes=2", 48e-4),
         ("torchrun", 12e-4),
+        ("torchrun --nnodes=2", 24e-4),
         ("python -u", 12e-4),
     ],
 )
@@ -222,8 +231,31 @@ def test_a_file_that_mixes_nothing_says_so(numbers: str, tmp_path: Path) -> None
     assert "start as many" in lost(found)["accelerate --num_processes"]
 
 
-def test_a_launchers_file_that_is_not_here_is_lost() -> None:
-    found = command(f"accelerate launch --config_file=gone.yaml {FLUX}")
+def test_a_file_of_deepspeeds_own_leaves_the_number_format_open(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: DEEPSPEED\n"
+        "deepspeed_config: {deepspeed_config_file: d.json, gradient_clipping: 0.7}\n"
+    )
+    text = f"accelerate launch --config_file a.yaml {FLUX}\n"
+    found = import_file(tmp_path, "run.sh", text)
+
+    assert "--max-grad-norm" in lost(found)["accelerate --gradient_clipping"]
+    assert any("`accelerate config`" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("number", [".inf", "-3", ".nan"])
+def test_a_number_that_counts_no_processes_is_lost(number: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"num_processes: {number}\n")
+    text = f"accelerate launch --config_file a.yaml {FLUX} --scale_lr\n"
+    found = import_file(tmp_path, "run.sh", text)
+
+    assert "is no number of processes" in lost(found)["accelerate --num_processes"]
+    assert any("one is assumed" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("name", ["gone.yaml", "x" * 5000])
+def test_a_launchers_file_that_is_not_here_is_lost(name: str) -> None:
+    found = command(f"accelerate launch --config_file={name} {FLUX}")
 
     assert "no such file" in lost(found)["accelerate --config_file"]
     assert any("`accelerate config`" in remark for remark in found.remarks)

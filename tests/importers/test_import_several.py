@@ -98,3 +98,11 @@ def test_two_command_lines_are_no_one_training() -> None:
 
     with pytest.raises(InputError, match="several command lines"):
         imported(documents)
+
+
+def test_files_of_two_programs_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "k.toml").write_text('network_module = "networks.lora"\n')
+    documents = [read_document(str(tmp_path / "k.toml")), read_document(FIRST)]
+
+    with pytest.raises(InputError, match="several programs: .*sd-scripts; .*diffusers"):
+        imported(documents)

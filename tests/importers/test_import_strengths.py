@@ -166,3 +166,9 @@ def test_a_job_may_leave_convolutions_out(tmp_path: Path) -> None:
 
     assert {"network.conv", "network.conv_alpha"} <= unneeded(found).keys()
     assert adapts(found, ())
+
+
+@pytest.mark.parametrize("rank", ["-4", "nan", "inf"])
+def test_a_rank_that_no_convolutions_can_have_is_refused(rank: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="conv_dim.*at least 0"):
+        kohya(tmp_path, KOHYA, f"conv_dim={rank}")

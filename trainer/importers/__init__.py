@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config import LEAVES, SECTIONS
 from trainer.config_files import dump_yaml, parse_yaml
 from trainer.errors import InputError
-from trainer.importers import ai_toolkit, diffusers, kohya
+from trainer.importers import ai_toolkit, diffusers, kohya, reasons
 from trainer.importers.desk import Desk, Left, Taken
 from trainer.importers.documents import Document
 from trainer.leaves import nearest, shown
@@ -117,6 +117,7 @@ def imported(documents: Sequence[Document], program: str | None = None) -> Impor
     desk.close()
     _refuse_wrong(desk)
     desk.remarks += [_unread_others(document) for document in documents if document.others]
+    desk.remarks += [_unread_outer(document) for document in documents if document.outer]
     if "images_data_url" not in desk.values and "concepts" not in desk.values:
         desk.remarks.append("No pictures are named: give images_data_url.")
     found = Imported(
@@ -155,6 +156,14 @@ def _program_of(documents: Sequence[Document]) -> str:
     ]
     if len(found) == 1:
         return found[0]
+    owners = [
+        next((p.title for p in PROGRAMS.values() if p.speaks(document)), "")
+        for document in documents
+    ]
+    if not found and all(owners):
+        message = "are files of several programs: "
+        message += "; ".join(f"{d.name} of {o}" for d, o in zip(documents, owners, strict=True))
+        raise InputError.of("FILE", message, reasons.ONE_BY_ONE)
     for document in documents:
         if document.script and not found:
             raise _unread(document)
@@ -193,6 +202,14 @@ def _unread_others(document: Document) -> str:
         f"One command of {document.name} is read, `{document.script}`; not read: "
         f"{', '.join(listed)}. Put each into a file of its own, with the variables that it uses, "
         "and import that."
+    )
+
+
+def _unread_outer(document: Document) -> str:
+    """What is said of programs that start the one whose options are read."""
+    return (
+        f"{document.starter} is started by {' and '.join(document.outer)} there, whose options are "
+        "not read: the processes that they start are not counted, see docs/processes.md."
     )
 
 

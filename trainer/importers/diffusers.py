@@ -13,9 +13,10 @@ from trainer.errors import InputError
 from trainer.importers import diffusers_klein as klein
 from trainer.importers import folders, reasons
 from trainer.importers.adapted import ATTENTION, JOINT
+from trainer.importers.command_lines import UNSET
 from trainer.importers.desk import Desk, Kind, Table
 from trainer.importers.diffusers_table import TABLE, text_learns
-from trainer.importers.documents import Document
+from trainer.importers.documents import Document, refuse_several
 from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
 from trainer.importers.rows import is_true
@@ -68,6 +69,8 @@ _FLOW: Mapping[str, Any] = {
     "weighting_scheme": "none",
     "resolution": 512,
 }
+# Options with several values; the layers are also read from several words.
+_LISTS = ("text_encoder_out_layers", "validation_images", "lora_layers")
 _OPEN_PRECISION = (
     "Neither the script nor its launcher is given --mixed_precision: there it is what `accelerate "
     "config` wrote on that machine, else no. Give mixed_precision; without it bf16 is taken where "
@@ -147,6 +150,7 @@ def read(documents: Sequence[Document]) -> Desk:
         message = f"got `{document.script}`; allowed: {', '.join(SCRIPTS)}"
         raise InputError.of("script", message, nearest(document.script, SCRIPTS))
     given = {n: v for n, v in document.content.items() if v not in ("", [])}
+    refuse_several(document, TABLE, _LISTS)
     launcher = launcher_of(document)
     defaults = dict(script.defaults)
     if not launcher.is_precision_open and "mixed_precision" not in launcher.options:
@@ -177,7 +181,7 @@ def read(documents: Sequence[Document]) -> Desk:
 def _say_unset(desk: Desk) -> None:
     """A remark on variables that the file does not set."""
     given = {n: v for n, v in desk.given.items() if not is_secret(n)}
-    unset = [n for n, v in given.items() if isinstance(v, str) and v.startswith("$")]
+    unset = [n for n, v in given.items() if isinstance(v, str) and UNSET.match(v)]
     if unset:
         desk.remarks.append(f"Set elsewhere, to be filled in: {', '.join(unset)}.")
 

@@ -27,7 +27,12 @@ _NO_TEXT = "no text encoder learns, there too"
 
 
 def _take_text_layers(desk: Desk, name: str, value: Any) -> None:
-    layers = tuple(int(layer) for layer in (value if isinstance(value, list | tuple) else [value]))
+    try:
+        given = value if isinstance(value, list | tuple) else [value]
+        layers = tuple(int(layer) for layer in given)
+    except (TypeError, ValueError, OverflowError):
+        desk.refuse(name, "numbers of layers")
+        return
     if layers == _READ_LAYERS:
         desk.leave(name, reasons.AS_HERE, matters=False)
     else:
@@ -55,9 +60,13 @@ def _take_buckets(desk: Desk, name: str, value: Any) -> None:
 
 def _take_listed(desk: Desk, name: str, value: Any) -> None:
     """A list of height,width;height,width: the largest is the trained size."""
-    pairs = [[int(side) for side in pair.split(",")] for pair in str(value).split(";")]
+    try:
+        pairs = [[int(side) for side in pair.split(",")] for pair in str(value).split(";")]
+    except ValueError:
+        pairs = [[]]
     if not all(len(pair) == 2 for pair in pairs):
-        raise ValueError
+        desk.refuse(name, "HEIGHT,WIDTH;HEIGHT,WIDTH and so on, in pixels")
+        return
     height, width = max(pairs, key=lambda pair: pair[0] * pair[1])
     desk.take(name, "enable_bucket", True)
     desk.take(name, "resolution_width", width)

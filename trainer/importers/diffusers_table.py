@@ -21,7 +21,7 @@ from trainer.importers.rows import (
     told_with,
     without,
 )
-from trainer.importers.words import PRECISIONS, take_name
+from trainer.importers.words import PRECISIONS, take_name, take_tokens
 
 _OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw", "prodigy": "prodigy"}
 _DENSITIES: Mapping[str, str] = {
@@ -248,7 +248,7 @@ TABLE: Table = {
     "cache_latents": needless(reasons.KEPT),
     "pre_compute_text_embeddings": needless(reasons.KEPT),
     "tokenizer_max_length": without(reasons.CAPTION_LENGTH, as_here=(77,)),
-    "max_sequence_length": becomes("max_sequence_length"),
+    "max_sequence_length": computed(take_tokens, "max_sequence_length", only="flow"),
     "text_encoder_use_attention_mask": without("padding is read, as the pipeline does"),
     "rank": becomes("rank"),
     "lora_alpha": becomes("alpha"),

@@ -10,10 +10,8 @@ from typing import Any, Literal
 
 from trainer.config_files import parse_json, parse_yaml
 from trainer.errors import InputError
-from trainer.importers.command_lines import FIX, Other, joined_lines, read_command
-
-# Where paths have backslashes, which a shell would take away.
-_WINDOWS = (".bat", ".cmd", ".ps1")
+from trainer.importers.command_lines import FIX, Other, read_command
+from trainer.importers.shell_text import Shell, shell_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Document:
         script: the file that a command line runs, without its folder.
         starter: the program that starts the script, such as accelerate.
         launcher: options of that program.
+        outer: programs that start the starter.
         others: further commands in the same file, which are not read.
     """
 
@@ -38,6 +37,7 @@ class Document:
     script: str = ""
     starter: str = ""
     launcher: Mapping[str, Any] | None = None
+    outer: tuple[str, ...] = ()
     others: tuple[Other, ...] = ()
 
 
@@ -73,9 +73,10 @@ def read_document(source: str, scripts: Collection[str] = ()) -> Document:
         return Document(source, path.parent, "yaml", parse_yaml(text, source))
     if ending == ".json":
         return Document(source, path.parent, "json", parse_json(text, source))
-    if ending in _WINDOWS:
-        text = joined_lines(text).replace("\\", "/")
-    return _command(text, source, path.parent, scripts)
+    shell = shell_of(ending)
+    # Where paths have backslashes.
+    text = text if shell == "sh" else text.replace("\\", "/")
+    return _command(text, source, path.parent, scripts, shell)
 
 
 def _toml(text: str, name: str) -> Mapping[str, Any]:
@@ -85,8 +86,29 @@ def _toml(text: str, name: str) -> Mapping[str, Any]:
         raise InputError.of(name, f"is no TOML: {error}", FIX) from error
 
 
-def _command(text: str, name: str, folder: Path, scripts: Collection[str]) -> Document:
-    found = read_command(text, name, scripts)
+def refuse_several(document: Document, known: Collection[str], lists: Collection[str]) -> None:
+    """Raises where an option of a command line that has one value is given several words.
+
+    Args:
+        known: options of the script.
+        lists: those of them that may have several values.
+
+    Raises:
+        InputError: with the words.
+    """
+    if document.form != "command":
+        return
+    for option, value in document.content.items():
+        if isinstance(value, list) and option in set(known) - set(lists):
+            words = ", ".join(f"`{word}`" for word in value)
+            message = f"`--{option}` has one value, and got several words: {words}"
+            raise InputError.of(document.name, message, "put the value in double quotes")
+
+
+def _command(
+    text: str, name: str, folder: Path, scripts: Collection[str], shell: Shell = "sh"
+) -> Document:
+    found = read_command(text, name, scripts, shell)
     return Document(
         name,
         folder,
@@ -95,5 +117,6 @@ def _command(text: str, name: str, folder: Path, scripts: Collection[str]) -> Do
         script=found.script,
         starter=found.starter,
         launcher=found.launcher,
+        outer=found.outer,
         others=found.others,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.importers import folders, kohya_data, reasons
 from trainer.importers.desk import Desk, Kind
-from trainer.importers.documents import Document, read_document
+from trainer.importers.documents import Document, read_document, refuse_several
 from trainer.importers.kohya_table import DATA_FILE, TABLE
 from trainer.importers.launcher import launcher_of, tell_launcher
 from trainer.importers.lengths import Lengths
@@ -48,6 +48,13 @@ DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 3.5,
     "model_prediction_type": "sigma_scaled",
 }
+# Options with several values.
+_LISTS = frozenset(
+    {
+        *("network_args", "optimizer_args", "lr_scheduler_args", "text_encoder_lr"),
+        *("base_weights", "base_weights_multiplier"),
+    }
+)
 _OWN_PRECISION = "the script's own option alone counts, which is `no` where it is not given"
 # Beginnings of scripts and networks for models that do not train here.
 _NETWORK = "networks.lora_"
@@ -121,6 +128,7 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
     script = ""
     for document in documents:
         script = document.script or script
+        refuse_several(document, TABLE, _LISTS)
         of_data, options = _split(document.content)
         data.update(of_data)
         own = kohya_data.flattened(options)

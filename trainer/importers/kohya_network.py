@@ -229,14 +229,17 @@ def _without_convolutions(desk: Desk, rank: Any, preset: str, *, is_lycoris: boo
 
 
 def _number(desk: Desk, key: str, value: Any) -> float:
-    """An argument as a number; 0 where it is none, which is a problem."""
+    """An argument as a number from 0 on; 0 where it is none, which is a problem."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        message = f"got {shown(value)}; allowed: a number"
-        problem = Problem(f"network_args: {key}", message)
-        desk.problems += [problem] if problem not in desk.problems else []
-        return 0.0
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if 0 <= number < math.inf:
+        return number
+    message = f"got {shown(value)}; allowed: a number, at least 0"
+    problem = Problem(f"network_args: {key}", message)
+    desk.problems += [problem] if problem not in desk.problems else []
+    return 0.0
 
 
 def network_strength(desk: Desk) -> Strength:

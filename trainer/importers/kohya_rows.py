@@ -20,6 +20,9 @@ from trainer.importers.words import take_way
 
 # The only prediction there whose loss has a weight by noise level.
 _WEIGHED = "sigma_scaled"
+_T5_TOKENS = "t5xxl_max_token_length"
+# Of a caption, that the scripts read for this model where it is not said: 512 for all others.
+_SCHNELL_TOKENS = 256
 _DEV, _SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 
 
@@ -28,6 +31,8 @@ def take_model(desk: Desk, name: str, value: Any) -> None:
     if desk.kind == "flow" and place.endswith((".safetensors", ".sft")):
         model = _SCHNELL if "schnell" in place.lower() else _DEV
         desk.take(name, "model_url", model)
+        if model == _SCHNELL and _T5_TOKENS not in desk.given:
+            desk.assume(_T5_TOKENS, "max_sequence_length", _SCHNELL_TOKENS)
         desk.remarks.append(
             f"FLUX.1 is read as a diffusers folder here, not as one file: {model} stands for "
             f"{place}; for weights that were changed, give their folder as model_url."

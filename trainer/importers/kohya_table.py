@@ -44,7 +44,7 @@ from trainer.importers.rows import (
     told_with,
     without,
 )
-from trainer.importers.words import PRECISIONS, SAVED
+from trainer.importers.words import PRECISIONS, SAVED, take_tokens
 
 DATA_FILE = "dataset_config"
 _NAMES = "changes only what is written about the file"
@@ -205,7 +205,7 @@ TABLE: Table = {
         as_here=("raw",),
         only="flow",
     ),
-    "t5xxl_max_token_length": becomes("max_sequence_length", only="flow"),
+    "t5xxl_max_token_length": computed(take_tokens, "max_sequence_length", only="flow"),
     "apply_t5_attn_mask": without("T5's padding is read, as the base model's pipeline does"),
     "mixed_precision": chosen("mixed_precision", PRECISIONS, reasons.NO_NUMBERS),
     "full_fp16": without("what learns stays in 32 bits"),

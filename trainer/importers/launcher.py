@@ -22,12 +22,16 @@ from trainer.leaves import nearest
 ACCELERATE = "accelerate"
 _DEEPSPEED = f"{ACCELERATE} --use_deepspeed"
 _FILE = "config_file"
+_DEEPSPEED_FILE = "deepspeed_config_file"
 _PRECISION = "mixed_precision"
 # Options that say how many processes there are, or how many machines have as many.
 _PROCESSES = ("num_processes", "nproc_per_node", "num_gpus")
 _MACHINES = ("nnodes", "num_nodes")
 # What a file of accelerate's says that its command line can say, too.
-_IN_FILE = (_PRECISION, "num_processes", "num_machines", "gradient_accumulation_steps")
+_IN_FILE = (
+    *(_PRECISION, "num_processes", "num_machines"),
+    *("gradient_accumulation_steps", "gradient_clipping", _DEEPSPEED_FILE),
+)
 _PARADIGMS: Mapping[str, str] = {
     "DEEPSPEED": "use_deepspeed",
     "FSDP": "use_fsdp",
@@ -58,19 +62,19 @@ class Launcher:
     def processes(self) -> int | None:
         """Processes that it starts; None where it does not say how many."""
         given = next((self.options[n] for n in _PROCESSES if n in self.options), None)
-        if given is None:
-            # Without a number accelerate and deepspeed take every GPU, torchrun and Python one.
-            return 1 if self.program in ("python", "torchrun") else None
-        machines = next((self.options[n] for n in _MACHINES if n in self.options), 1)
-        try:
-            return max(1, int(given) * int(machines))
-        except (TypeError, ValueError):
+        if given is None and self.program not in ("python", "torchrun"):
             return None
+        # Without a number accelerate and deepspeed take every GPU, torchrun and Python one.
+        given = 1 if given is None else given
+        machines = next((self.options[n] for n in _MACHINES if n in self.options), 1)
+        counted = _count(given) * _count(machines)
+        return counted or None
 
     @property
     def is_precision_open(self) -> bool:
         """Whether accelerate's own configuration may say a number format that is not known here."""
         knows_all = _FILE in self.options and not self.is_file_gone
+        knows_all &= _DEEPSPEED_FILE not in self.options
         return self.program == ACCELERATE and _PRECISION not in self.options and not knows_all
 
 
@@ -80,10 +84,17 @@ def launcher_of(document: Document) -> Launcher:
     if document.starter != ACCELERATE or _FILE not in options:
         return Launcher(document.starter, options)
     name = Path(str(options[_FILE]))
-    file = next((p for p in (name, document.folder / name) if p.is_file()), None)
+    file = next((p for p in (name, document.folder / name) if _is_file(p)), None)
     if file is None:
         return Launcher(document.starter, options, is_file_gone=True)
     return Launcher(document.starter, {**_said_in(file), **options})
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _said_in(file: Path) -> dict[str, Any]:
@@ -133,6 +144,14 @@ def tell_launcher(desk: Desk, launcher: Launcher, *, own_precision: str = "") ->
                 row.act(desk, label, values[label])
 
 
+def _count(value: Any) -> int:
+    """A number above 0; 0 where it is none."""
+    try:
+        return max(0, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
 def _row(name: str) -> Row | None:
     of_group = (row for start, row in _GROUPS.items() if name.startswith(start))
     return TABLE.get(name) or next(of_group, None)
@@ -141,6 +160,8 @@ def _row(name: str) -> Row | None:
 def _take_number(desk: Desk, name: str, value: Any) -> None:
     if str(value).strip() == "1":
         desk.leave(name, reasons.AS_HERE, matters=False)
+    elif not _count(value) and isinstance(value, int | float):
+        desk.leave(name, "is no number of processes")
     else:
         reason = "each process shows a batch of its own in a step: start as many here, see "
         desk.leave(name, f"{reason}docs/processes.md")

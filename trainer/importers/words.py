@@ -9,6 +9,8 @@ from trainer.importers import reasons
 from trainer.importers.desk import Desk
 from trainer.sections.running import DIFFUSERS_NAME
 
+# Tokens of a caption that a language model may read.
+_FEWEST_TOKENS, _MOST_TOKENS = 16, 512
 PRECISIONS: Mapping[str, str] = {
     **{"no": "no", "fp32": "no", "float32": "no", "float": "no"},
     **{"fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"},
@@ -36,6 +38,16 @@ def take_way(desk: Desk, name: str, ways: Mapping[str, tuple[str, Any]]) -> str 
     desk.take(name, "timestep_density", density)
     desk.take(name, "timestep_shift", shift)
     return density
+
+
+def take_tokens(desk: Desk, name: str, value: Any) -> None:
+    """Takes over how many tokens of a caption are read, where as many can be read here."""
+    tokens = desk.whole(name)
+    if _FEWEST_TOKENS <= tokens <= _MOST_TOKENS:
+        desk.take(name, "max_sequence_length", value)
+    else:
+        reason = f"captions have {_FEWEST_TOKENS} to {_MOST_TOKENS} tokens here"
+        desk.leave(name, f"{reason}, {_MOST_TOKENS} by themselves")
 
 
 def take_name(desk: Desk, name: str, words: str, otherwise: str) -> None:
