@@ -81,6 +81,13 @@ def test_variables_of_cmd_that_are_set_elsewhere_are_told(place: str, tmp_path: 
     assert "Set elsewhere, to be filled in: instance_data_dir." in found.remarks
 
 
+def test_powershell_writes_quotation_marks_twice_or_after_a_backtick(tmp_path: Path) -> None:
+    text = f'{LINE} --instance_prompt \'it\'\'s\' --class_prompt "a `"b""" --rank 8\n'
+    found = values(tmp_path, "a.ps1", text)
+
+    assert (found["instance_prompt"], found["class_prompt"], found["rank"]) == ("it's", 'a "b"', 8)
+
+
 def test_single_quotes_keep_variables_as_they_are_written(tmp_path: Path) -> None:
     text = f"R=6\n{LINE} --instance_prompt 'a $R cup' --output_dir \"o$R\" --rank $R\n"
     found = values(tmp_path, "a.sh", text)

@@ -138,7 +138,7 @@ class _Reader:
                 self._add(_plain(after))
             self.place += 2
             return
-        # cmd and PowerShell join lines after a blank; a blank after the mark stands between words.
+        # A blank after the sign stands between words.
         if joint[0].strip("\r\n"):
             self._end_word()
         self.place = joint.end()
@@ -148,9 +148,12 @@ class _Reader:
         self.place += 1
         while self.place < len(self.text):
             character = self.text[self.place]
-            if character == mark:
+            # PowerShell writes a quotation mark inside a quotation twice.
+            is_doubled = self._shell == "ps1" and self.text.startswith(mark * 2, self.place)
+            if character == mark and not is_doubled:
                 self.place += 1
                 return True
+            self.place += is_doubled
             if character == "\n" and self._shell == "cmd":
                 return False
             if mark == "'":
