@@ -250,6 +250,19 @@ def test_a_look_that_is_cut_short_again_or_killed_has_each_picture_once(
     assert logged_pictures(tmp_path) == ALL_TOLD
 
 
+def test_prompts_that_changed_meanwhile_have_their_pictures_too(
+    sdxl_folder: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    until_told((2, 1), configuration(sdxl_folder, photo_folder, **THREE), tmp_path)
+    same, *others = THREE["validation_prompts"]
+    prompts = [same, *(f"{other}, at night" for other in others)]
+
+    changed = configuration(sdxl_folder, photo_folder, **{**THREE, "validation_prompts": prompts})
+    told, _ = until_told(None, changed, tmp_path)
+
+    assert told[:2] == [(2, 1), (2, 2)]
+
+
 def test_a_wish_to_stop_that_came_with_a_step_begins_no_picture(
     sdxl_folder: Path, photo_folder: Path, tmp_path: Path
 ) -> None:

@@ -108,7 +108,8 @@ class SampleEvent(Event):
             same noise.
         prompt: as the user wrote it.
         path: relative to the run folder.
-        seconds: time it took; as that of a step it differs between equal runs.
+        seconds: its share of the time of all pictures; as that of a step it differs between equal
+            runs.
         left: pictures that are still to be made on the way.
     """
 

@@ -6,6 +6,7 @@ needed: prompts were encoded with the captions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,19 +84,28 @@ class Previews:
         together = processes.count if self._spread.sharding is None else 1
         later = len(self._prompts) * self.moments.after(step)
         for start in range(0, len(missing), together):
+            # Files and listeners take the main process longer than others.
+            processes.wait()
             if processes.any(stop()):
                 self.is_cut = True
                 return
             left = later + len(missing) - start
-            yield from self._made(step, missing[start : start + together], left)
+            yield from self._made(step, missing[start : start + together], left, together)
             if self.moments is NEVER:
                 return
 
-    def _made(self, step: int, numbers: Sequence[int], left: int) -> Iterator[Event]:
-        """Makes these pictures, at once where several processes do; so many are left with them."""
+    def _made(self, step: int, numbers: Sequence[int], left: int, together: int) -> Iterator[Event]:
+        """Makes these pictures at once.
+
+        Args:
+            left: how many are to be made with them.
+            together: how many all processes make at once.
+        """
         began = time.perf_counter()
         pictures = list(self._pictures(numbers))
-        seconds = (time.perf_counter() - began) / len(numbers)
+        # Of a whole look's time, though the last group of its pictures may be smaller than others.
+        groups = math.ceil(len(self._prompts) / together)
+        seconds = (time.perf_counter() - began) * groups / len(self._prompts)
         for place, (number, picture) in enumerate(pictures, start=1):
             if isinstance(picture, str):
                 message = f"{picture}; the training goes on without pictures on the way"
@@ -113,7 +123,9 @@ class Previews:
 
         def read(step: int) -> list[int]:
             told = [e for e in self._folder.read_events() if e.get("event") == SampleEvent.kind]
-            return [event["number"] for event in told if event["step"] == step]
+            of_step = {(e["number"], e["prompt"]) for e in told if e["step"] == step}
+            # Prompts may be others when a training goes on.
+            return [n for n, prompt in enumerate(self._prompts) if (n, prompt) in of_step]
 
         ((_, numbers),) = self._spread.processes.shared([step], read)
         return numbers

@@ -217,7 +217,7 @@ class Training:
                 there has been looked at, or finishes the look that was cut short.
 
         Raises:
-            Interrupted: `stop` said so; the checkpoint of the last step is published.
+            Interrupted: `stop` said so; the checkpoint of the last step, if any, is published.
             NonFiniteError: loss, gradients or weights are not finite; checkpoints are untouched.
         """
         # What dropout and PEFT's layers draw in training mode comes from no seed of ours.

@@ -211,9 +211,10 @@ class Dispatcher:
         """The watch over a job that this server has not looked at yet, or an earlier one told."""
         told = self._queue.told(job)
         if False not in told:
-            return _Watch(told=set(told))
+            return _Watch()
         asked_to_end = time.monotonic() - max(0.0, time.time() - told[False])
-        return _Watch(told=set(told), asked_to_end=asked_to_end)
+        # An end at once can be told again, which heals one that came to nothing.
+        return _Watch(told={False}, asked_to_end=asked_to_end)
 
     def _standing(self, job: Job) -> Standing:
         if job.kind == "generation":
