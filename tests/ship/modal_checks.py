@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "configs/deploy/modal/train.py"
 # Calls the function as Modal's container does, with a folder in the place of the volume.
 CALLER = """
-import json, pathlib, sys
+import json, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
+# As in Modal's container, also where whoever runs these checks in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import train
 committed = []
 train.data = type("Volume", (), {"commit": lambda self: committed.append(True)})()
@@ -79,7 +81,8 @@ def called(folder: Path, code: str, gpus: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [modal_python(), "-c", CALLER, str(PROGRAM.parent), str(gpus)],
         cwd=folder,
-        env=os.environ | {"PATH": path, "CODE": code, "HOME": str(folder)},
+        env=os.environ
+        | {"PATH": path, "CODE": code, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
