@@ -272,14 +272,21 @@ class Watch(threading.Thread):
 
     def holds_folder(self) -> bool:
         """Whether the main process is still there, though it does nothing: its lock is our own."""
-        main = self._beats.get(0)
-        if main is None or main.host != self._host:
+        return self._is_here(0) and not self._has_ended(0)
+
+    def _is_here(self, rank: int) -> bool:
+        beat = self._beats.get(rank)
+        return beat is not None and beat.host == self._host
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether a process is seen to have ended, as only one of this machine can be."""
+        if not self._is_here(rank):
             return False
         # A process of another user's is not it: numbers are used again.
         with suppress(ProcessLookupError, PermissionError):
-            os.kill(main.pid, 0)
-            return True
-        return False
+            os.kill(self._beats[rank].pid, 0)
+            return False
+        return True
 
     def _give_up(self) -> None:
         """Ends the training where a process has stopped to beat."""
@@ -290,7 +297,9 @@ class Watch(threading.Thread):
             if not beat.left and self._seconds_since(self._changed[rank]) >= limit
         ]
         late = self._behind() if self._seconds_since(self._step_since) >= self._timeout else []
-        if lost:
+        if lost and all(map(self._has_ended, lost)):
+            self.lose(lost)
+        elif lost:
             self.lose(lost, f"gave no sign of life for {limit:.0f} s")
         elif late:
             # On a GPU, communication that waits for them would end this process, not them.
@@ -323,11 +332,9 @@ class Watch(threading.Thread):
 
     def _wake(self, ranks: Collection[int]) -> None:
         """Lets processes that were stopped go on: they learn the cause and end."""
-        for rank in ranks:
-            beat = self._beats.get(rank)
-            if beat is not None and beat.host == self._host:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(beat.pid, signal.SIGCONT)
+        for rank in filter(self._is_here, ranks):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self._beats[rank].pid, signal.SIGCONT)
 
     def _learn(self, said: bytes) -> None:
         self._cause = Cause.model_validate_json(said)
