@@ -301,6 +301,7 @@ def copy_preset(name: str, target: Path | None, as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> int:
     """Look for faults of this installation, with the line that fixes each."""
+    hush_libraries()
     from trainer.doctor import examine
 
     findings = [asdict(finding) for finding in examine()]
