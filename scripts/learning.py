@@ -62,6 +62,7 @@ class World:
         leaves: options of every training.
         draws_class: whether it draws the subject's class where no colour is told.
         masked: options of trainings on pictures whose masks are tried.
+        words: options of trainings of new words alone.
         few: what the steps of a training are divided by to be too few for it.
     """
 
@@ -70,6 +71,7 @@ class World:
     leaves: Mapping[str, Any] = field(default_factory=lambda: SDXL)
     draws_class: bool = True
     masked: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, Any] = field(default_factory=dict)
     few: int = 4
 
     @cached_property
@@ -192,6 +194,12 @@ FLUX = COMMON | {
 # with masks only what each token makes of itself learns, most of all where there is much noise.
 FLUX_MASKED: Mapping[str, Any] = {
     "target_unet_modules": list(FEED_FORWARD),
+    "timestep_shift": 3.0,
+}
+# New words find the subject where there is much noise, and far from what other words are.
+FLUX_WORDS: Mapping[str, Any] = {
+    "text_encoder_lr": 3e-2,
+    "token_retraction": 0.0,
     "timestep_shift": 3.0,
 }
 

@@ -28,6 +28,7 @@ from learning import (
     CLASS,
     FLUX,
     FLUX_MASKED,
+    FLUX_WORDS,
     PLACES,
     SDXL,
     STYLE,
@@ -50,7 +51,15 @@ SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
 # Who makes pictures by each family's base model, in a folder for photographs and runs.
 WORLDS: Mapping[str, Callable[[Path], World]] = {
     "sdxl": lambda work: World(SAMPLES / "world", work, SDXL),
-    "flux": lambda work: World(SAMPLES / "flux_world", work, FLUX, False, FLUX_MASKED, few=8),
+    "flux": lambda work: World(
+        SAMPLES / "flux_world",
+        work,
+        FLUX,
+        draws_class=False,
+        masked=FLUX_MASKED,
+        words=FLUX_WORDS,
+        few=8,
+    ),
 }
 
 PRIOR: Mapping[str, Any] = {"with_prior_preservation": True, "class_prompt": f"a {CLASS}"}
@@ -215,7 +224,7 @@ def of_tokens(bench: Bench) -> Figures:
     plain = bench.shown(bench.train("plain", bench.photos, few))
     pivotal = bench.shown(bench.train("pivotal", bench.photos, few, PIVOTAL))
     alone = {"train_text_encoder_ti_frac": 1.0, "learning_rate": 1e-9}
-    words = bench.shown(bench.train("words", bench.photos, PIVOTAL, alone))
+    words = bench.shown(bench.train("words", bench.photos, PIVOTAL, alone, bench.world.words))
     base = bench.shown(None)
     return {
         "few steps: mean likeness by a plain trigger": plain.mean_likeness,
