@@ -192,9 +192,14 @@ FLUX = COMMON | {
 }
 # Half of a token of 16 pixels is ground wherever the figure ends, and attention carries that on:
 # with masks only what each token makes of itself learns, most of all where there is much noise.
+# What the text encoder learns holds on any ground; small masks want more pictures in a step.
 FLUX_MASKED: Mapping[str, Any] = {
+    "lora_type": "loha",
     "target_unet_modules": list(FEED_FORWARD),
+    "train_text_encoder": True,
+    "text_encoder_lr": 1e-3,
     "timestep_shift": 3.0,
+    "batch_size": 12,
 }
 # New words find the subject where there is much noise, and far from what other words are.
 FLUX_WORDS: Mapping[str, Any] = {

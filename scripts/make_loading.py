@@ -9,10 +9,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.export.card_loading import CardFile, listed, loading_sections, programs_of
+from trainer.export.card_loading import (
+    CardFile,
+    listed,
+    loading_sections,
+    programs_of,
+    readers_of_plain,
+)
 from trainer.export.facts import TrainingFacts
 from trainer.export.state import AdapterState, Algorithm
 from trainer.families import family_names, load_family
+from trainer.names import KohyaNames
 
 PAGE = Path(__file__).parent.parent / "docs" / "outputs.md"
 BEGIN = "<!-- loading: made by scripts/make_loading.py -->"
@@ -75,8 +82,15 @@ def _table() -> Iterator[str]:
         for form, (algorithm, use_dora) in FORMS.items():
             reads = algorithm in names.diffusers_reads
             way = "`load_lora_weights`" if reads else "PEFT, by the card's lines"
-            programs = listed([*programs_of(names, _state(algorithm, use_dora)), "LyCORIS"])
-            yield f"| `{name}` | {form} | {way} | {programs} |"
+            readers = _readers(names, _state(algorithm, use_dora))
+            yield f"| `{name}` | {form} | {way} | {readers} |"
+
+
+def _readers(names: KohyaNames, state: AdapterState) -> str:
+    plain = readers_of_plain(names, state)
+    others = [program for program in programs_of(names, state) if program not in plain]
+    apart = f"; `NAME_comfyui.safetensors`: {listed(others)}" if others else ""
+    return listed([*plain, "LyCORIS"]) + apart
 
 
 def _state(algorithm: Algorithm, use_dora: bool) -> AdapterState:

@@ -95,11 +95,11 @@ def test_a_local_base_model_is_no_hub_id(facts: TrainingFacts) -> None:
 @pytest.mark.parametrize(
     ("base_model", "call"),
     [
-        ("owner/base", 'from_pretrained("owner/base")\n'),
-        ("my-model", 'from_pretrained("path/to/my-model")  # the base model it was trained on\n'),
+        ("owner/base", 'from_pretrained("owner/base", {})\n'),
+        ("mine", 'from_pretrained("path/to/mine", {})  # the base model it was trained on\n'),
         (
-            "mine.safetensors",
-            'from_single_file("path/to/mine.safetensors")  # the base model it was trained on\n',
+            "my.safetensors",
+            'from_single_file("path/to/my.safetensors", {})  # the base model it was trained on\n',
         ),
     ],
 )
@@ -115,7 +115,8 @@ def test_the_cards_code_says_where_a_base_model_of_ones_own_has_to_be_put(
         state=None,
     )
 
-    assert f"pipe = StableDiffusionPipeline.{call}" in card
+    told = call.format("dtype=torch.bfloat16")
+    assert f"pipe = StableDiffusionPipeline.{told}" in card
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,9 @@ def test_the_card_says_what_dora_means_in_each_file(
 
     assert "divide by the norm of the base weight" in with_dora
     assert "norm of the base weight" not in without
+    plain = "`astronaut.safetensors`: the adapter for"
+    assert f"{plain} sd-scripts and LyCORIS" in with_dora
+    assert f"{plain} ComfyUI, A1111, Forge, InvokeAI, sd-scripts and LyCORIS" in without
 
 
 def test_the_card_lists_what_was_checked(
@@ -388,7 +392,7 @@ def test_the_cards_code_loads_adapter_and_new_tokens(
             assert _pooled_id(encoder) == tokenizer.eos_token_id
     denoiser = pipeline.components[adapter.names.denoiser]
     assert any(isinstance(module, BaseTunerLayer) for module in denoiser.modules())
-    assert 'pipe("a \\"<s0><s1>\\" portrait: in space")' in card
+    assert 'pipe(prompt="a \\"<s0><s1>\\" portrait: in space")' in card
 
 
 def test_new_tokens_of_t5_are_for_interfaces_that_know_them(facts: TrainingFacts) -> None:
@@ -581,7 +585,7 @@ def test_the_card_says_what_an_extracted_lora_misses(facts: TrainingFacts) -> No
     assert "50.0% of its size" in card
     assert "they carry 20.0% of the squared change" in card
     assert f'`pipe.load_lora_weights(".", weight_name="{FILE_NAME}")`' in card
-    assert 'pipe.unet = type(pipe.unet).from_pretrained("unet")' in card
+    assert 'pipe.unet = type(pipe.unet).from_pretrained("unet", dtype=' in card
 
 
 def test_the_card_says_when_there_was_nothing_to_extract(facts: TrainingFacts) -> None:
@@ -602,10 +606,10 @@ def test_the_card_says_when_there_was_nothing_to_extract(facts: TrainingFacts) -
 
 
 def _run(card: str, base: Path) -> object:
-    """Runs the card's Python up to the picture with the base model's place, gives its pipeline."""
+    """Runs the card's Python up to the picture, in the format of the weights; its pipeline."""
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     assert f"path/to/{base.name}" in code
-    code = code.replace(f"path/to/{base.name}", str(base))
+    code = code.replace(f"path/to/{base.name}", str(base)).replace("bfloat16", "float32")
     scope: dict[str, object] = {}
     exec(code.split("image = ")[0], scope)
     return scope["pipe"]

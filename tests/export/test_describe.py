@@ -95,6 +95,7 @@ def test_the_meaning_of_dora_is_told(
 
     assert found.dora_convention == "paper"
     assert any("diffusers ignores DoRA" in problem for problem in found.problems)
+    assert any("ComfyUI and Forge read DoRA" in problem for problem in found.problems)
 
 
 def test_nan_is_a_problem(

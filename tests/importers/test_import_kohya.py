@@ -227,6 +227,18 @@ def test_arguments_of_networks_without_a_counterpart_are_told(tmp_path: Path) ->
     assert set(found.values["target_unet_modules"]) == {"to_k", "to_q", "to_v", "to_out.0"}
 
 
+@pytest.mark.parametrize(("preset", "is_whole"), [("attn-only", False), ("attn-mlp", True)])
+def test_a_preset_of_lycoris_says_which_layers_of_text_encoders_learn(
+    preset: str, is_whole: bool, tmp_path: Path
+) -> None:
+    text = f'network_module = "lycoris.kohya"\nnetwork_args = ["algo=locon", "preset={preset}"]\n'
+    found = import_file(tmp_path, "a.toml", text + "text_encoder_lr = 1e-5\n")
+
+    attention = {"q_proj", "k_proj", "v_proj", "out_proj"}
+    whole = {*attention, "fc1", "fc2"}
+    assert set(found.values["target_text_encoder_modules"]) == (whole if is_whole else attention)
+
+
 def test_convolutions_with_another_rank_get_the_one_rank_and_that_is_told(tmp_path: Path) -> None:
     text = f'{NETWORK}network_dim = 16\nnetwork_args = ["conv_dim=8", "conv_alpha=1"]\n'
     found = import_file(tmp_path, "a.toml", text)

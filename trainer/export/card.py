@@ -12,7 +12,7 @@ from trainer.export.card_loading import (
     is_hub_id,
     listed,
     loading_sections,
-    programs_of,
+    readers_of_plain,
     token_interfaces,
 )
 from trainer.export.extraction import Extraction
@@ -89,7 +89,7 @@ def model_card(
 
 def _meaning(file: CardFile, names: KohyaNames, state: AdapterState | None) -> str:
     return MEANINGS[file.role].format(
-        programs=listed([*programs_of(names, state), "LyCORIS"]),
+        programs=listed([*readers_of_plain(names, state), "LyCORIS"]),
         comfyui=listed([name for name in interfaces(names) if name in LIKE_COMFYUI]),
         interfaces=listed(token_interfaces(names)),
     )

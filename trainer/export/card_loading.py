@@ -35,6 +35,11 @@ _INVOKE_TOKENS = "clip_g"
 _WHOLE_DENOISER = "denoiser_weights"
 _WHOLE_TEXT_ENCODERS = ("text_encoder_weights", "text_encoder_2_weights")
 
+# Told to all parts: left alone, transformers takes a checkpoint's number format, diffusers 32 bits.
+_FORMAT = "dtype=torch.bfloat16"
+# What is loaded beside the pipeline comes into place and number format with it.
+_PLACED = 'pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)\n'
+
 _POOLING = {
     "diffusers": "`ti_pooling: diffusers`: in a base model whose configuration is older than "
     "transformers 4.31, CLIP's pooled vector was taken at the last new token, as diffusers does "
@@ -82,6 +87,12 @@ def programs_of(names: KohyaNames, state: AdapterState | None) -> list[str]:
     return [name for name in names.programs if name not in misreading]
 
 
+def readers_of_plain(names: KohyaNames, state: AdapterState | None) -> list[str]:
+    """Of `programs_of` those that read the plain kohya file, beside one made for ComfyUI."""
+    apart = LIKE_COMFYUI if state is not None and state.use_dora else ()
+    return [name for name in programs_of(names, state) if name not in apart]
+
+
 def interfaces(names: KohyaNames) -> list[str]:
     """The user interfaces that read a family's kohya files."""
     return [program for program in names.programs if program in _INTERFACES]
@@ -127,11 +138,11 @@ def loading_sections(
     ]
     if loads:
         start = (
-            f"from diffusers import {pipeline_class}\n\n"
+            f"import torch\nfrom diffusers import {pipeline_class}\n\n"
             f"pipe = {pipeline_class}.{_base_model_loader(facts.base_model)}\n"
         )
         prompts = facts.token_prompts if "embeddings" in found else facts.instance_prompts
-        code = start + "".join(loads) + _pictures(prompts, _told_beside_prompts(facts))
+        code = start + "".join(loads) + _PLACED + _pictures(prompts, _told_beside_prompts(facts))
         sections.append(_diffusers_section(code))
     if "kohya_lora" in found or "kohya_lora_comfyui" in found:
         sections.append(_interface_section(found, names, state))
@@ -147,11 +158,13 @@ def _told_beside_prompts(facts: TrainingFacts) -> str:
 
 
 def _pictures(prompts: Sequence[str], told: str) -> str:
+    # By name: what comes first is a picture in some pipelines.
     if len(prompts) <= 1:
-        prompt = "".join(prompts)
-        return f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{told}).images[0]"
+        prompt = "".join(prompts) or "what you would like to see"
+        return f"image = pipe(prompt={json.dumps(prompt, ensure_ascii=False)}{told}).images[0]"
     lines = [f"    {json.dumps(prompt, ensure_ascii=False)},\n" for prompt in prompts]
-    return f"prompts = [\n{''.join(lines)}]\nimages = [pipe(p{told}).images[0] for p in prompts]"
+    made = f"images = [pipe(prompt=p{told}).images[0] for p in prompts]"
+    return f"prompts = [\n{''.join(lines)}]\n{made}"
 
 
 def _whole_components(found: Mapping[str, str]) -> list[str]:
@@ -161,7 +174,7 @@ def _whole_components(found: Mapping[str, str]) -> list[str]:
         if role in found
     ]
     return [
-        f'pipe.{component} = type(pipe.{component}).from_pretrained("{component}")\n'
+        f'pipe.{component} = type(pipe.{component}).from_pretrained("{component}", {_FORMAT})\n'
         for component in folders
     ]
 
@@ -202,9 +215,9 @@ def _embeddings(found: Mapping[str, str], facts: TrainingFacts, names: KohyaName
 def _base_model_loader(name: str) -> str:
     """The call that loads the base model; a local one lies elsewhere on every machine."""
     if is_hub_id(name):
-        return f'from_pretrained("{name}")'
+        return f'from_pretrained("{name}", {_FORMAT})'
     method = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
-    return f'{method}("path/to/{name}")  # the base model it was trained on'
+    return f'{method}("path/to/{name}", {_FORMAT})  # the base model it was trained on'
 
 
 def _diffusers_section(code: str) -> str:

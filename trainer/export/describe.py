@@ -103,6 +103,19 @@ def _alphas(file: AdapterFile) -> list[float]:
     return [file.scale(layer) * rank for layer, rank in ranks if rank is not None]
 
 
+# By what DoRA magnitudes mean.
+_MISREAD_MAGNITUDES: Mapping[str, tuple[str, ...]] = {
+    "paper": (
+        "ComfyUI and Forge read DoRA magnitudes otherwise; give them the file whose name ends in "
+        "`_comfyui`",
+    ),
+    "comfyui": (
+        "LyCORIS and sd-scripts read DoRA magnitudes otherwise than ComfyUI and Forge; give them "
+        "the file whose name does not end in `_comfyui`",
+    ),
+}
+
+
 def _problems(file: AdapterFile) -> Iterator[str]:
     for (component, path), tensors in file.layers.items():
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -127,6 +140,7 @@ def _kohya_problems(file: AdapterFile) -> Iterator[str]:
         yield "DoRA magnitudes without a stated meaning; read as in the paper"
     if file.dora_convention is not None:
         yield "diffusers ignores DoRA magnitudes of kohya files; give it the diffusers file"
+        yield from _MISREAD_MAGNITUDES.get(file.dora_convention, ())
 
 
 def _diffusers_problems(file: AdapterFile) -> Iterator[str]:

@@ -34,5 +34,6 @@ LAST_LAYER = (
 )
 # What kohya's networks and those made after them adapt.
 WHOLE_BLOCKS: Mapping[Kind, tuple[str, ...]] = {"table": _TRANSFORMERS, "flow": _BLOCKS}
-# The same of CLIP: attention and the layers after it.
-CLIP = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+# The same of CLIP: attention, and with the layers after it.
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+CLIP = (*CLIP_ATTENTION, "fc1", "fc2")

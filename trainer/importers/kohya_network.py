@@ -12,6 +12,7 @@ from trainer.importers.adapted import (
     ATTENTION,
     BESIDE_CONVOLUTIONS,
     CLIP,
+    CLIP_ATTENTION,
     CONVOLUTIONS,
     LAST_LAYER,
     WHOLE_BLOCKS,
@@ -106,12 +107,13 @@ def _take_network(desk: Desk, name: str, value: Any) -> None:
     preset = str(arguments.pop("preset", "full" if is_lycoris else "")).lower()
     convolutions = _convolutions(desk, arguments, preset, is_lycoris=is_lycoris)
     assert desk.kind is not None
-    layers = WHOLE_BLOCKS[desk.kind] if preset != "attn-only" else ATTENTION
+    whole = (WHOLE_BLOCKS[desk.kind], CLIP)
+    layers, of_texts = whole if preset != "attn-only" else (ATTENTION, CLIP_ATTENTION)
     if preset and preset not in _PRESETS:
         desk.leave("network_args: preset", reasons.LAYERS, value=preset)
     desk.take(name, "target_unet_modules", [*layers, *convolutions])
     if text_learns(desk):
-        desk.take(name, "target_text_encoder_modules", list(CLIP))
+        desk.take(name, "target_text_encoder_modules", list(of_texts))
     if desk.kind == "flow":
         _tell_of_fused(desk, arguments)
     for key, argument in arguments.items():

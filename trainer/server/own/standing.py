@@ -29,7 +29,8 @@ from trainer.server.workshop import Workshop
 NAME = "page"
 # Under which of its fields a request for pictures names the training.
 TRAINED = "trained"
-# Who reads what, in the words of `MEANINGS`.
+# Who reads what, in the words of `MEANINGS`; where ComfyUI has a file of its own, the other is not
+# for it.
 _PROGRAMS = {
     "programs": "ComfyUI, A1111 and the like",
     "comfyui": "ComfyUI",
@@ -125,10 +126,12 @@ def _files(job: Job, result: Result | None, workshop: Workshop) -> list[File]:
             verdicts.setdefault(event["path"], []).append(verdict)
     stored: dict[Any, StoredFile] = {file.path: file for file in workshop.files.of_job(job.id)}
     root = workshop.folders.of(job.id).run.root
+    apart = any(file.role == "kohya_lora_comfyui" for file in result.files)
+    programs = _PROGRAMS | ({"programs": "sd-scripts and LyCORIS"} if apart else {})
     return [
         File(
             role=file.role,
-            meaning=MEANINGS[file.role].format_map(_PROGRAMS),
+            meaning=MEANINGS[file.role].format_map(programs),
             name=file.path.rpartition("/")[2],
             size=file.size,
             content_type=file.content_type,
