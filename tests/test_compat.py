@@ -189,22 +189,6 @@ def test_an_upload_before_the_patch_does_not_keep_the_service_s_address(
     assert "_token_manager" not in vars(fal_client.sync_client)
 
 
-def test_a_program_without_a_key_is_lent_one_until_undone(
-    standin: Standin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("FAL_KEY")
-    with patch_fal(standin.address):
-        client = fal_client.SyncClient()
-        assert client.submit("fal-ai/flux-lora", {}).request_id == "7"
-        vars(client).pop("_client").close()
-    assert "FAL_KEY" not in os.environ
-
-    monkeypatch.setenv("FAL_KEY", "its:own")
-    with patch_fal(standin.address):
-        assert os.environ["FAL_KEY"] == "its:own"
-    assert os.environ["FAL_KEY"] == "its:own"
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:8700", "ftp://box", "http://", "http://a b"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(InputError, match="is not an address"):

@@ -264,12 +264,21 @@ def test_processes_that_were_suspended_together_are_not_taken_for_lost(clock: Cl
 def test_a_process_is_told_as_dead_only_where_it_can_be_seen_to_have_ended(
     host: str, said: str, clock: Clock
 ) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    watch = watch_of(Shelf(Beat(1, "one", 0), Beat(1, host, ended.pid)), 0, 2, "one", [], 60)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    watch = watch_of(Shelf(Beat(1, "one", 0), Beat(1, host, process.pid)), 0, 2, "one", [], 60)
+    process.communicate()
     run(watch, clock, *[1] * 65)
     assert watch.cause is not None
     assert f"process 1 on {host} {said}" in str(watch.cause.result.error)
+
+
+def test_a_process_that_was_never_to_be_seen_is_not_told_as_dead(clock: Clock) -> None:
+    hidden = subprocess.Popen([sys.executable, "-c", ""])
+    hidden.wait()
+    watch = watch_of(Shelf(Beat(1, "one", 0), Beat(1, "one", hidden.pid)), 0, 2, "one", [], 60)
+    run(watch, clock, *[1] * 65)
+    assert watch.cause is not None
+    assert "process 1 on one gave no sign of life for 60 s" in str(watch.cause.result.error)
 
 
 def test_a_wish_to_stop_of_another_process_is_heard_wherever_this_one_asks() -> None:

@@ -78,6 +78,8 @@ class Watch(threading.Thread):
         self._left = False
         self._step, self._step_since = 0, time.monotonic()
         self._beats: dict[int, Beat] = {}
+        # Those that could be seen when they began: a container beside this one hides its own.
+        self._seen: set[int] = set()
         self._changed: dict[int, float] = {}
         self._cause: Cause | None = None
         self._cause_since = 0.0
@@ -176,9 +178,12 @@ class Watch(threading.Thread):
             if rank == self._rank or not self._store.check(_beat(rank)):
                 continue
             beat = Beat(**json.loads(self._store.get(_beat(rank))))
-            if rank not in self._beats or beat.number != self._beats[rank].number:
+            is_new = rank not in self._beats
+            if is_new or beat.number != self._beats[rank].number:
                 self._changed[rank] = now
             self._beats[rank] = beat
+            if is_new and self._is_running(rank):
+                self._seen.add(rank)
         if self._cause is None and self._store.check(_END):
             self._learn(self._store.get(_END))
 
@@ -272,21 +277,24 @@ class Watch(threading.Thread):
 
     def holds_folder(self) -> bool:
         """Whether the main process is still there, though it does nothing: its lock is our own."""
-        return self._is_here(0) and not self._has_ended(0)
+        return self._is_running(0)
 
     def _is_here(self, rank: int) -> bool:
         beat = self._beats.get(rank)
         return beat is not None and beat.host == self._host
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether a process is seen to have ended, as only one of this machine can be."""
+        """Whether a process that was seen on this machine is there no more."""
+        return rank in self._seen and not self._is_running(rank)
+
+    def _is_running(self, rank: int) -> bool:
         if not self._is_here(rank):
             return False
         # A process of another user's is not it: numbers are used again.
         with suppress(ProcessLookupError, PermissionError):
             os.kill(self._beats[rank].pid, 0)
-            return False
-        return True
+            return True
+        return False
 
     def _give_up(self) -> None:
         """Ends the training where a process has stopped to beat."""

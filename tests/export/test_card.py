@@ -152,8 +152,24 @@ def test_the_card_says_what_dora_means_in_each_file(
     assert "divide by the norm of the base weight" in with_dora
     assert "norm of the base weight" not in without
     plain = "`astronaut.safetensors`: the adapter for"
-    assert f"{plain} sd-scripts and LyCORIS" in with_dora
+    assert f"{plain} LyCORIS" in with_dora
     assert f"{plain} ComfyUI, A1111, Forge, InvokeAI, sd-scripts and LyCORIS" in without
+
+
+def test_a_dora_without_a_file_for_comfyui_is_not_told_to_be_loaded_there(
+    trained: Callable[..., TrainedAdapter], facts: TrainingFacts
+) -> None:
+    state = trained("sd15", targets=FEW, use_dora=True).state
+    with_one, without = (
+        model_card(
+            facts, files, [], pipeline_class="StableDiffusionPipeline", names=SD15, state=state
+        )
+        for files in (FILES, FILES[:2])
+    )
+
+    assert "- ComfyUI: put `astronaut_comfyui.safetensors`" in with_one
+    assert "## Loading in user interfaces\n\n- Not ComfyUI, A1111, Forge and InvokeAI" in without
+    assert "- ComfyUI: put" not in without
 
 
 def test_the_card_lists_what_was_checked(

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from finished import FORMS, finished
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from trainer.job import RunFolder
 
@@ -73,7 +75,8 @@ def test_the_code_of_a_card_makes_a_picture_as_it_is_printed(
     scope: dict[str, Any] = {}
     exec(code.replace(").images", f", {SMALL}).images"), scope)
 
-    assert {str(p.dtype) for p in scope["pipe"].components["vae"].parameters()} == {
-        "torch.bfloat16"
-    }
+    parts = [part for part in scope["pipe"].components.values() if isinstance(part, nn.Module)]
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.bfloat16}
+    angles = {b.dtype for part in parts for n, b in part.named_buffers() if "inv_freq" in n}
+    assert angles <= {torch.float32}
     assert np.asarray(scope["image"]).std() > 0

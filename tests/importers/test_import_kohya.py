@@ -239,6 +239,18 @@ def test_a_preset_of_lycoris_says_which_layers_of_text_encoders_learn(
     assert set(found.values["target_text_encoder_modules"]) == (whole if is_whole else attention)
 
 
+def test_a_preset_of_attention_alone_is_of_both_streams_of_flux(tmp_path: Path) -> None:
+    arguments = 'network_args = ["algo=locon", "preset=attn-only"]\nnetwork_dim = 8\n'
+    text = (
+        'pretrained_model_name_or_path = "flux1-dev.safetensors"\nclip_l = "clip_l.safetensors"\n'
+    )
+    text += f'network_module = "lycoris.kohya"\n{arguments}'
+    found = import_file(tmp_path, "a.toml", text)
+
+    assert {"to_q", "add_q_proj", "to_add_out"} <= set(found.values["target_unet_modules"])
+    assert "network_args: preset" in lost(found)
+
+
 def test_convolutions_with_another_rank_get_the_one_rank_and_that_is_told(tmp_path: Path) -> None:
     text = f'{NETWORK}network_dim = 16\nnetwork_args = ["conv_dim=8", "conv_alpha=1"]\n'
     found = import_file(tmp_path, "a.toml", text)

@@ -268,17 +268,21 @@ def test_events_tell_no_paths_of_the_machine(
     assert "/home/me" not in server.get(f"/trainer/jobs/{id}/events").text
 
 
+@pytest.mark.parametrize(
+    ("options", "readers"),
+    [({}, "ComfyUI, A1111 and the like"), ({"use_dora": True}, "LyCORIS and the like")],
+)
 def test_a_result_has_its_files_with_what_their_readers_said(
-    server: TestClient, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], readers: str, server: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = "outputs/lora.safetensors"
     verify = {"event": "verify", "path": path, "reader": "lycoris", "status": "passed"}
     monkeypatch.setenv("FAKE_EVENTS", json.dumps([verify]))
-    told = ended(server, begun(server))
+    told = ended(server, begun(server, options=options))
 
     (file,) = [file for file in told["files"] if file["role"] == "kohya_lora"]
     assert file["verdicts"] == [{"reader": "lycoris", "status": "passed"}]
-    assert file["meaning"] == "the adapter for ComfyUI, A1111 and the like"
+    assert file["meaning"] == f"the adapter for {readers}"
     assert (file["size"], server.get(file["address"]).content) == (5, b"kohya")
 
 

@@ -37,8 +37,6 @@ _WHERE_PRESENT = {"REALTIME_URL_FORMAT": "{socket}/run/", "FAL_CDN_FALLBACK_URL"
 # The package makes its two clients when it is imported. An upload keeps its address in them.
 _CLIENTS = ("sync_client", "async_client")
 _KEPT_BY_CLIENTS = "_token_manager"
-# Where the package looks for a key, without which it calls nobody.
-_KEYS = ("FAL_KEY", "FAL_KEY_ID")
 _ABSENT = object()
 
 
@@ -48,18 +46,11 @@ class Patch:
     def __init__(self, clients: list[object]) -> None:
         self._clients = clients
         self._before: list[tuple[ModuleType, str, object]] = []
-        self._has_lent = False
 
     def set(self, module: ModuleType, name: str, value: object) -> None:
         """Gives a name of a module another value, until undone."""
         self._before.append((module, name, vars(module).get(name, _ABSENT)))
         setattr(module, name, value)
-
-    def lend_key(self) -> None:
-        """Sets a key where the environment has none: a server without keys takes any."""
-        if not any(os.environ.get(name) for name in _KEYS):
-            os.environ[_KEYS[0]] = "any:key"
-            self._has_lent = True
 
     def forget_addresses(self) -> None:
         """Lets the package's own clients ask anew where uploads go."""
@@ -74,9 +65,6 @@ class Patch:
                 delattr(module, name)
             else:
                 setattr(module, name, value)
-        if self._has_lent:
-            os.environ.pop(_KEYS[0], None)
-            self._has_lent = False
         self.forget_addresses()
 
     def __enter__(self) -> Patch:
@@ -97,8 +85,7 @@ def patch_fal(base_url: str = DEFAULT_ADDRESS) -> Patch:
     """Points `fal_client` at a server, for this process.
 
     Best called before anything is uploaded: clients that a program made and uploaded with already
-    keep the service's address. The package's own two clients do not. Where no FAL_KEY is set, any
-    key is, so that no other reaches the server.
+    keep the service's address. The package's own two clients do not.
 
     Args:
         base_url: the server's address, http or https, with a path where it lies below one.
@@ -120,7 +107,6 @@ def patch_fal(base_url: str = DEFAULT_ADDRESS) -> Patch:
             patch.set(module, name, value)
     patch.set(package, "train_model", train_model)
     patch.set(package, "train_model_async", train_model_async)
-    patch.lend_key()
     patch.forget_addresses()
     return patch
 

@@ -27,6 +27,8 @@ _INVOKE = "InvokeAI"
 # Those that take DoRA's magnitudes for those of a weight's columns; ours are of its rows. InvokeAI:
 # backend/patches/layers/dora_layer.py; A1111: `apply_weight_decompose` in network.py.
 _COLUMN_DORA = ("A1111", _INVOKE)
+# Their own adapters leave magnitudes out: sd-scripts' networks/lora.py, musubi-tuner's likewise.
+_WITHOUT_DORA = ("sd-scripts", "musubi-tuner")
 # Those that give new tokens to CLIP alone.
 _CLIP_ONLY = ("A1111", "Forge")
 # InvokeAI knows new tokens of several vectors by this key: of CLIP's larger encoder.
@@ -37,8 +39,11 @@ _WHOLE_TEXT_ENCODERS = ("text_encoder_weights", "text_encoder_2_weights")
 
 # Told to all parts: left alone, transformers takes a checkpoint's number format, diffusers 32 bits.
 _FORMAT = "dtype=torch.bfloat16"
-# What is loaded beside the pipeline comes into place and number format with it.
-_PLACED = 'pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)\n'
+# No format here: a language model keeps the angles of its positions in 32 bits.
+_PLACED = (
+    "# With less memory on the GPU: pipe.enable_model_cpu_offload() in place of this.\n"
+    'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
+)
 
 _POOLING = {
     "diffusers": "`ti_pooling: diffusers`: in a base model whose configuration is older than "
@@ -81,14 +86,14 @@ def programs_of(names: KohyaNames, state: AdapterState | None) -> list[str]:
     """
     misreading: tuple[str, ...] = ()
     if state is not None and state.use_dora:
-        misreading = _COLUMN_DORA
+        misreading = (*_COLUMN_DORA, *_WITHOUT_DORA)
     elif state is not None and state.algorithm == "lokr" and names.unfused_prefix:
         misreading = (_INVOKE,)
     return [name for name in names.programs if name not in misreading]
 
 
 def readers_of_plain(names: KohyaNames, state: AdapterState | None) -> list[str]:
-    """Of `programs_of` those that read the plain kohya file, beside one made for ComfyUI."""
+    """Of `programs_of` those that read a kohya file that is not made for ComfyUI."""
     apart = LIKE_COMFYUI if state is not None and state.use_dora else ()
     return [name for name in programs_of(names, state) if name not in apart]
 
@@ -252,7 +257,8 @@ def _interface_section(
     found: Mapping[str, str], names: KohyaNames, state: AdapterState | None
 ) -> str:
     known = [name for name in names.programs if name in (*_INTERFACES, _INVOKE)]
-    readers = [name for name in programs_of(names, state) if name in known]
+    read = programs_of if "kohya_lora_comfyui" in found else readers_of_plain
+    readers = [name for name in read(names, state) if name in known]
     ways: dict[str, list[str]] = {}
     for program in readers:
         ways.setdefault(_way(program, found), []).append(program)
@@ -260,7 +266,7 @@ def _interface_section(
     misreading = [name for name in known if name not in readers]
     if misreading:
         lines.append(f"- Not {listed(misreading)}: what these files hold is read otherwise there.")
-    return "\n".join([f"## Loading in {listed(readers)}", "", *lines])
+    return "\n".join([f"## Loading in {listed(readers) or 'user interfaces'}", "", *lines])
 
 
 def _way(program: str, found: Mapping[str, str]) -> str:

@@ -106,12 +106,12 @@ def _alphas(file: AdapterFile) -> list[float]:
 # By what DoRA magnitudes mean.
 _MISREAD_MAGNITUDES: Mapping[str, tuple[str, ...]] = {
     "paper": (
-        "ComfyUI and Forge read DoRA magnitudes otherwise; give them the file whose name ends in "
-        "`_comfyui`",
+        "ComfyUI and Forge read DoRA magnitudes otherwise, and need a file that a training wrote "
+        "with `kohya_dora: comfyui` or `both`",
     ),
     "comfyui": (
-        "LyCORIS and sd-scripts read DoRA magnitudes otherwise than ComfyUI and Forge; give them "
-        "the file whose name does not end in `_comfyui`",
+        "its DoRA magnitudes are ComfyUI's and Forge's; LyCORIS reads them otherwise, and needs a "
+        "file that a training wrote with `kohya_dora: paper` or `both`",
     ),
 }
 

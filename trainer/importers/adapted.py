@@ -32,6 +32,11 @@ LAST_LAYER = (
     "The transformer's last layer, proj_out, gets an adapter, too: layers of its single blocks are "
     "called so as well."
 )
+# Attention, of both streams where there are two.
+ATTENTION_OF: Mapping[Kind, tuple[str, ...]] = {
+    "table": ATTENTION,
+    "flow": (*ATTENTION, *_JOINT_ATTENTION),
+}
 # What kohya's networks and those made after them adapt.
 WHOLE_BLOCKS: Mapping[Kind, tuple[str, ...]] = {"table": _TRANSFORMERS, "flow": _BLOCKS}
 # The same of CLIP: attention, and with the layers after it.

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import Problem
 from trainer.importers import reasons
 from trainer.importers.adapted import (
-    ATTENTION,
+    ATTENTION_OF,
     BESIDE_CONVOLUTIONS,
     CLIP,
     CLIP_ATTENTION,
@@ -43,6 +43,7 @@ _FORMS: Mapping[str, str] = {
     "lokr": "lokr",
 }
 _PRESETS = ("full", "attn-mlp", "attn-only")
+_SINGLE_BLOCKS = "adapts the attention of double blocks alone there; here that of single ones, too"
 # Those that adapt convolutions by themselves, and those that never do.
 _CONVOLVED = ("full", "unet-only")
 _LINEAR = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
@@ -107,8 +108,12 @@ def _take_network(desk: Desk, name: str, value: Any) -> None:
     preset = str(arguments.pop("preset", "full" if is_lycoris else "")).lower()
     convolutions = _convolutions(desk, arguments, preset, is_lycoris=is_lycoris)
     assert desk.kind is not None
-    whole = (WHOLE_BLOCKS[desk.kind], CLIP)
-    layers, of_texts = whole if preset != "attn-only" else (ATTENTION, CLIP_ATTENTION)
+    layers: Sequence[str] = WHOLE_BLOCKS[desk.kind]
+    of_texts: Sequence[str] = CLIP
+    if preset == "attn-only":
+        layers, of_texts = ATTENTION_OF[desk.kind], CLIP_ATTENTION
+        if desk.kind == "flow":
+            desk.leave("network_args: preset", _SINGLE_BLOCKS, value=preset)
     if preset and preset not in _PRESETS:
         desk.leave("network_args: preset", reasons.LAYERS, value=preset)
     desk.take(name, "target_unet_modules", [*layers, *convolutions])

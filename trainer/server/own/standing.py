@@ -29,8 +29,7 @@ from trainer.server.workshop import Workshop
 NAME = "page"
 # Under which of its fields a request for pictures names the training.
 TRAINED = "trained"
-# Who reads what, in the words of `MEANINGS`; where ComfyUI has a file of its own, the other is not
-# for it.
+# Who reads what, in the words of `MEANINGS`; DoRA's magnitudes most of them read otherwise.
 _PROGRAMS = {
     "programs": "ComfyUI, A1111 and the like",
     "comfyui": "ComfyUI",
@@ -72,7 +71,7 @@ def details(job: Job, workshop: Workshop) -> JobDetails:
         notes=[Note.model_validate(without_paths(n, workshop)) for n in resolved.get("notes", ())],
         ignored_options=without_paths(ignored, workshop),
         failure=_failure(result),
-        files=_files(job, result, workshop),
+        files=_files(job, result, workshop, _has_magnitudes(written)),
         trials=_trials(job, workshop) if job.kind == "training" else [],
         sampled=without_paths(run_files.sampled(run), workshop),
         has_report=run.report.is_file(),
@@ -114,7 +113,11 @@ def _failure(result: Result | None) -> Failure | None:
     )
 
 
-def _files(job: Job, result: Result | None, workshop: Workshop) -> list[File]:
+def _has_magnitudes(written: Mapping[str, Any]) -> bool:
+    return bool(written.get(LEAVES["use_dora"].section, {}).get("use_dora"))
+
+
+def _files(job: Job, result: Result | None, workshop: Workshop, use_dora: bool) -> list[File]:
     """The files of a job that is done, each with what its readers said."""
     if result is None or job.state != "done":
         return []
@@ -126,8 +129,7 @@ def _files(job: Job, result: Result | None, workshop: Workshop) -> list[File]:
             verdicts.setdefault(event["path"], []).append(verdict)
     stored: dict[Any, StoredFile] = {file.path: file for file in workshop.files.of_job(job.id)}
     root = workshop.folders.of(job.id).run.root
-    apart = any(file.role == "kohya_lora_comfyui" for file in result.files)
-    programs = _PROGRAMS | ({"programs": "sd-scripts and LyCORIS"} if apart else {})
+    programs = _PROGRAMS | ({"programs": "LyCORIS and the like"} if use_dora else {})
     return [
         File(
             role=file.role,
