@@ -147,10 +147,15 @@ def _asked(host: str, port: int) -> int:
         connection.close()
 
 
-def _unwell(
-    url: str, reason: str, hint: str = "its log tells more; start it again"
-) -> TrainerError:
-    return TrainerError(f"the server at {url} does not work: {reason}", hint)
+class UnwellError(TrainerError):
+    """A server that is watched over does not work."""
+
+    kind = "unwell"
+    exit_code = 1
+
+
+def _unwell(url: str, reason: str, hint: str = "its log tells more; start it again") -> UnwellError:
+    return UnwellError(f"the server at {url} does not work: {reason}", hint)
 
 
 def settings_from(file: Path | None, flags: Mapping[str, Any]) -> ServerSettings:

@@ -9,7 +9,7 @@ from reading import filled, import_file, loaded, lost, pictures, taken, unneeded
 
 from trainer.config import TrainingConfig
 from trainer.errors import InputError
-from trainer.importers import Imported, imported
+from trainer.importers import Imported, imported, reasons
 from trainer.importers.adapted import CONVOLUTIONS, WHOLE_BLOCKS
 from trainer.importers.documents import read_document
 from trainer.resolve import Layer, resolve
@@ -249,6 +249,29 @@ def test_a_preset_of_attention_alone_is_of_both_streams_of_flux(tmp_path: Path) 
 
     assert {"to_q", "add_q_proj", "to_add_out"} <= set(found.values["target_unet_modules"])
     assert "network_args: preset" in lost(found)
+
+
+def test_a_warm_up_in_percent_is_a_share_of_all_steps(tmp_path: Path) -> None:
+    found = import_file(
+        tmp_path, "a.toml", NETWORK + 'max_train_steps = 400\nlr_warmup_steps = "5%"\n'
+    )
+
+    assert found.values["lr_warmup_steps"] == 20
+
+
+def test_a_picture_without_a_caption_is_told_to_get_another_one_here(tmp_path: Path) -> None:
+    text = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\n'
+    told = [
+        import_file(tmp_path, "a.toml", text + more).remarks
+        for more in ("", 'class_tokens = "sks cat"\n')
+    ]
+
+    assert [reasons.BARE in remarks for remarks in told] == [True, False]
+
+
+def test_the_configuration_of_the_graphical_interface_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="graphical interface"):
+        import_file(tmp_path, "a.json", '{"LoRA_type": "Standard", "network_dim": 8}')
 
 
 def test_convolutions_with_another_rank_get_the_one_rank_and_that_is_told(tmp_path: Path) -> None:

@@ -178,9 +178,7 @@ def _pictures(dataset: Mapping[str, Any], trigger: str | None) -> Pictures:
 def _say(desk: Desk, sets: Sequence[Pictures], classes: Sequence[Pictures]) -> None:
     bare = [p.folder for p in sets if p.prompt is None]
     if bare:
-        desk.remarks.append(
-            "A picture without a caption has an empty one there; here it has instance_prompt."
-        )
+        desk.remarks.append(reasons.BARE)
     if any(pictures.prompt is None for pictures in classes):
         desk.remarks.append(reasons.NO_CLASS)
     gone = [p.folder for p in sets if p.folder and not folders.is_here(p.folder)]

@@ -63,6 +63,8 @@ _OTHER_MODELS = frozenset({"sd3", "lumina", "hunyuan", "anima"})
 _NATIVE = 1024
 # Options that no other program's JSON has.
 _IN_JSON = frozenset({"datasets", "network_module", "pretrained_model_name_or_path"})
+# Options that only the graphical interface's JSON has.
+_OF_INTERFACE = frozenset({"LoRA_type", "model_list", "max_resolution"})
 # Options that only trainings by flow matching have.
 _FLOW = frozenset(
     {
@@ -78,7 +80,7 @@ def speaks(document: Document) -> bool:
         return document.script in SCRIPTS
     names = {*document.content, *kohya_data.flattened(document.content)}
     if document.form == "json":
-        return bool(names & _IN_JSON)
+        return bool(names & (_IN_JSON | _OF_INTERFACE))
     return document.form == "toml" and bool(names & {"datasets", "general", *TABLE})
 
 
@@ -102,6 +104,8 @@ def read(documents: Sequence[Document]) -> Desk:
     for name, reason, value in sets.left:
         desk.leave(name, reason, value=value)
     desk.remarks += sets.remarks
+    if any(pictures.prompt is None for pictures in sets.subjects):
+        desk.remarks.append(reasons.BARE)
     subjects = sets.subjects or _in_folders(desk)
     classes = sets.classes or _class_folder(desk)
     launchers = [launcher_of(document) for document in documents]
@@ -127,6 +131,9 @@ def _gathered(documents: Sequence[Document]) -> tuple[dict[str, Any], dict[str, 
     data: dict[str, Any] = {}
     script = ""
     for document in documents:
+        if document.form == "json" and _OF_INTERFACE & document.content.keys():
+            message = "is a configuration of kohya_ss' graphical interface, whose names differ"
+            raise InputError.of("FILE", message, "import the command or TOML that it makes of it")
         script = document.script or script
         refuse_several(document, TABLE, _LISTS)
         of_data, options = _split(document.content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,10 @@ def total_steps(desk: Desk) -> int | None:
 
 
 def take_warmup(desk: Desk, name: str, value: Any) -> None:
-    warmup = desk.number(name)
+    """Steps, or a share of them: below 1, or with a percent sign."""
+    warmup = _percent(value)
+    if warmup is None:
+        warmup = desk.number(name)
     if not 0 < warmup < 1:
         desk.take(name, "lr_warmup_steps", desk.lengths.steps(warmup) if warmup > 0 else warmup)
         return
@@ -115,6 +119,11 @@ def take_warmup(desk: Desk, name: str, value: Any) -> None:
         desk.leave(name, uncounted("--lr-warmup-steps"))
     else:
         desk.take(name, "lr_warmup_steps", max(1, round(warmup * total)))
+
+
+def _percent(value: Any) -> float | None:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)%\s*", value) if isinstance(value, str) else None
+    return None if found is None else float(found.group(1)) / 100
 
 
 def uncounted(flag: str) -> str:

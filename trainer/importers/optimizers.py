@@ -93,6 +93,10 @@ def take_optimizer(desk: Desk, name: str, arguments_name: str, *, epsilon: float
     _fill(desk, name, optimizer, {}, epsilon)
 
 
+_NO_ARGUMENT = "the optimizer takes no such argument here"
+_UNTAKEN: Mapping[str, str] = {"d_coef": "Prodigy's rate is the one it finds, as with d_coef 1"}
+
+
 def optimizer_for(word: str) -> str:
     """The optimizer here for one there: that of its name, else the nearest."""
     finds_rate = any(part in word.lower() for part in _RATE_FINDERS)
@@ -112,7 +116,7 @@ def _take_argument(desk: Desk, name: str, key: str, value: Any) -> None:
         desk.take(name, leaf, value)
     if key not in _ARGUMENTS:
         as_here = _AS_HERE.get(key, _Never) == value
-        reason = reasons.AS_HERE if as_here else "the optimizer takes no such argument"
+        reason = reasons.AS_HERE if as_here else _UNTAKEN.get(key, _NO_ARGUMENT)
         desk.leave(f"{name}: {key}", reason, matters=not as_here, value=value)
 
 

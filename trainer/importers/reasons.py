@@ -44,6 +44,7 @@ PREDICTION = (
     "is read from the base model: a folder's scheduler says it, or an entry `v_pred` in a single "
     "file"
 )
+BARE = "A picture without a caption has an empty one there; here it has instance_prompt."
 PRODIGY = "Prodigy has one rate for everything, there too"
 PUBLISHED = "the base model is trained as it is published"
 QUANTIZED = "see --quantization"
