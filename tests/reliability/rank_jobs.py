@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ class Job:
         """Waits until the log has this step."""
         log = self.folder / "events.jsonl"
         self.until(lambda: log.exists() and f'"step": {step},' in log.read_text(), 120)
+
+    def stop_by_launcher(self, rank: int) -> None:
+        """Asks a process to stop, as launchers do once another has died; it may be over already."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal.SIGTERM)
 
     def until(self, true: Callable[[], bool], seconds: float) -> float:
         """Waits, and says how long it took."""

@@ -56,8 +56,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_to_equal_bytes(
     job = starting(zygote, arguments, tmp_path / "run")
     job.at_step(3)
     os.kill(job.pids[1], signal.SIGKILL)
-    # A launcher asks the others to stop at once.
-    os.kill(job.pids[0], signal.SIGTERM)
+    job.stop_by_launcher(0)
     assert job.ended(AFTERWARDS) == [7, -signal.SIGKILL]
     result = job.result()
     assert (result["error_kind"], result["exit_code"]) == ("process", 7)
@@ -317,8 +316,7 @@ def test_a_process_that_dies_outside_of_steps_ends_all_with_its_cause(
     job = starting(zygote, [*short, *of_class], tmp_path / "run", hooks=hooks)
     job.until(lambda: job.pids[rank] in zygote.codes(), 120)
     other = 1 - rank
-    # A launcher asks the others to stop at once.
-    os.kill(job.pids[other], signal.SIGTERM)
+    job.stop_by_launcher(other)
     codes = job.ended(AFTERWARDS)
     assert (codes[rank], codes[other]) == (-signal.SIGKILL, 7), job.said()
     result = job.result()
@@ -349,8 +347,7 @@ def test_a_process_that_dies_while_another_writes_a_checkpoint_leaves_it_whole(
     job = starting(zygote, [*arguments, *more], tmp_path / "run", hooks={0: WRITING_SLOWLY})
     job.until(lambda: any((tmp_path / "run").glob("checkpoints/.tmp*")), 120)
     os.kill(job.pids[1], signal.SIGKILL)
-    # A launcher asks the others to stop at once.
-    os.kill(job.pids[0], signal.SIGTERM)
+    job.stop_by_launcher(0)
     assert job.ended(WRITES + AFTERWARDS) == [7, -signal.SIGKILL], job.said()
     assert "process 1 on" in job.result()["error"]
     assert (tmp_path / "run/checkpoints/step-2/manifest.json").exists()
